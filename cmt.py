@@ -253,16 +253,16 @@ class CMTBlock(nn.Module):
 
 
 @contextlib.contextmanager
-def _frozen_statistics(module: nn.Module):
-    """Leave the running statistics of every BatchNorm alone: recomputing a block must not count its batch twice."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m in norms:
-        m.track_running_stats = False
+def _spare_buffers(module: nn.Module):
+    """Let `module` work on copies of its buffers: recomputing a block must not count its batch twice in BatchNorm."""
+    kept = [(m, dict(m._buffers)) for m in module.modules()]
+    for m, buffers in kept:
+        m._buffers.update({name: b.clone() for name, b in buffers.items() if b is not None})
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, buffers in kept:
+            m._buffers.update(buffers)
 
 
 class CMTStage(nn.Module):
@@ -324,9 +324,10 @@ class CMTStage(nn.Module):
 
     @torch.jit.ignore
     def _checkpointed(self, block: CMTBlock, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # takes no context_fn, and updates buffers once by itself
+            return checkpoint(block, x, bias, use_reentrant=False)
         return checkpoint(
-            block, x, bias, use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(block)))
+            block, x, bias, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _spare_buffers(block)))
 
 
 class HeadProjection(nn.Module):
