@@ -1,0 +1,266 @@
+"""What a batch is: data sets, transforms and loaders.
+
+A loader hands out uint8 images (B, 3, H, W) and class indices (B,); normalisation, random erasing and mixup happen on
+the device, to the whole batch (engine.py).
+"""
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import timm.data.auto_augment as auto_augment
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.loader import fast_collate
+from timm.utils import random_seed
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets as tv_datasets
+from torchvision import transforms as tv_transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+
+from samplers import TrainSampler, eval_indices
+
+logger = logging.getLogger(__name__)
+
+DATA_SETS = ('IMNET', 'CIFAR10', 'CIFAR100', 'DIGITS')
+SMALL = 32  # inputs up to here are treated as CIFAR is: padded random crops, no resizing for evaluation
+BAD_IMAGES_IN_A_ROW = 10
+
+
+def _posterize(img: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    # Pillow >= 13 refuses 0 bits, which rand-m9-mstd0.5-inc1 draws now and then; before, 0 bits gave a black image
+    if bits_to_keep <= 0:
+        return Image.new(img.mode, img.size)
+    return auto_augment.posterize(img, bits_to_keep)
+
+
+for _name in ('Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'):
+    auto_augment.NAME_TO_OP[_name] = _posterize
+
+
+class ImageFolder(tv_datasets.DatasetFolder):
+    """torchvision's ImageFolder, but able to use the class index of another folder and to lack some of its classes.
+
+    Args:
+        root: folder with one sub-folder a class.
+        transform: applied to each RGB image.
+        classes: names of the classes in the order of their index; those of `root`, sorted, where None.
+
+    Raises:
+        ValueError: no such folder, no classes, a class without images, or one that `classes` lacks.
+    """
+
+    def __init__(self, root: str | Path, transform: Callable | None = None, classes: list[str] | None = None):
+        self.known_classes = classes
+        super().__init__(
+            str(root), default_loader, IMG_EXTENSIONS, transform=transform, allow_empty=True)
+        counts = np.bincount(self.targets, minlength=len(self.classes))
+        empty = [name for name, n in zip(self.classes, counts) if n == 0 and (Path(root) / name).is_dir()]
+        if empty:
+            raise ValueError(f'no images in {Path(root) / empty[0]}'
+                             f'{f" and {len(empty) - 1} other class folders" if empty[1:] else ""}: '
+                             'add images or remove the folder')
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        if not os.path.isdir(directory):
+            raise ValueError(f'no folder {directory}: --data-path takes a folder that holds train/ and val/')
+        found = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+        if not found:
+            raise ValueError(f'no class folders in {directory}: images belong into {directory}/CLASS/')
+        unknown = sorted(set(found) - set(self.known_classes or found))
+        if unknown:
+            raise ValueError(f'{directory} has classes that the training set lacks: {", ".join(unknown[:5])}')
+        classes = self.known_classes or found
+        return classes, {name: i for i, name in enumerate(classes)}
+
+
+class Digits(Dataset):
+    """The 1,797 scanned digits of scikit-learn (8 x 8, 17 grey levels) as RGB images.
+
+    360 of them, the same each time and the same share of each class, are held out for validation.
+
+    Args:
+        train: the 1,437 for training, or the 360 others.
+        size: height and width of the images (pixels).
+        transform: applied to each image.
+    """
+
+    def __init__(self, train: bool, size: int, transform: Callable | None = None):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+        digits = load_digits()
+        split = train_test_split(
+            digits.images, digits.target, test_size=360, random_state=0, stratify=digits.target)
+        images, targets = split[0::2] if train else split[1::2]
+        # a margin of one pixel: the strokes reach the border, where the centre crop of evaluation would cut them
+        images = np.pad(np.round(images * 255 / 16).astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
+        self.images = [
+            Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).convert('RGB') for image in images]
+        self.targets = targets.tolist()
+        self.classes = [str(name) for name in digits.target_names]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int):
+        image = self.images[index]
+        return self.transform(image) if self.transform else image, self.targets[index]
+
+
+class KeyedDataset(Dataset):
+    """Training samples by (index, seed): the augmentation of a sample follows from its seed alone.
+
+    timm and torchvision draw from `random`, NumPy and torch, so all three are seeded for each sample. An image that
+    can't be read is reported and the next one taken instead; ten in a row end the run.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]):
+        index, seed = key
+        for attempt in range(BAD_IMAGES_IN_A_ROW):
+            random_seed(seed)
+            current = (index + attempt) % len(self)
+            try:
+                return self.dataset[current]
+            except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
+                name = image_name(self.dataset, current)
+                logger.warning('cannot read %s (%s): taking the next image instead', name, error)
+        raise RuntimeError(
+            f'{BAD_IMAGES_IN_A_ROW} images in a row could not be read, the last one {name}: check the training data')
+
+
+class NamedErrors(Dataset):
+    """Validation samples, with the file's name in the error where one can't be read: leaving it out would change the score."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        try:
+            return self.dataset[index]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RuntimeError(
+                f'cannot read validation image {image_name(self.dataset, index)} ({error})') from error
+
+
+def image_name(dataset: Dataset, index: int) -> str:
+    """What a person finds the sample by: its file, or its number."""
+    samples = getattr(dataset, 'samples', None)
+    return samples[index][0] if samples else f'image {index} of {type(dataset).__name__}'
+
+
+def build_transform(
+        is_train: bool,
+        input_size: int,
+        *,
+        auto_augment: str | None = 'rand-m9-mstd0.5-inc1',
+        color_jitter: float | None = 0.4,
+        interpolation: str = 'bicubic',
+        hflip: float = 0.5,
+        scale: tuple[float, float] | None = None,
+        ratio: tuple[float, float] | None = None,
+) -> Callable:
+    """PIL image to uint8 tensor (3, input_size, input_size).
+
+    Evaluation resizes the short side to int(256 / 224 * input_size), bicubic, and crops the centre. Inputs up to 32 px
+    are trained on random crops of the image padded by 4 and evaluated whole, as CIFAR is.
+    """
+    if not is_train:
+        if input_size > SMALL:
+            return create_transform(
+                input_size, interpolation='bicubic', crop_pct=0.875, normalize=False)
+        return tv_transforms.Compose([_fit(input_size), tv_transforms.PILToTensor()])
+    transform = create_transform(
+        input_size,
+        is_training=True,
+        color_jitter=color_jitter,
+        auto_augment=auto_augment,
+        interpolation=interpolation,
+        hflip=hflip,
+        scale=scale,
+        ratio=ratio,
+        normalize=False,
+    )
+    if input_size <= SMALL:
+        transform.transforms[0:1] = [_fit(input_size), tv_transforms.RandomCrop(input_size, padding=4)]
+    return transform
+
+
+def _fit(size: int) -> Callable:
+    """Nothing to an image that has `size` already; others, which have no business here, are made to fit a batch."""
+    return tv_transforms.Compose([
+        tv_transforms.Resize(size, tv_transforms.InterpolationMode.BICUBIC), tv_transforms.CenterCrop(size)])
+
+
+def build_dataset(
+        name: str,
+        is_train: bool,
+        data_path: str | None,
+        input_size: int,
+        transform: Callable | None = None,
+        classes: list[str] | None = None,
+) -> Dataset:
+    """A data set with `classes` (names in the order of their index) and (image, class index) samples.
+
+    Args:
+        name: one of DATA_SETS.
+        is_train: training or validation part.
+        data_path: for IMNET the folder that holds train/ and val/, for CIFAR where it lies or is downloaded to.
+        input_size: height and width that DIGITS are drawn at.
+        transform: applied to each PIL image.
+        classes: class names in the order of their index, for a validation folder; those of the folder where None.
+
+    Raises:
+        ValueError: data that is not there or not as it should be.
+    """
+    if name == 'DIGITS':
+        return Digits(is_train, input_size, transform)
+    if name in ('CIFAR10', 'CIFAR100'):
+        root = data_path or 'data'
+        try:
+            return getattr(tv_datasets, name)(root, train=is_train, transform=transform, download=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f'{name} is not in {root} and could not be downloaded ({error})') from error
+    if not data_path:
+        raise ValueError('--data-path is missing: the folder that holds train/ and val/ '
+                         '(--data-set DIGITS needs none and no network)')
+    return ImageFolder(Path(data_path) / ('train' if is_train else 'val'), transform, classes)
+
+
+def build_loader(
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        sampler: TrainSampler | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        timeout: float = 0,
+) -> DataLoader:
+    """Batches of uint8 images and class indices: training where a sampler is given, else this rank's share in order."""
+    if sampler is None:
+        dataset, order = NamedErrors(dataset), eval_indices(len(dataset), rank, world_size)
+    else:
+        dataset, order = KeyedDataset(dataset), sampler
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=order,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=fast_collate,
+        timeout=timeout if num_workers else 0,
+        generator=torch.Generator(),  # the loader draws a base seed of its own: keep it off the global generator
+    )

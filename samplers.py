@@ -1,0 +1,101 @@
+"""Which sample comes when: an epoch's order, its split over ranks, and where to go on in the middle of it."""
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import Sampler
+
+
+class TrainSampler(Sampler):
+    """An epoch's samples for one rank, as (index, seed) pairs.
+
+    The epoch is one sequence of positions, the same for every world size: at position p stands the sample `order[p]`,
+    to be augmented under `seeds[p]`; both follow from (seed, epoch) alone. Rank r of W takes the positions r, r + W,
+    r + 2 W, ... counted from where the epoch stands, so after any number of steps the samples seen are a prefix of the
+    sequence, and a run can go on from there with another number of ranks. timm's and torch's distributed samplers can
+    neither start in mid-epoch nor hand out seeds.
+
+    With repeated augmentation the order is that of DeiT's RASampler (timm's RepeatAugSampler): each sample
+    `repeats` times in a row, cut to the length of the data set, so that an epoch sees a third of it three times.
+
+    Args:
+        length: samples in the data set.
+        batch_size: of one rank and one forward pass.
+        accum_steps: forward passes to an update.
+        repeats: copies of each sample (3 with repeated augmentation).
+        rank, world_size: this process, and how many share the epoch.
+        seed: of the run.
+        even: hand out an even number of samples even where there is just one partial batch, as mixup needs.
+    """
+
+    def __init__(
+            self,
+            length: int,
+            batch_size: int,
+            accum_steps: int = 1,
+            repeats: int = 1,
+            rank: int = 0,
+            world_size: int = 1,
+            seed: int = 0,
+            even: bool = False,
+    ):
+        self.length = length
+        self.batch_size = batch_size
+        self.accum_steps = accum_steps
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.even = even
+        self.epoch = 0
+        self.samples_seen = 0
+        # one replica: the order of all ranks together
+        self.repeated = RepeatAugSampler(range(length), num_replicas=1, rank=0, num_repeats=repeats) \
+            if repeats > 1 else None
+        self.epoch_length = len(self.repeated) if self.repeated else length
+
+    def set_position(self, epoch: int, samples_seen: int = 0) -> None:
+        """Go to `epoch`, of which all ranks together have seen `samples_seen` samples."""
+        self.epoch = epoch
+        self.samples_seen = samples_seen
+
+    @property
+    def samples_per_update(self) -> int:
+        """Samples that all ranks together spend on an update."""
+        return min(self.batch_size * self.accum_steps, self._partial()) * self.world_size
+
+    @property
+    def updates(self) -> int:
+        """Updates from here to the end of the epoch; the last partial one is dropped unless it is the only one."""
+        if self.epoch_length >= self.batch_size * self.accum_steps * self.world_size:
+            return (self.epoch_length - self.samples_seen) // self.samples_per_update
+        return int(self.samples_seen == 0)
+
+    def _partial(self) -> int:
+        """Samples of one rank where the whole epoch is less than an update."""
+        batch = min(self.batch_size, self.epoch_length // self.world_size)
+        if self.even:
+            batch -= batch % 2
+        batch = max(batch, 1 + self.even)
+        return batch * max(1, self.epoch_length // self.world_size // batch)
+
+    def __len__(self) -> int:
+        return self.updates * self.samples_per_update // self.world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        entropy = np.random.SeedSequence((self.seed, self.epoch))
+        order_seed = int(entropy.generate_state(1)[0])
+        if self.repeated:
+            self.repeated.set_epoch(order_seed)
+            order = list(self.repeated)
+        else:
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(order_seed)).tolist()
+        seeds = np.random.default_rng(entropy).integers(2 ** 32, size=self.epoch_length)
+        for i in range(len(self)):
+            position = (self.samples_seen + self.rank + i * self.world_size) % self.epoch_length
+            yield order[position], int(seeds[position])
+
+
+def eval_indices(length: int, rank: int = 0, world_size: int = 1) -> range:
+    """This rank's share of a validation set: every sample once over all ranks, no padding, so counts are exact."""
+    return range(rank, length, world_size)
