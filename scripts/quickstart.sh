@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# bash scripts/quickstart.sh [arguments of train.py]
+#
+# On a machine with Python 3.10 or newer and a network for pip, no GPU and no data: installs what is needed into a virtual
+# environment, trains cmt_ti on the scanned digits that ship with scikit-learn, evaluates what it saved, draws the curves.
+#
+#     PYTHON, VENV   see env.sh
+#     OUTPUT         the run's folder (default output/digits in the repository). A run in the default folder is
+#                    replaced; one in a folder of your choice only with --overwrite.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+config=$root/configs/digits.yaml
+output=$(absolute "${OUTPUT:-$root/output/digits}")
+for argument; do
+    case $argument in --output[-_]dir*) die "set OUTPUT=FOLDER instead of $argument" ;; esac
+done
+
+prepare_environment
+install_requirements
+release_lock
+
+# a small model: more threads only wait for each other
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+
+overwrite=
+if [ -z "${OUTPUT:-}" ] && [ -e "$output" ]; then
+    case " $* " in
+        *' --resume'*) ;;
+        *) say "replacing the earlier run in $output (set OUTPUT to keep it)"; overwrite=--overwrite ;;
+    esac
+fi
+say "training cmt_ti on digits"
+"$python" "$root/train.py" --config "$config" --output_dir "$output" $overwrite "$@"
+
+say "evaluating the best checkpoint, then the best of the averaged weights"
+"$python" "$root/train.py" --config "$config" "$@" --eval --resume "$output/checkpoint_best.pth" --no-model-ema
+if [ -e "$output/checkpoint_ema_best.pth" ]; then
+    "$python" "$root/train.py" --config "$config" "$@" --eval --resume "$output/checkpoint_ema_best.pth"
+fi
+
+"$python" "$root/scripts/plot_log.py" "$output" -o "$output/curves.png"
+
+cat <<END
+
+The run is in $output
+    checkpoint_best.pth, checkpoint_ema_best.pth   the best weights, and the best of their average
+    checkpoint_last.pth                            to go on from, with --resume
+    log.txt                                        a JSON object an epoch
+    curves.png                                     its curves
+
+Next, ImageNet: a folder with train/ and val/, a folder a class in each, and for example 8 GPUs:
+    source $VENV/bin/activate
+    cd $root
+    torchrun --nproc-per-node 8 train.py --model cmt_s --data-path /path/to/imagenet --output_dir output/cmt_s \\
+        --batch-size 128 --input-size 224 --weight-decay 0.05 --drop-path 0.1 --epochs 300 \\
+        --test_freq 100 --test_epoch 260 --warmup-lr 1e-7 --warmup-epochs 20 --apex-amp
+END
