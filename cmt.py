@@ -3,7 +3,8 @@
     import cmt, timm
     model = timm.create_model('cmt_s', pretrained=True)
 
-Paper: Guo et al., https://arxiv.org/abs/2107.06263 (CVPR 2022). The order of operations is that of the released weights.
+Paper: Guo et al., https://arxiv.org/abs/2107.06263 (CVPR 2022). The order of operations is that of the
+released weights.
 
 Maps are (B, C, H, W) tensors in channels-last memory, so the (B, H, W, C) view that LayerNorm, attention and the 1x1
 convolutions (stored as linear layers) work on costs nothing, and nothing is copied between stages.
@@ -83,14 +84,8 @@ class Stem(nn.Module):
     """Three 3x3 convolutions, the first of stride 2, each followed by GELU and BatchNorm (paper section 3.1)."""
 
     def __init__(
-            self,
-            in_chans: int,
-            chs: int,
-            img_size: Tuple[int, int],
-            dynamic_img_size: bool = False,
-            device=None,
-            dtype=None,
-    ):
+            self, in_chans: int, chs: int, img_size: Tuple[int, int], dynamic_img_size: bool = False,
+            device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.img_size = img_size
@@ -154,16 +149,8 @@ class LMHSA(nn.Module):
     fused_attn: torch.jit.Final[bool]
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            sr_ratio: int,
-            qkv_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
-    ):
+            self, dim: int, num_heads: int, sr_ratio: int, qkv_bias: bool = True,
+            proj_drop: float = 0., attn_drop: float = 0., device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.num_heads = num_heads
@@ -223,23 +210,13 @@ class CMTBlock(nn.Module):
     """LPU, then LMHSA and IRFFN behind LayerNorm and a residual each (paper eq. 5-7)."""
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            sr_ratio: int,
-            mlp_ratio: float,
-            qkv_bias: bool = True,
-            proj_drop: float = 0.,
-            attn_drop: float = 0.,
-            drop_path: float = 0.,
-            device=None,
-            dtype=None,
-    ):
+            self, dim: int, num_heads: int, sr_ratio: int, mlp_ratio: float, qkv_bias: bool = True,
+            proj_drop: float = 0., attn_drop: float = 0., drop_path: float = 0., device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.lpu = LocalPerceptionUnit(dim, **dd)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.lmhsa = LMHSA(dim, num_heads, sr_ratio, qkv_bias, attn_drop, proj_drop, **dd)
+        self.lmhsa = LMHSA(dim, num_heads, sr_ratio, qkv_bias, proj_drop, attn_drop, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.irffn = IRFFN(dim, int(dim * mlp_ratio), proj_drop, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
@@ -273,22 +250,8 @@ class CMTStage(nn.Module):
     """
 
     def __init__(
-            self,
-            in_chs: int,
-            dim: int,
-            depth: int,
-            feat_size: Tuple[int, int],
-            num_heads: int,
-            sr_ratio: int,
-            mlp_ratio: float,
-            drop_path: List[float],
-            dynamic_img_size: bool = False,
-            qkv_bias: bool = True,
-            proj_drop: float = 0.,
-            attn_drop: float = 0.,
-            device=None,
-            dtype=None,
-    ):
+            self, in_chs: int, dim: int, feat_size: Tuple[int, int], num_heads: int, sr_ratio: int,
+            drop_path: List[float], dynamic_img_size: bool = False, device=None, dtype=None, **block_args):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
@@ -297,17 +260,8 @@ class CMTStage(nn.Module):
         self.aggregation = PatchAggregation(in_chs, dim, **dd)
         key_size = (feat_size[0] // sr_ratio, feat_size[1] // sr_ratio)
         self.position_bias = nn.Parameter(torch.empty(num_heads, *feat_size, *key_size, **dd))
-        self.blocks = nn.ModuleList([CMTBlock(
-            dim=dim,
-            num_heads=num_heads,
-            sr_ratio=sr_ratio,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            proj_drop=proj_drop,
-            attn_drop=attn_drop,
-            drop_path=rate,
-            **dd,
-        ) for rate in drop_path])
+        self.blocks = nn.ModuleList([
+            CMTBlock(dim, num_heads, sr_ratio, drop_path=rate, **block_args, **dd) for rate in drop_path])
 
     def forward(self, x):
         x = self.aggregation(x)
@@ -405,20 +359,9 @@ class CMT(nn.Module):
             reduction = 4 * 2 ** i
             first = sum(depths[:i])
             stages.append(CMTStage(
-                in_chs,
-                dim,
-                depth,
-                feat_size=(self.img_size[0] // reduction, self.img_size[1] // reduction),
-                num_heads=num_heads[i],
-                sr_ratio=sr_ratios[i],
-                mlp_ratio=mlp_ratios[i],
-                drop_path=drop_path[first:first + depth],
-                dynamic_img_size=dynamic_img_size,
-                qkv_bias=qkv_bias,
-                proj_drop=proj_drop_rate,
-                attn_drop=attn_drop_rate,
-                **dd,
-            ))
+                in_chs, dim, (self.img_size[0] // reduction, self.img_size[1] // reduction), num_heads[i], sr_ratios[i],
+                drop_path[first:first + depth], dynamic_img_size, mlp_ratio=mlp_ratios[i], qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, **dd))
             in_chs = dim
             self.feature_info += [dict(num_chs=dim, reduction=reduction, module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
@@ -436,7 +379,7 @@ class CMT(nn.Module):
         height, width = to_2tuple(img_size)
         if min(height, width) < STRIDE or height % STRIDE or width % STRIDE:
             raise ValueError(f'image size {height}x{width}: height and width must be multiples of {STRIDE}')
-        return int(height), int(width)
+        return height, width
 
     @staticmethod
     def _init_weights(m: nn.Module) -> None:
@@ -458,14 +401,11 @@ class CMT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         if coarse:
             return dict(stem=r'^stem', blocks=[(r'^stages\.(\d+)', None), (r'^head_proj', (99999,))])
-        return dict(
-            stem=r'^stem',
-            blocks=[
-                (r'^stages\.(\d+)\.(?:aggregation|position_bias)', (0,)),
-                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^head_proj', (99999,)),
-            ],
-        )
+        return dict(stem=r'^stem', blocks=[
+            (r'^stages\.(\d+)\.(?:aggregation|position_bias)', (0,)),
+            (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+            (r'^head_proj', (99999,)),
+        ])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -500,13 +440,8 @@ class CMT(nn.Module):
         self.head.train(self.training)
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+            self, x: torch.Tensor, indices: Optional[Union[int, List[int]]] = None, norm: bool = False,
+            stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """Forward features that also returns the maps of stages.
 
@@ -538,14 +473,10 @@ class CMT(nn.Module):
         return self.head_proj(x), intermediates
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
+            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
         """Drop the stages behind the last one wanted, and the head, which reads the last stage only."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = prune_norm or prune_head or max_index < len(self.stages) - 1
+        prune_end = prune_head or prune_norm or max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
         if prune_end:
             self.head_proj = nn.Identity()
@@ -571,17 +502,11 @@ _RELEASED_NAMES = (
     (r'^stages\.(\d)\.position_bias$', r'relative_pos_<\1>'),
     (r'^stages\.(\d)\.blocks\.', r'blocks_<\1>.'),
     (r'\.lpu\.dw\.', r'.proj.'),
-    (r'\.lmhsa\.sr\.dw\.', r'.attn.sr.0.'),
-    (r'\.lmhsa\.sr\.norm\.', r'.attn.sr.1.'),
-    (r'\.lmhsa\.', r'.attn.'),
-    (r'\.irffn\.expand\.', r'.mlp.conv1.0.'),
-    (r'\.irffn\.norm1\.', r'.mlp.conv1.2.'),
-    (r'\.irffn\.dw\.', r'.mlp.proj.'),
-    (r'\.irffn\.norm2\.', r'.mlp.proj_bn.'),
-    (r'\.irffn\.project\.', r'.mlp.conv2.0.'),
-    (r'\.irffn\.norm3\.', r'.mlp.conv2.1.'),
-    (r'^head_proj\.proj\.', r'_fc.'),
-    (r'^head_proj\.norm\.', r'_bn.'),
+    (r'\.lmhsa\.sr\.dw\.', r'.attn.sr.0.'), (r'\.lmhsa\.sr\.norm\.', r'.attn.sr.1.'), (r'\.lmhsa\.', r'.attn.'),
+    (r'\.irffn\.expand\.', r'.mlp.conv1.0.'), (r'\.irffn\.norm1\.', r'.mlp.conv1.2.'),
+    (r'\.irffn\.dw\.', r'.mlp.proj.'), (r'\.irffn\.norm2\.', r'.mlp.proj_bn.'),
+    (r'\.irffn\.project\.', r'.mlp.conv2.0.'), (r'\.irffn\.norm3\.', r'.mlp.conv2.1.'),
+    (r'^head_proj\.proj\.', r'_fc.'), (r'^head_proj\.norm\.', r'_bn.'),
 )
 
 
@@ -592,7 +517,7 @@ def _released_name(name: str) -> str:
 
 
 def _query_grid(num_queries: int, num_keys: int, stage: CMTStage) -> Tuple[int, int]:
-    """The query grid of a released table, (heads, N, N_kv), which does not say it: the model's where N fits, or square."""
+    """Query grid of a released table, (heads, N, N_kv), which does not say it: the model's where N fits, or square."""
     height, width = stage.position_bias.shape[1:3]
     if height * width != num_queries:
         height = width = math.isqrt(num_queries)
@@ -724,6 +649,5 @@ def cmt_b(pretrained: bool = False, **kwargs) -> CMT:
 
 
 # MindCV's names
-register_model_deprecations(__name__, {
-    'cmt_tiny': 'cmt_ti', 'cmt_xsmall': 'cmt_xs', 'cmt_small': 'cmt_s', 'cmt_base': 'cmt_b',
-})
+ALIASES = {'cmt_tiny': 'cmt_ti', 'cmt_xsmall': 'cmt_xs', 'cmt_small': 'cmt_s', 'cmt_base': 'cmt_b'}
+register_model_deprecations(__name__, ALIASES)

@@ -1,0 +1,414 @@
+"""The model: golden values, initialisation, resampling, and what timm asks of its models.
+
+timm's own tests judge an outside model too, from its source distribution (they are no part of the wheel):
+
+    pip download --no-deps --no-binary :all: timm==1.0.31 && tar xf timm-1.0.31.tar.gz
+    PYTHONPATH=. pytest -p cmt timm-1.0.31/tests/test_models.py -k "cmt_ti and not pretrained"
+"""
+import argparse
+import copy
+import io
+import json
+import math
+import pickle
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath, set_fused_attn, use_fused_attn
+
+import cmt
+
+# what the authors' code computes in float64: state, logits, loss, gradient norms, running statistics
+GOLDEN = np.load(Path(__file__).parent / 'golden.npz')
+FIGURES = json.loads(GOLDEN['json'].tobytes())
+SMALL = dict(
+    img_size=64, stem_chs=8, embed_dims=(8, 16, 32, 64), depths=(1, 2, 2, 1), num_features=64, num_classes=5)
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    return cmt.CMT(**{**SMALL, **kwargs})
+
+
+def images(*size, chans=3):
+    return torch.randn(2, chans, *size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=[False, True], ids=['plain', 'fused'])
+def attention(request):
+    before = use_fused_attn()
+    set_fused_attn(request.param)
+    yield request.param
+    set_fused_attn(before)
+
+
+def drawn(name, shape):
+    """The weights that the golden values were computed with, from their released names."""
+    rng = np.random.RandomState(zlib.crc32(name.encode()) & 0x7fffffff)
+    z, kind = rng.standard_normal(shape), name.rsplit('.', 1)[-1]
+    if kind == 'num_batches_tracked':
+        return torch.tensor(0)
+    if kind == 'running_var':
+        z = 0.5 + rng.random_sample(shape)
+    elif kind in ('running_mean', 'bias'):
+        z = 0.1 * z
+    elif kind == 'weight' and len(shape) == 1:
+        z = 1 + 0.1 * z
+    elif not name.startswith('relative_pos'):
+        z = z / np.sqrt(np.prod(shape[1:]))
+    return torch.tensor(z)
+
+
+def golden_model(name):
+    model = timm.create_model(name, drop_rate=0., dtype=torch.float64)
+    released = {key: drawn(key, shape) for key, shape in FIGURES[name]['state'].items()}
+    model.load_state_dict(cmt.checkpoint_filter_fn(released, model))
+    size = FIGURES[name]['img_size']
+    return model, released, torch.tensor(np.random.RandomState(size).standard_normal((2, 3, size, size)))
+
+
+def check_close(found, golden):
+    assert np.abs(found.detach().numpy() - golden).max() <= 1e-9 * np.abs(golden).max()
+
+
+def check_golden(name):
+    model, _, x = golden_model(name)
+    figures = FIGURES[name]
+    with torch.no_grad():
+        check_close(model.eval()(x), GOLDEN[f'{name}.eval_logits'])
+
+    logits = model.train()(x)
+    check_close(logits, GOLDEN[f'{name}.train_logits'])
+    loss = F.cross_entropy(logits, torch.tensor([1, 2]))
+    assert loss.item() == pytest.approx(figures['train_loss'], rel=1e-9)
+    loss.backward()
+    gradients = cmt.to_released({key: p.grad for key, p in model.named_parameters()})
+    assert set(gradients) == set(figures['grad_norm'])
+    for key, norm in figures['grad_norm'].items():
+        found = gradients[key].norm().item()
+        assert found < 1e-12 if norm < 1e-12 else found == pytest.approx(norm, rel=1e-9), key
+    after = cmt.to_released(model.state_dict())
+    for key, norm in {**figures['running_mean_after'], **figures['running_var_after']}.items():
+        assert after[key].norm().item() == pytest.approx(norm, rel=1e-9), key
+
+
+# golden values and names
+
+def test_golden_values_of_cmt_ti(attention):
+    assert golden_model('cmt_ti')[0].stages[0].blocks[0].lmhsa.fused_attn == attention
+    check_golden('cmt_ti')
+
+
+@pytest.mark.parametrize('name', ['cmt_xs', 'cmt_s', 'cmt_b'])
+def test_golden_values(name):
+    check_golden(name)
+
+
+@pytest.mark.parametrize('name', FIGURES)
+def test_released_names_load_strictly_and_come_back_to_the_bit(name):
+    model, released, _ = golden_model(name)
+    assert sum(p.numel() for p in model.parameters()) == FIGURES[name]['params']
+    back = cmt.to_released(model.state_dict())
+    assert set(back) == set(released)
+    assert all(back[key].shape == released[key].shape and torch.equal(back[key], released[key]) for key in back)
+    again = cmt.checkpoint_filter_fn({'model': {f'module.{k}': v for k, v in model.state_dict().items()}}, model)
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+    released['blocks_e.weight'] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match='blocks_e.weight'):
+        model.load_state_dict(cmt.checkpoint_filter_fn(released, model))
+
+
+@pytest.mark.parametrize('name', FIGURES)
+def test_normalisation_eps(name):
+    for key, module in timm.create_model(name, device='meta').named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.eps == 1e-5, key
+        elif isinstance(module, nn.LayerNorm):
+            assert module.eps == (1e-5 if 'aggregation' in key else 1e-6), key
+
+
+# initialisation: the golden values cannot see it
+
+def check_initialisation(model):
+    for key, module in model.named_modules():
+        for name, p in module.named_parameters(prefix=key, recurse=False):
+            if name.endswith('bias') and p.ndim == 1:
+                assert torch.all(p == 0), name
+                continue
+            if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+                assert torch.all(p == 1), name
+                continue
+            if isinstance(module, nn.Conv2d):
+                std = math.sqrt(2 / (module.out_channels * math.prod(module.kernel_size)))
+            elif isinstance(module, cmt.Conv1x1):
+                std = math.sqrt(2 / module.out_features)
+            else:
+                std = 1. if name.endswith('position_bias') else 0.02
+            # the sample's std has a relative error of 1 / sqrt(2n), its mean of std / sqrt(n)
+            assert abs(p.std().item() / std - 1) < 5 / math.sqrt(2 * p.numel()), name
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+            assert std != 0.02 or p.abs().max() <= 2, name
+
+
+@pytest.mark.parametrize('name', FIGURES)
+def test_initialisation(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    # every tensor is drawn by its rule: these count as convolutions however they are stored
+    assert isinstance(model.head_proj.proj, cmt.Conv1x1) and isinstance(model.stages[0].blocks[0].irffn.expand, cmt.Conv1x1)
+    check_initialisation(model)
+    model.reset_classifier(2000)
+    assert model.head.weight.shape == (2000, 1280)
+    check_initialisation(model)
+
+
+# the position bias and the size of the input
+
+def cubic_matrix(size, new_size):
+    """(new_size, size): bicubic interpolation, a = -0.75, half-pixel centres, borders clamped (Keys 1981)."""
+    def kernel(t, a=-0.75):
+        t = abs(t)
+        if t <= 1:
+            return (a + 2) * t ** 3 - (a + 3) * t ** 2 + 1
+        return a * (t ** 3 - 5 * t ** 2 + 8 * t - 4) if t < 2 else 0.
+    matrix = np.zeros((new_size, size))
+    for i in range(new_size):
+        centre = (i + 0.5) * size / new_size - 0.5
+        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            matrix[i, min(max(j, 0), size - 1)] += kernel(centre - j)
+    return matrix
+
+
+@pytest.mark.parametrize('old, new', [((64, 64), (96, 96)), ((96, 96), (64, 64)), ((64, 96), (96, 64)), ((96, 64), (64, 160))])
+@pytest.mark.parametrize('way', ['loading', 'set_input_size', 'dynamic'])
+def test_position_bias_is_resampled_bicubic_over_queries_and_keys(old, new, way):
+    source = small(img_size=old, dtype=torch.float64)
+    if way == 'loading':
+        model = small(img_size=new, dtype=torch.float64)
+        model.load_state_dict(cmt.checkpoint_filter_fn(source.state_dict(), model))
+    else:
+        model = copy.deepcopy(source)
+        model.stages[0].position_bias.requires_grad_(False)
+        model.set_input_size(new)
+        assert [s.position_bias.requires_grad for s in model.stages] == [False, True, True, True]
+    for i, (a, b) in enumerate(zip(source.stages, model.stages)):
+        table, reduction, k = a.position_bias.detach().numpy(), 4 * 2 ** i, a.sr_ratio
+        sizes = [(o // s, n // s) for s in (reduction, reduction * k) for o, n in zip(old, new)]
+        expected = np.einsum('nhwij,ah,bw,ci,dj->nabcd', table, *(cubic_matrix(*pair) for pair in sizes), optimize=True)
+        assert b.position_bias.shape == expected.shape
+        assert np.abs(b.position_bias.detach().numpy() - expected).max() < 1e-12
+    if way == 'dynamic':
+        dynamic = small(img_size=old, dtype=torch.float64, dynamic_img_size=True).eval()
+        x = images(*new).double()
+        assert torch.allclose(dynamic(x), model.eval()(x), rtol=1e-12, atol=1e-12)
+
+
+def test_position_bias_of_a_half_model_is_resampled_in_float32():
+    bias = torch.randn(1, 8, 8, 4, 4).bfloat16()
+    assert torch.equal(
+        cmt.resample_position_bias(bias, 12, 12, 2), cmt.resample_position_bias(bias.float(), 12, 12, 2).bfloat16())
+
+
+def test_released_tables_of_another_size():
+    source = small(img_size=96)
+    model = small(img_size=64)
+    model.load_state_dict(cmt.checkpoint_filter_fn(cmt.to_released(source.state_dict()), model))
+    source.set_input_size(64)
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), model.state_dict().values()))
+    with pytest.raises(ValueError, match='of no square input'):
+        cmt.checkpoint_filter_fn(cmt.to_released(small(img_size=(64, 96)).state_dict()), model)
+
+
+def traced(model):
+    return torch.fx.symbolic_trace(model)
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+@pytest.mark.parametrize('make', [lambda m: m, traced, torch.jit.script], ids=['eager', 'fx', 'script'])
+def test_a_wrong_size_is_named(make, dynamic):
+    model = make(small(dynamic_img_size=dynamic).eval())
+    with pytest.raises((ValueError, torch.jit.Error), match='(?s)70x64.*multiples of 32'):
+        model(images(70, 64))
+    if dynamic:
+        assert model(images(96, 32)).shape == (2, 5)
+    else:
+        with pytest.raises((ValueError, torch.jit.Error), match='(?s)96x64.*built for 64x64'):
+            model(images(96, 64))
+
+
+@pytest.mark.parametrize('size', [70, 0, (64, 33)])
+def test_a_wrong_size_is_refused_at_construction(size):
+    for build in (lambda: small(img_size=size), lambda: small().set_input_size(size)):
+        with pytest.raises(ValueError, match='multiples of 32'):
+            build()
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_features_only(dynamic):
+    model = timm.create_model('cmt_ti', features_only=True, img_size=64, dynamic_img_size=dynamic).eval()
+    assert [tuple(f.shape[1:]) for f in model(images(64, 64))] == [(46, 16, 16), (92, 8, 8), (184, 4, 4), (368, 2, 2)]
+    with pytest.raises(ValueError, match='70x64.*multiples of 32'):
+        model(images(70, 64))
+    if dynamic:
+        assert model(images(96, 64))[3].shape == (2, 368, 3, 2)
+
+
+# what a user of timm expects
+
+def test_blocks_of_a_stage_share_one_position_bias():
+    model = small()
+    assert [n for n, _ in model.named_parameters() if 'position_bias' in n] == [f'stages.{i}.position_bias' for i in range(4)]
+    seen = []
+    for block in model.stages[1].blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    model(images(64, 64))
+    assert len(seen) == 2 and seen[0] is seen[1] and seen[0].shape == (2, 64, 4)
+
+
+def test_drop_path_rises_linearly_over_all_blocks():
+    model = small(drop_path_rate=0.5)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    rates = [getattr(path, 'drop_prob', 0.) for b in blocks for path in (b.drop_path1, b.drop_path2)]
+    assert rates == pytest.approx([r for r in (0., 0.1, 0.2, 0.3, 0.4, 0.5) for _ in range(2)])
+    assert isinstance(blocks[-1].drop_path2, DropPath)
+
+
+def test_dropout_goes_where_it_is_asked_for():
+    model = small(drop_rate=0.1, proj_drop_rate=0.2, attn_drop_rate=0.3)
+    block = model.stages[0].blocks[0]
+    found = model.head_drop.p, block.lmhsa.proj_drop.p, block.irffn.drop.p, block.lmhsa.attn_drop.p
+    assert found == (0.1, 0.2, 0.2, 0.3)
+    assert [timm.create_model(n, device='meta').head_drop.p for n in FIGURES] == [0.1, 0.1, 0.1, 0.3]
+
+
+def test_gradient_checkpointing_changes_nothing():
+    plain, checkpointed, x = small(), small(), images(64, 64)
+    checkpointed.set_grad_checkpointing()
+    for model in (plain, checkpointed):
+        model.train()(x).square().sum().backward()
+    assert torch.equal(plain(x), checkpointed(x))
+    for p, q in zip(plain.parameters(), checkpointed.parameters()):
+        assert torch.equal(p.grad, q.grad)
+    for (name, a), b in zip(plain.named_buffers(), checkpointed.buffers()):  # the recomputed batch counts once
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_script_trace_export_and_pickle(dynamic, attention):
+    model, x = small(dynamic_img_size=dynamic).eval(), images(64, 64)
+    expected = model(x)
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), buffer)
+    buffer.seek(0)
+    assert torch.allclose(torch.jit.load(buffer)(x), expected, atol=1e-6)
+    assert torch.equal(traced(model)(x), expected)
+    traced(model.train())(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model = small(dynamic_img_size=dynamic).eval()
+    exported = torch.export.export(model, (x,), dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1, max=64)}})
+    assert torch.allclose(exported.module()(x[:1]), expected[:1], atol=1e-6)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+
+
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_compiles_as_one_graph(train, checkpointing):
+    torch._dynamo.reset()
+    model, compiled, x = small().train(train), small().train(train), images(64, 64)
+    compiled.set_grad_checkpointing(checkpointing)
+    assert torch.allclose(torch.compile(compiled, fullgraph=True, backend='aot_eager')(x), model(x), atol=1e-5)
+    for (name, a), b in zip(model.named_buffers(), compiled.buffers()):
+        assert torch.allclose(a, b, atol=1e-6), name
+
+
+def test_intermediates_and_pruning():
+    model, x = small().eval(), images(64, 64)
+    final, maps = model.forward_intermediates(x)
+    assert torch.equal(final, model.forward_features(x)) and final.shape == (2, 64, 2, 2)
+    assert [m.shape[1:] for m in maps] == [(8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 2, 2)]
+    early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    assert len(early) == 1 and torch.equal(early[0], maps[1])
+    assert model.prune_intermediate_layers([0, 2]) == [0, 2]
+    assert len(model.stages) == 3 and model.num_features == 32 and isinstance(model.head_proj, nn.Identity)
+    assert torch.equal(model(x), maps[2])
+
+
+def test_reset_classifier():
+    model = small().to(torch.float64).eval()
+    model.head_proj.requires_grad_(False)
+    model.reset_classifier(7)
+    assert model.head.weight.dtype == torch.float64 and not model.head.training
+    assert model(images(64, 64).double()).shape == (2, 7) and not model.head_proj.proj.weight.requires_grad
+    model.reset_classifier(0)
+    assert model(images(64, 64).double()).shape == (2, 64)
+    model.reset_classifier(0, '')
+    assert model(images(64, 64).double()).shape == (2, 64, 2, 2)
+    assert small(in_chans=1, num_classes=0)(images(64, 64, chans=1)).shape == (2, 64)
+
+
+def test_meta_device_half_precision_and_autocast(attention):
+    model = small(device='meta', drop_path_rate=0.1)
+    model.set_input_size(96)
+    model.reset_classifier(3)
+    assert all(t.is_meta for t in model.state_dict().values())
+    for dynamic, size in ((False, 64), (True, 96)):
+        model, x = small(dynamic_img_size=dynamic).eval(), images(size, 64)
+        expected = model(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.allclose(model(x).float(), expected, atol=0.03)
+        assert torch.allclose(model.to(torch.bfloat16)(x.bfloat16()).float(), expected, atol=0.03)
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match='embed_dim'):
+        timm.create_model('cmt_ti', embed_dim=3)
+
+
+def test_layer_decay_groups():
+    model = timm.create_model('cmt_ti', device='meta')
+    groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.5)
+    scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+    scales = [scale[id(p)] for p in (
+        model.stem.conv1.weight, model.stages[0].position_bias, model.stages[0].blocks[0].lpu.dw.weight,
+        model.stages[0].blocks[1].lpu.dw.weight, model.stages[3].blocks[1].lpu.dw.weight, model.head.weight)]
+    assert len(scale) == len(list(model.parameters())) and scales == sorted(scales) and len(set(scales)) >= 5
+    assert scales[-1] == 1 and scales[0] == 0.5 ** 17  # stem, 16 blocks, head
+    assert not model.no_weight_decay() - {name for name, _ in model.named_parameters()}
+
+
+def test_pretrained_reads_a_released_file(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    source = timm.create_model('cmt_ti')
+    torch.save({'model': cmt.to_released(source.state_dict()), 'args': argparse.Namespace(lr=1)}, tmp_path / 'ti.pth')
+    overlay = dict(url=(tmp_path / 'ti.pth').as_uri())
+    model = timm.create_model('cmt_ti', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), model.state_dict().values()))
+    model = timm.create_model(
+        'cmt_ti', pretrained=True, pretrained_cfg_overlay=overlay, in_chans=4, num_classes=7, img_size=(96, 128)).eval()
+    assert model(images(96, 128, chans=4)).shape == (2, 7)
+    assert torch.equal(model.head_proj.proj.weight, source.head_proj.proj.weight)
+    features = timm.create_model('cmt_ti', pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
+    assert torch.equal(features.stages_3.blocks[0].lmhsa.kv.weight, source.stages[3].blocks[0].lmhsa.kv.weight)
+
+
+def test_cfgs_name_the_released_files():
+    release = 'https://github.com/ggjy/CMT.pytorch/releases/download/release-v1/'
+    files = dict(cmt_ti='cmt_tiny', cmt_xs='cmt_xs', cmt_s='cmt_small', cmt_b='cmt_base')
+    for name, figures in FIGURES.items():
+        cfg, size = timm.get_pretrained_cfg(f'{name}.in1k'), figures['img_size']
+        assert cfg.url == f'{release}{files[name]}.pth'
+        assert cfg.input_size == (3, size, size) and cfg.pool_size == (size // 32, size // 32)
+        assert (cfg.crop_pct, cfg.interpolation, cfg.fixed_input_size) == (0.875, 'bicubic', True)
+    assert not timm.create_model('cmt_ti', device='meta', dynamic_img_size=True).pretrained_cfg['fixed_input_size']
+
+
+@pytest.mark.filterwarnings('ignore:Mapping deprecated')
+def test_mindcv_names():
+    for alias, name in cmt.ALIASES.items():
+        assert sum(p.numel() for p in timm.create_model(alias, device='meta').parameters()) == FIGURES[name]['params']

@@ -1,0 +1,49 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / 'scripts' / 'profile_flops.py'
+
+
+def run(tmp_path, *args):
+    # from a folder of its own: the script finds the model wherever it is called
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *args], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+
+def test_every_variant_costs_what_the_paper_says(tmp_path):
+    result = run(tmp_path, '--json', '--per-stage')
+    assert result.returncode == 0, result.stderr
+    found = {row['model']: row for row in json.loads(result.stdout)}
+    expected = {
+        'cmt_ti': (160, 0.644e9, 9_492_426), 'cmt_xs': (192, 1.558e9, 15_247_208),
+        'cmt_s': (224, 4.055e9, 26_256_160), 'cmt_b': (256, 9.362e9, 45_715_076)}
+    assert list(found) == list(expected)
+    for name, (size, macs, params) in expected.items():
+        assert (found[name]['input_size'], found[name]['params']) == (size, params)
+        assert found[name]['macs'] == pytest.approx(macs, rel=0.01)
+        parts = found[name]['parts']
+        assert [part['part'] for part in parts] == ['stem', 'stage 1', 'stage 2', 'stage 3', 'stage 4', 'head']
+        assert sum(part['macs'] for part in parts) == found[name]['macs']
+
+
+def test_one_model_at_another_size(tmp_path):
+    result = run(tmp_path, '--model', 'cmt_tiny', '--input-size', '64', '--per-stage')
+    assert result.returncode == 0 and not result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[2].split()[:5] == ['cmt_ti', '64', '0.101', 'G', '9,419,346']
+    assert [line.split()[0] for line in lines[6:]] == ['stem'] + ['stage'] * 4 + ['head']
+
+
+@pytest.mark.parametrize('args, words', [
+    (('--input-size', '100'), '--input-size 100: must be a multiple of 32'),
+    (('--input-size', '0'), '--input-size 0: must be a multiple of 32'),
+    (('--model', 'cmt_xl'), "unknown model 'cmt_xl'"),
+])
+def test_mistakes_get_one_line(tmp_path, args, words):
+    result = run(tmp_path, *args)
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith(f'error: {words}') and result.stderr.count('\n') == 1
