@@ -11,7 +11,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import timm
 import torch
@@ -27,7 +27,7 @@ warnings.filterwarnings('ignore', 'No handlers found: "aten::unbind"')  # torchp
 
 
 @torch.no_grad()
-def profile(name: str, input_size: int = 0) -> Dict[str, Any]:
+def profile(name: str, input_size: int = 0) -> dict[str, Any]:
     """Multiply-adds of one image and parameters of model `name`, whole and part by part; 0 is its default size.
 
     Additions, normalisation's statistics, activations and softmax are not counted, as torchprofile does and the paper.

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, set_fused_attn, use_fused_attn
+from timm.optim import param_groups_layer_decay
 
 import cmt
 
@@ -153,7 +154,7 @@ def check_initialisation(model):
             # the sample's std has a relative error of 1 / sqrt(2n), its mean of std / sqrt(n)
             assert abs(p.std().item() / std - 1) < 5 / math.sqrt(2 * p.numel()), name
             assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
-            assert std != 0.02 or p.abs().max() <= 2, name
+            assert std != 0.02 or p.abs().max() < 0.1001, name
 
 
 @pytest.mark.parametrize('name', FIGURES)
@@ -161,7 +162,8 @@ def test_initialisation(name):
     torch.manual_seed(0)
     model = timm.create_model(name)
     # every tensor is drawn by its rule: these count as convolutions however they are stored
-    assert isinstance(model.head_proj.proj, cmt.Conv1x1) and isinstance(model.stages[0].blocks[0].irffn.expand, cmt.Conv1x1)
+    irffn = model.stages[0].blocks[0].irffn
+    assert all(isinstance(m, cmt.Conv1x1) for m in (irffn.expand, irffn.project, model.head_proj.proj))
     check_initialisation(model)
     model.reset_classifier(2000)
     assert model.head.weight.shape == (2000, 1280)
@@ -185,7 +187,8 @@ def cubic_matrix(size, new_size):
     return matrix
 
 
-@pytest.mark.parametrize('old, new', [((64, 64), (96, 96)), ((96, 96), (64, 64)), ((64, 96), (96, 64)), ((96, 64), (64, 160))])
+@pytest.mark.parametrize('old, new', [
+    ((64, 64), (96, 96)), ((96, 96), (64, 64)), ((64, 96), (96, 64)), ((96, 64), (64, 160))])
 @pytest.mark.parametrize('way', ['loading', 'set_input_size', 'dynamic'])
 def test_position_bias_is_resampled_bicubic_over_queries_and_keys(old, new, way):
     source = small(img_size=old, dtype=torch.float64)
@@ -263,7 +266,8 @@ def test_features_only(dynamic):
 
 def test_blocks_of_a_stage_share_one_position_bias():
     model = small()
-    assert [n for n, _ in model.named_parameters() if 'position_bias' in n] == [f'stages.{i}.position_bias' for i in range(4)]
+    names = [name for name, _ in model.named_parameters() if 'position_bias' in name]
+    assert names == [f'stages.{i}.position_bias' for i in range(4)]
     seen = []
     for block in model.stages[1].blocks:
         block.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
@@ -372,7 +376,7 @@ def test_unknown_arguments_are_refused():
 
 def test_layer_decay_groups():
     model = timm.create_model('cmt_ti', device='meta')
-    groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.5)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
     scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
     scales = [scale[id(p)] for p in (
         model.stem.conv1.weight, model.stages[0].position_bias, model.stages[0].blocks[0].lpu.dw.weight,
