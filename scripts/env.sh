@@ -16,7 +16,6 @@ absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 
 prepare_environment() {
     VENV=$(absolute "${VENV:-$root/.venv}")
-    python=$VENV/bin/python
     state=$VENV/.cmt
     case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
     if [ -n "${PYTHON:-}" ] || [ ! -e "$VENV/pyvenv.cfg" ]; then check_version "${PYTHON:-python3}"; fi
@@ -27,6 +26,9 @@ prepare_environment() {
             die "VENV=$VENV holds files and is no virtual environment; choose another VENV"
     fi
     mkdir -p "$state" 2>/dev/null && [ -w "$state" ] || die "cannot write to VENV=$VENV; choose another VENV"
+    VENV=$(cd "$VENV" && pwd -P)  # venv refuses a link
+    python=$VENV/bin/python
+    state=$VENV/.cmt
 
     # one install at a time; a pip that outlived its script holds the lock as well
     if command -v flock >/dev/null; then

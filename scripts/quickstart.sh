@@ -6,7 +6,7 @@
 #
 #     PYTHON, VENV   see env.sh
 #     OUTPUT         the run's folder (default output/digits in the repository). A run in the default folder is
-#                    replaced; one in a folder of your choice only with --overwrite.
+#                    replaced, unless --resume auto is given; one in a folder of your choice only with --overwrite.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -20,8 +20,8 @@ prepare_environment
 install_requirements
 release_lock
 
-# a small model: more threads only wait for each other
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+# a small model: more threads only wait for each other, and on a busy machine they should not burn time doing it
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 overwrite=
 if [ -z "${OUTPUT:-}" ] && [ -e "$output" ]; then
