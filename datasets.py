@@ -138,7 +138,7 @@ class KeyedDataset(Dataset):
 
 
 class NamedErrors(Dataset):
-    """Validation samples, with the file's name in the error where one can't be read: leaving it out would change the score."""
+    """Validation samples; an image that can't be read is an error that names it: the score would be of other images."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset

@@ -1,7 +1,7 @@
 """What happens to a batch: preparation on the device, the training step, an epoch of them, evaluation."""
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -66,15 +66,22 @@ class NativeScaler(torch.amp.GradScaler):
     def parameters(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
         return [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
 
+    @property
+    def scales(self) -> bool:
+        """Whether gradients that overflow are left out by the scale's own doing."""
+        return self.is_enabled()
 
-class ApexScaler:
-    """apex.amp's loss scaling. timm's ApexScaler unscales, clips and steps in one call, which leaves no room between."""
+
+class ApexScaler(NativeScaler):
+    """apex.amp's loss scaling: it unscales when scale_loss's context ends, and patches the optimizer to leave out steps
+    that overflowed. timm's ApexScaler unscales, clips and steps in one call, which leaves no room between.
+    """
+    scales = True
 
     def __init__(self, amp):
+        super().__init__(enabled=False)
         self.amp = amp
-
-    def is_enabled(self) -> bool:
-        return True
+        self.state_dict, self.load_state_dict = amp.state_dict, amp.load_state_dict
 
     def backward(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, last: bool) -> None:
         with self.amp.scale_loss(loss, optimizer, delay_unscale=not last) as scaled:
@@ -82,21 +89,6 @@ class ApexScaler:
 
     def parameters(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
         return [p for p in self.amp.master_params(optimizer) if p.grad is not None]
-
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Done when scale_loss's context ended."""
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.step()  # amp.initialize has patched it to leave out steps that overflowed
-
-    def update(self) -> None:
-        """Done when scale_loss's context ended."""
-
-    def state_dict(self) -> dict:
-        return self.amp.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.amp.load_state_dict(state)
 
 
 class Meters:
@@ -197,8 +189,8 @@ class TrainStep:
         # gradients are the same on all ranks by now, losses are not
         bad_loss = reduce_((~torch.isfinite(loss)).float(), dist.ReduceOp.MAX)
         bad_norm = (~torch.isfinite(norm)).float()
-        scaled = self.scaler.is_enabled()  # then overflowing gradients are the scaler's business
-        bad = bad_loss if scaled else torch.maximum(bad_loss, bad_norm)
+        scales = self.scaler.scales  # then overflowing gradients are the scaler's business
+        bad = bad_loss if scales else torch.maximum(bad_loss, bad_norm)
 
         if self.clip_grad is not None:
             if self.clip_mode == 'norm':
@@ -216,10 +208,10 @@ class TrainStep:
             average, module = self.ema
             average.update(module)
         samples = sum(len(targets) for _, targets in batches)
-        meters.add(loss, samples, bad, bad_norm * (1 - bad_loss) if scaled else torch.zeros_like(bad))
+        meters.add(loss, samples, bad, bad_norm * (1 - bad_loss) if scales else torch.zeros_like(bad))
 
     def _optimizer_step(self, bad: torch.Tensor) -> None:
-        if self.scaler.is_enabled() or not self.skip_nonfinite:
+        if self.scaler.scales or not self.skip_nonfinite:
             self.scaler.step(self.optimizer)
         elif getattr(self.optimizer, '_step_supports_amp_scaling', False):
             # the way GradScaler tells a fused optimizer to leave a step out, decided on the device
@@ -239,11 +231,10 @@ def train_one_epoch(
         accum_steps: int,
         meters: Meters,
         progress: Progress,
-        after_step: Callable[[int], bool],
         check_every: int = 1,
         skips_in_a_row: int = 0,
-) -> bool:
-    """Train for the rest of an epoch.
+) -> Iterator[int]:
+    """Train for the rest of an epoch, yielding at each step's border the number of updates done in the epoch.
 
     Args:
         train_step: the update.
@@ -254,12 +245,8 @@ def train_one_epoch(
         accum_steps: batches to an update.
         meters: go on from their sums.
         progress: shown to a person.
-        after_step: called with the number of updates done in the epoch; True stops.
         check_every: updates between two looks at the meters, each a host sync.
         skips_in_a_row: updates that may be left out one after the other for a loss or gradient that is not finite.
-
-    Returns:
-        Whether the epoch was finished.
 
     Raises:
         TrainingFault: on all ranks, where losses or gradients are not finite.
@@ -284,9 +271,7 @@ def train_one_epoch(
                     'images/s': f'{rate:.0f}',
                 }
         progress.step(figures)
-        if after_step(step + 1):
-            return step + 1 == first_step + updates
-    return True
+        yield step + 1
 
 
 def check_faults(sums: dict[str, float], epoch: int, step: int, skips_in_a_row: int) -> None:
