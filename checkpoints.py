@@ -160,7 +160,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if wanted:
             raise ValueError(
                 f'{name} was not loaded: it asks for {wanted[1]}, which a checkpoint has no use for') from None
-        reason = str(error).strip().split('\n')[0][:120] or type(error).__name__
+        is_pickle = isinstance(error, pickle.UnpicklingError)  # whose text is advice on how to run what it holds
+        reason = 'no file of torch.save' if is_pickle else str(error).strip().split('\n')[0] or type(error).__name__
         raise ValueError(f'{name} is damaged or no checkpoint ({reason})') from None
     if not isinstance(state, dict):
         raise ValueError(f'{name} holds a {type(state).__name__}, not a checkpoint')

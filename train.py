@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import timm
@@ -130,6 +131,8 @@ def load_weights(model: nn.Module, state: dict, source: str) -> None:
     Raises:
         ValueError: tensors missing, left over or of another shape.
     """
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f'{source} holds no weights')
     state = cmt.checkpoint_filter_fn(state, model)
     own = model.state_dict()
     faults = [f'{name} missing' for name in own if name not in state]
@@ -189,10 +192,6 @@ def main(args: argparse.Namespace) -> None:
     sampler = TrainSampler(
         len(dataset_train), args.batch_size, args.accum_steps, repeats=3 if args.repeated_aug else 1,
         rank=rank, world_size=world_size, seed=args.seed, even=mixup_active) if is_training else None
-    loader_options = dict(
-        num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == 'cuda', timeout=args.dist_timeout)
-    loader_val = build_loader(
-        dataset_val, int(1.5 * args.batch_size), rank=rank, world_size=world_size, **loader_options)
 
     # model
     random_seed(args.seed)
@@ -203,6 +202,10 @@ def main(args: argparse.Namespace) -> None:
             load_weights(model, checkpoint.get(kind, checkpoint), source)
             logger.info('loaded %s from %s', kind if kind in checkpoint else 'weights', source)
     model.to(device)
+    loader_options = dict(
+        num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == 'cuda', timeout=args.dist_timeout)
+    loader_val = build_loader(
+        dataset_val, int(1.5 * args.batch_size), rank=rank, world_size=world_size, **loader_options)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = resolve_dtype(args.amp_dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
@@ -265,6 +268,8 @@ def main(args: argparse.Namespace) -> None:
     # wrappers
     core = model
     if world_size > 1:
+        # of depthwise weights, whose one input channel may have any stride: the layouts are the same
+        warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
         model = nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == 'cuda' else None,
             broadcast_buffers=False, gradient_as_bucket_view=True)
