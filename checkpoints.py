@@ -12,6 +12,7 @@ import re
 import shutil
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,9 @@ class RunWriter:
     Args:
         folder: where they go.
         keep: epochs whose checkpoints stay as checkpoint_EEEE.pth.
+
+    Attributes:
+        trackers: functions that are given each record too.
     """
 
     def __init__(self, folder: str | Path, keep: int = 0):
@@ -86,6 +90,7 @@ class RunWriter:
         self.keep = keep
         self.thread: threading.Thread | None = None
         self.error: OSError | RuntimeError | None = None
+        self.trackers: list[Callable] = []
 
     def save(self, state: dict[str, Any], copies: tuple[str, ...] = ()) -> None:
         """Copy `state` to host memory, then write it as checkpoint_last.pth, and under the names `copies` too."""
@@ -104,6 +109,8 @@ class RunWriter:
                     os.fsync(file.fileno())
             except OSError as error:
                 self.error = error
+        for tracker in self.trackers:
+            tracker(record)
 
     def wait(self) -> None:
         """Until the last checkpoint is on disk, or has failed."""

@@ -5,6 +5,7 @@ the device, to the whole batch (engine.py).
 """
 import logging
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,7 +131,7 @@ class KeyedDataset(Dataset):
             current = (index + attempt) % len(self)
             try:
                 return self.dataset[current]
-            except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damaged files
+            except Exception as error:  # Pillow's plugins raise whatever comes on damaged files
                 name = image_name(self.dataset, current)
                 logger.warning('cannot read %s (%s): taking the next image instead', name, error)
         raise RuntimeError(
@@ -149,7 +150,7 @@ class NamedErrors(Dataset):
     def __getitem__(self, index: int):
         try:
             return self.dataset[index]
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:
             raise RuntimeError(
                 f'cannot read validation image {image_name(self.dataset, index)} ({error})') from error
 
@@ -238,6 +239,12 @@ def build_dataset(
     return ImageFolder(Path(data_path) / ('train' if is_train else 'val'), transform, classes)
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    # Ctrl-C and SLURM signal every process of a group; a run that is about to save still needs its loader
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(
         dataset: Dataset,
         batch_size: int,
@@ -262,5 +269,6 @@ def build_loader(
         pin_memory=pin_memory,
         collate_fn=fast_collate,
         timeout=timeout if num_workers else 0,
+        worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator(),  # the loader draws a base seed of its own: keep it off the global generator
     )

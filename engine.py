@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.utils import dispatch_clip_grad, random_seed
 
-from utils import Progress, get_world_size, reduce_
+from utils import Progress, get_rank, get_world_size, reduce_
 
 OVERFLOWS_IN_A_ROW = 50  # a loss scale halved so many times in a row is a fault, not a scale to be found
 
@@ -94,11 +94,18 @@ class ApexScaler(NativeScaler):
 class Meters:
     """Running sums of an epoch, kept on the device: reading one waits for it, adding to one does not."""
     NAMES = ('loss', 'samples', 'skipped', 'skipped_in_a_row', 'overflows', 'overflows_in_a_row')
+    OF_A_RANK = 2  # the first two are sums of each rank's own, the others are the same on all ranks
 
-    def __init__(self, device: torch.device, sums: list[float] | None = None):
+    def __init__(self, device: torch.device, saved: list[list[float]] | None = None):
+        """Start at 0, or go on from what of_all_ranks() gave, also where the number of ranks has changed."""
         self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
-        if sums:
-            self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
+        if saved:
+            if len(saved) == get_world_size():
+                own = saved[get_rank()]
+            else:
+                totals = [sum(values) * (get_rank() == 0) for values in zip(*saved)]
+                own = totals[:self.OF_A_RANK] + saved[0][self.OF_A_RANK:]
+            self.sums.copy_(torch.tensor(own, dtype=torch.float64))
 
     def add(self, loss: torch.Tensor, samples: int, skipped: torch.Tensor, overflowed: torch.Tensor) -> None:
         """One update: mean loss over `samples`, and whether (0. or 1.) it was skipped or overflowed."""
@@ -110,6 +117,12 @@ class Meters:
 
     def read(self) -> dict[str, float]:
         return dict(zip(self.NAMES, self.sums.tolist()))
+
+    def total(self) -> dict[str, float]:
+        """The figures of all ranks together."""
+        saved = self.of_all_ranks()
+        sums = [sum(values) for values in zip(*saved)]
+        return dict(zip(self.NAMES, sums[:self.OF_A_RANK] + saved[0][self.OF_A_RANK:]))
 
     def of_all_ranks(self) -> list[list[float]]:
         """The sums of each rank, in the order of ranks."""

@@ -3,6 +3,7 @@
 Apart from train.py so that the story of a run reads in one piece there.
 """
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def number(kind: type, low: float, high: float = float('inf'), above: bool = Fal
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole ' if kind is int else 'a '}number") from None
-        if not low <= value <= high or above and value == low:
+        if not (math.isfinite(value) and low <= value <= high) or above and value == low:
             upper = f' and at most {high}' if high < float('inf') else ''
             raise argparse.ArgumentTypeError(f'{text} is not {"above" if above else "at least"} {low}{upper}')
         return value
@@ -65,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--overwrite', action='store_true', help='replace the run that --output-dir holds')
     g.add_argument('--eval', action='store_true', help='evaluate --resume CKPT and stop')
     g.add_argument('--throughput', action='store_true', help='measure images/s of the forward pass and stop')
-    g.add_argument('--seed', type=count, default=3407)
+    g.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=3407)
     g.add_argument('--start-epoch', type=count, default=0)
     g.add_argument('--epochs', type=positive, default=300)
     g.add_argument('--test-freq', type=positive, default=20, help='validate every so many epochs ...')
@@ -74,6 +75,10 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--save-every-steps', type=count, default=0, help='checkpoint inside an epoch')
     g.add_argument('--save-every-minutes', type=amount, default=0, help='checkpoint inside an epoch')
     g.add_argument('--keep-checkpoints', type=count, default=0, help="epochs whose checkpoints stay besides the last")
+    g.add_argument('--log-tensorboard', action=toggle, default=False, help='figures of each epoch for TensorBoard too')
+    g.add_argument('--log-wandb', action=toggle, default=False, help='... for Weights & Biases too')
+    g.add_argument('--profile', type=count, default=0, metavar='N',
+                   help='trace of N steps to --output-dir/trace.json, for a browser (ui.perfetto.dev)')
 
     g = parser.add_argument_group('data')
     g.add_argument('--data-set', default='IMNET', choices=DATA_SETS)
@@ -107,14 +112,15 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--drop', type=share, default=0.0, help='dropout in LMHSA and IRFFN')
     g.add_argument('--head-drop', type=share, help="dropout before the classifier (default: the model's)")
     g.add_argument('--drop-path', type=share, default=0.1)
-    g.add_argument('--grad-checkpointing', action='store_true')
-    g.add_argument('--compile', action='store_true', help='torch.compile')
-    g.add_argument('--sync-bn', action='store_true')
+    g.add_argument('--grad-checkpointing', action=toggle, default=False)
+    g.add_argument('--compile', action=toggle, default=False, help='torch.compile')
+    g.add_argument('--sync-bn', action=toggle, default=False)
     g.add_argument('--dist-bn', default='broadcast', choices=('broadcast', 'reduce'),
-                   help="BatchNorm statistics before evaluation: the first rank's, or the mean")
+                   help="BatchNorm statistics before evaluation: the first rank's, or the mean (with which a run "
+                   'resumed in mid-epoch does not end with the same bits)')
     g.add_argument('--model-ema', action=toggle, default=True)
     g.add_argument('--model-ema-decay', type=share, default=0.99996)
-    g.add_argument('--model-ema-force-cpu', action='store_true')
+    g.add_argument('--model-ema-force-cpu', action=toggle, default=False)
 
     g = parser.add_argument_group('optimizer')
     g.add_argument('--opt', default='adamw')
@@ -131,8 +137,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--max-skips', type=positive, default=10, help='updates in a row that may be skipped so')
 
     g = parser.add_argument_group('schedule')
-    g.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'plateau'))
-    g.add_argument('--sched-on-updates', action='store_true')
+    g.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly'))
+    g.add_argument('--sched-on-updates', action=toggle, default=False)
     g.add_argument('--lr', type=rate, default=5e-4, help='for a global batch of 512; it follows the global batch')
     g.add_argument('--lr-noise', type=float, nargs='+')
     g.add_argument('--lr-noise-pct', type=float, default=0.67)
@@ -142,15 +148,15 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--warmup-epochs', type=count, default=5)
     g.add_argument('--cooldown-epochs', type=count, default=10)
     g.add_argument('--decay-epochs', type=rate, default=30)
-    g.add_argument('--patience-epochs', type=count, default=10)
     g.add_argument('--decay-rate', '--dr', type=amount, default=0.1)
 
     g = parser.add_argument_group('precision and processes')
     g.add_argument('--amp-dtype', default='auto', choices=('auto', *DTYPES),
                    help='auto: float32 on CPU, bfloat16 on CUDA, float16 where CUDA has no bfloat16')
-    g.add_argument('--apex-amp', action='store_true', help="train with NVIDIA's apex.amp, or float16 where it is not")
+    g.add_argument('--apex-amp', action=toggle, default=False,
+                   help="train with NVIDIA's apex.amp, or in float16 where it is not")
     g.add_argument('--apex-opt-level', default='O1', choices=('O0', 'O1', 'O2', 'O3'))
-    g.add_argument('--device', help='cuda or cpu (default: cuda where there is one)')
+    g.add_argument('--device', choices=('cuda', 'cpu'), help='default: cuda where there is one')
     g.add_argument('--dist-url', default='env://')
     g.add_argument('--dist-timeout', type=rate, default=600, help='seconds that ranks wait for each other')
     g.add_argument('--world-size', type=positive, help='checked against what the launcher started')
@@ -161,6 +167,7 @@ def get_parser() -> argparse.ArgumentParser:
         '--update-temperature': "the authors' code calls a method that never existed",
         '--warmup-drop-path': "the authors' models have nothing that it could act on; --drop-path is constant",
         '--warmup-drop-path-epochs': "the authors' models have nothing that it could act on",
+        '--patience-epochs': 'it goes with the plateau schedule, whose state no restart could repeat',
         '--resplit': 'it acts on augmentation splits, which no recipe makes',
         '--inat-category': 'it goes with the iNaturalist data sets, which --data-set does not list',
         '--init-method': 'use --dist-url',
@@ -183,10 +190,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixup and args.batch_size % 2 and not args.eval:
         parser.error(f'--batch-size {args.batch_size} is odd: mixup and cutmix pair the images of a batch')
+    for name in ('scale', 'ratio', 'cutmix_minmax'):
+        pair = getattr(args, name)
+        if pair and pair[0] >= pair[1]:
+            parser.error(f'--{name.replace("_", "-")} {pair[0]} {pair[1]}: the first must be below the second')
+    if args.opt_betas and len(args.opt_betas) != 2:
+        parser.error('--opt-betas takes two numbers')
     if args.eval and not args.resume:
         parser.error('--eval needs --resume CKPT')
     if args.resume == 'auto' and not args.output_dir:
         parser.error('--resume auto needs --output-dir')
+    if args.profile and not args.output_dir:
+        parser.error('--profile needs --output-dir')
     if args.aa.lower() == 'none':
         args.aa = ''
     return args

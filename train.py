@@ -22,6 +22,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn, random_seed
+from timm.utils.distributed import world_info_from_env
 
 import checkpoints
 import cmt
@@ -93,7 +94,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
     noise = args.lr_noise[0] if args.lr_noise and len(args.lr_noise) == 1 else args.lr_noise
     return create_scheduler_v2(
         optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
-        cooldown_epochs=args.cooldown_epochs, patience_epochs=args.patience_epochs, decay_rate=args.decay_rate,
+        cooldown_epochs=args.cooldown_epochs, decay_rate=args.decay_rate,
         min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, noise=noise,
         noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed,
         step_on_epochs=not args.sched_on_updates, updates_per_epoch=updates_per_epoch)
@@ -105,7 +106,7 @@ def position_schedule(scheduler, epoch: int, updates: int) -> None:
     As in the authors' code an epoch's rate is the schedule's value for the epoch before.
     """
     if scheduler.t_in_epochs and epoch > 0:
-        scheduler.step(epoch - 1, scheduler.metric)
+        scheduler.step(epoch - 1)
     elif not scheduler.t_in_epochs and updates > 0:
         scheduler.step_update(updates)
 
@@ -131,7 +132,9 @@ def load_weights(model: nn.Module, state: dict, source: str) -> None:
     Raises:
         ValueError: tensors missing, left over or of another shape.
     """
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    is_weights = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
+    if not is_weights or not state:
         raise ValueError(f'{source} holds no weights')
     state = cmt.checkpoint_filter_fn(state, model)
     own = model.state_dict()
@@ -166,10 +169,8 @@ def main(args: argparse.Namespace) -> None:
     """
     # processes
     utils.setup_logging()
-    try:
+    with usage_errors():
         device = utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
-    except ValueError as error:
-        raise UsageError(error) from None
     rank, world_size = utils.get_rank(), utils.get_world_size()
     output_dir = Path(args.output_dir) if args.output_dir else None
     is_training = not (args.eval or args.throughput)
@@ -178,6 +179,7 @@ def main(args: argparse.Namespace) -> None:
     with usage_errors():
         if args.world_size not in (None, 1, world_size):
             raise ValueError(f'--world-size {args.world_size}, but the launcher started {world_size}')
+        utils.check_trackers(args.log_tensorboard, args.log_wandb)
         with torch.device('meta'):
             build_model(args, num_classes=1)
         if is_training and output_dir:
@@ -222,14 +224,15 @@ def main(args: argparse.Namespace) -> None:
 
     # EMA, optimizer and schedule; the learning rate follows the global batch
     if args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = utils.convert_sync_batchnorm(model, device)
     ema = ModelEmaV3(model, args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
     global_batch = args.batch_size * args.accum_steps * world_size
     lr = args.lr * global_batch / 512
-    optimizer = build_optimizer(args, model, lr)
     updates_per_epoch = sampler.updates
-    scheduler, num_epochs = build_scheduler(args, optimizer, updates_per_epoch)
+    with usage_errors():
+        optimizer = build_optimizer(args, model, lr)
+        scheduler, num_epochs = build_scheduler(args, optimizer, updates_per_epoch)
 
     # precision of training
     apex = find_apex() if args.apex_amp else None
@@ -253,17 +256,19 @@ def main(args: argparse.Namespace) -> None:
                 load_optimizer(optimizer, checkpoint['optimizer'], source)
             if checkpoint.get('loss_scaler'):
                 scaler.load_state_dict(checkpoint['loss_scaler'])
-            scheduler.metric = checkpoint.get('lr_scheduler', {}).get('metric')
             best = checkpoint.get('best') or {}
             epoch = checkpoint.get('epoch', -1) + 1
             if checkpoint.get('meters'):  # sums of an epoch that is not in the log yet
                 epoch, step, samples_seen = (checkpoint[key] for key in ('epoch', 'step', 'samples_seen'))
-                sums = utils.of_this_rank(checkpoint['meters'])
+                sums = checkpoint['meters']
             if checkpoint.get('world_size', world_size) != world_size:
                 logger.info(
                     '%d processes now, %d before: %d samples of epoch %d are done, the base learning rate is %g',
                     world_size, checkpoint['world_size'], samples_seen, epoch, lr)
             logger.info('going on at epoch %d, step %d', epoch, step)
+
+        if output_dir:
+            output_dir.mkdir(parents=True, exist_ok=True)
 
     # wrappers
     core = model
@@ -294,7 +299,6 @@ def main(args: argparse.Namespace) -> None:
     writer = None
     if output_dir and rank == 0:
         writer = checkpoints.RunWriter(output_dir, args.keep_checkpoints)
-        output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             checkpoints.remove_run(output_dir)
         checkpoints.trim_log(output_dir / checkpoints.LOG, epoch)
@@ -302,6 +306,7 @@ def main(args: argparse.Namespace) -> None:
                     if key not in ('config', 'local_rank', 'resume', 'overwrite') and value is not None}
         (output_dir / 'config.yaml').write_text(
             f'# train.py {shlex.join(sys.argv[1:])}\n' + yaml.safe_dump(settings, sort_keys=False))
+        writer.trackers = utils.build_trackers(args.log_tensorboard, args.log_wandb, output_dir, settings, epoch)
     elif rank == 0:
         logger.warning('no --output-dir: nothing will be saved')
     logger.info('%s: %.2f M parameters, %d classes, %d training and %d validation images, %d updates an epoch',
@@ -321,6 +326,9 @@ def main(args: argparse.Namespace) -> None:
             }, copies)
 
     stop, wish = utils.StopRequest(), GO_ON
+    profiler = utils.build_profiler(args.profile, output_dir / 'trace.json') if args.profile and writer else None
+    if profiler is not None:
+        profiler.start()
     for epoch in range(epoch, num_epochs):  # noqa: B020
         # train
         began = saved = time.monotonic()
@@ -338,6 +346,8 @@ def main(args: argparse.Namespace) -> None:
             samples_seen += sampler.samples_per_update
             all_updates += 1
             scheduler.step_update(all_updates)
+            if profiler is not None:
+                profiler.step()
             due = args.save_every_steps and step % args.save_every_steps == 0 or \
                 args.save_every_minutes and time.monotonic() - saved > 60 * args.save_every_minutes
             wish = FAILED if writer and writer.error else STOP if stop.signal else SAVE if due else GO_ON
@@ -354,10 +364,10 @@ def main(args: argparse.Namespace) -> None:
         train_seconds = time.monotonic() - began
 
         # figures of all ranks
-        totals = dict(zip(Meters.NAMES, map(sum, zip(*meters.of_all_ranks(), strict=True)), strict=True))
+        totals = meters.total()
         record = {
             'epoch': epoch, 'train_lr': learning_rate, 'train_loss': totals['loss'] / max(totals['samples'], 1),
-            'skipped_updates': int(totals['skipped'] / world_size), 'n_parameters': n_parameters,
+            'skipped_updates': int(totals['skipped']), 'n_parameters': n_parameters,
             'train_images_per_s': (samples_seen - seen_before) / train_seconds,
         }
 
@@ -365,14 +375,15 @@ def main(args: argparse.Namespace) -> None:
         if world_size > 1:
             for module in filter(None, (core, ema and ema.module)):
                 distribute_bn(module, world_size, reduce=args.dist_bn == 'reduce')
-        copies, metric = [f'checkpoint_{epoch:04d}.pth'] if args.keep_checkpoints else [], None
+        copies = [f'checkpoint_{epoch:04d}.pth'] if args.keep_checkpoints else []
         if epoch % args.test_freq == 0 or epoch > args.test_epoch or epoch == num_epochs - 1:
+            if args.save_every_steps or args.save_every_minutes:
+                save(meters.of_all_ranks())  # evaluation takes its time: a run killed in it goes on with it
             stats = score(core)
             report(stats)
             record.update({f'test_{key}': stats[key] for key in ('acc1', 'acc5', 'loss')})
-            metric = stats['acc1']
-            if metric > best.get('acc1', -1):
-                best = {**best, 'acc1': metric, 'epoch': epoch}
+            if stats['acc1'] > best.get('acc1', -1):
+                best = {**best, 'acc1': stats['acc1'], 'epoch': epoch}
                 copies.append('checkpoint_best.pth')
             if ema is not None:
                 stats = score(ema.module if ema.device is None else copy.deepcopy(ema.module).to(device))
@@ -381,7 +392,7 @@ def main(args: argparse.Namespace) -> None:
                 if stats['acc1'] > best.get('ema_acc1', -1):
                     best = {**best, 'ema_acc1': stats['acc1'], 'ema_epoch': epoch}
                     copies.append('checkpoint_ema_best.pth')
-        scheduler.step(epoch, metric)
+        scheduler.step(epoch)
 
         # log, then save: a run killed in between drops the line when it goes on
         record.update(epoch_seconds=time.monotonic() - began, memory_mb=utils.memory_mb(device))
@@ -392,7 +403,12 @@ def main(args: argparse.Namespace) -> None:
                     learning_rate, record['train_images_per_s'], record['epoch_seconds'],
                     f"  best {best['acc1']:.3f}%" if best else '')
         step, samples_seen, sums = 0, 0, None
+        if utils.largest(STOP if stop.signal else GO_ON) == STOP:
+            wish = STOP
+            break
 
+    if profiler is not None:
+        profiler.stop()
     if writer is not None:
         writer.wait()
     if utils.largest(FAILED if writer and writer.error else GO_ON) == FAILED:
@@ -416,7 +432,7 @@ def cli() -> int:
     try:
         main(args)
     except (UsageError, TrainingFault) as error:
-        if utils.get_rank() == 0:
+        if world_info_from_env()[1] == 0:
             sys.stderr.write(f'train.py: error: {error}\n')
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

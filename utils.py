@@ -1,6 +1,7 @@
 """Processes and the terminal: distributed set-up, stopping, logging, progress."""
 import contextlib
 import datetime
+import importlib.util
 import logging
 import os
 import resource
@@ -8,10 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from timm.utils.distributed import is_distributed_env, world_info_from_env
+from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -81,20 +88,16 @@ def largest(number: int) -> int:
     return int(reduce_(torch.tensor([number]), dist.ReduceOp.MAX))
 
 
-def of_this_rank(values: list[list[float]]) -> list[float] | None:
-    """What each rank saved, or the sum of it on the first rank where their number has changed."""
-    if len(values) == get_world_size():
-        return values[get_rank()]
-    return [sum(of_ranks) for of_ranks in zip(*values, strict=True)] if get_rank() == 0 else None
-
-
 @contextlib.contextmanager
 def usage_errors():
-    """A ValueError of any rank inside becomes a UsageError of all of them, so that none waits for the others."""
+    """An error of any rank inside becomes a UsageError of all of them, so that none waits for the others.
+
+    ValueError, what the system refuses, and the assertions by which timm checks settings.
+    """
     error = None
     try:
         yield
-    except ValueError as e:
+    except (ValueError, OSError, AssertionError) as e:
         error = str(e)
     errors = [error]
     if dist.is_initialized():
@@ -147,6 +150,79 @@ def memory_mb(device: torch.device) -> float:
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def build_trackers(
+        tensorboard: bool, wandb: bool, folder: Path, settings: dict[str, Any], epoch: int) -> list[Callable]:
+    """Functions that show a record of log.txt elsewhere too.
+
+    Args:
+        tensorboard, wandb: where.
+        folder: of the run; both go on with what it holds.
+        settings: shown beside the curves.
+        epoch: the first to come.
+    """
+    trackers = []
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder / 'tensorboard', purge_step=epoch)
+
+        def to_tensorboard(record: dict[str, Any]) -> None:
+            for key, value in record.items():
+                writer.add_scalar(key, value, record['epoch'])
+            writer.flush()
+        trackers.append(to_tensorboard)
+    if wandb:
+        import wandb as package
+        name = folder.resolve().name
+        run = package.init(
+            project='cmt', name=name, dir=folder, config=settings, resume='allow',
+            id=f'{name}-{zlib.crc32(str(folder.resolve()).encode()):08x}')
+        trackers.append(lambda record: run.log(record, step=record['epoch']))
+    return trackers
+
+
+def check_trackers(tensorboard: bool, wandb: bool) -> None:
+    """Raise ValueError where a package is missing."""
+    for wanted, package in ((tensorboard, 'tensorboard'), (wandb, 'wandb')):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f'--log-{package} needs a package that is not installed: pip install {package}')
+
+
+def build_profiler(steps: int, path: Path) -> torch.profiler.profile:
+    """A profiler that skips two steps, warms up in two and writes a Chrome trace of the next `steps` to `path`."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(skip_first=2, wait=0, warmup=2, active=steps, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all ranks, equal in size, on any device; torch's own runs on GPUs alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or get_world_size() == 1:
+            return super().forward(x)
+        n = x.numel() // x.shape[1] * get_world_size()
+        x32 = x.float()
+        mean = all_reduce(x32.sum((0, 2, 3))) / n
+        centred = x32 - mean[:, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Let every BatchNorm of `model` work on the batches of all ranks together."""
+    if device.type == 'cuda':
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = SyncBatchNorm
+    return model
 
 
 class Progress:
