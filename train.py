@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UsageError: what the user can mend; nothing was written.
         TrainingFault: losses or gradients that are not finite; the last checkpoint is good.
-        KeyboardInterrupt: stopped by Ctrl-C, after a checkpoint.
+        SystemExit: stopped by a signal, after a checkpoint.
     """
     # processes
     utils.setup_logging()
@@ -275,6 +275,7 @@ def main(args: argparse.Namespace) -> None:
     if world_size > 1:
         # of depthwise weights, whose one input channel may have any stride: the layouts are the same
         warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
+        warnings.filterwarnings('ignore', '.*broadcast_buffers. is deprecated')  # torch 2.11 has no other name for it
         model = nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == 'cuda' else None,
             broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -416,8 +417,9 @@ def main(args: argparse.Namespace) -> None:
                             f'({writer and writer.error})')
     if wish == STOP:
         logger.info('stopped at epoch %d, step %d; --resume auto goes on there', epoch, step)
-        if stop.signal == signal.SIGINT:
-            raise KeyboardInterrupt
+        number = utils.largest(stop.signal)  # one rank may have had the signal alone
+        goes_on = args.resume == 'auto' and number != signal.SIGINT
+        raise SystemExit(0 if goes_on else 128 + number)
 
 
 def report(stats: dict[str, float], title: str = '') -> None:
@@ -427,7 +429,7 @@ def report(stats: dict[str, float], title: str = '') -> None:
 
 
 def cli() -> int:
-    """Exit status: 0 done or stopped after a checkpoint, 1 a fault, 2 a user's mistake, 130 Ctrl-C."""
+    """Exit status: 0 done, or stopped under --resume auto, 1 a fault, 2 a user's mistake, 128 + n stopped by signal n."""
     args = parse_args()
     try:
         main(args)

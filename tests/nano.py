@@ -1,13 +1,23 @@
 """python tests/nano.py ARGS: train.py ARGS with `cmt_nano`, a CMT small enough for a test to train in seconds."""
+import json
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cmt  # noqa: E402
 
 default_cfgs = generate_default_cfgs({'cmt_nano': cmt._cfg(size=32)})
+
+FLAGS = (
+    '--model cmt_nano --device cpu --input-size 32 --batch-size 8 --accum-steps 2 --num-workers 0 '
+    '--epochs 3 --cooldown-epochs 0 --warmup-epochs 1 --warmup-lr 1e-3 --lr 0.1 --model-ema-decay 0.9 '
+    '--drop 0.1 --drop-path 0.2 --test-freq 1 --print-freq 3').split()
 
 
 @register_model
@@ -19,6 +29,93 @@ def cmt_nano(pretrained: bool = False, **kwargs) -> cmt.CMT:
         cmt.CMT, 'cmt_nano', pretrained, pretrained_filter_fn=cmt.checkpoint_filter_fn, **dict(model_args, **kwargs))
 
 
-if __name__ == '__main__':
+def train(argv, **changes) -> None:
+    """main() in this process."""
+    import options
     import train
-    sys.exit(train.cli())
+    train.main(options.parse_args([str(arg) for arg in argv]))
+
+
+def start(argv, ranks=1, output=os.devnull, before=None) -> list[multiprocessing.Process]:
+    """cli() in forked processes, which import nothing anew: seconds less than a subprocess each.
+
+    Args:
+        argv: flags of train.py.
+        ranks: processes, which meet as torchrun's would.
+        output: file for what they print.
+        before: called with the rank in the new process first.
+    """
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        port = found.getsockname()[1]
+
+    def child(rank):
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout = os.fdopen(1, 'w', buffering=1)
+        sys.stderr = os.fdopen(2, 'w', buffering=1)
+        os.setpgid(0, 0)
+        if ranks > 1:
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        if before:
+            before(rank)
+        import train
+        sys.argv = ['train.py', *map(str, argv)]
+        sys.exit(train.cli())
+
+    context = multiprocessing.get_context('fork')
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes, status=0, timeout=120) -> None:
+    """Wait for processes that are to end with `status`."""
+    try:
+        for process in processes:
+            process.join(timeout)
+        assert [process.exitcode for process in processes] == [status] * len(processes)
+    finally:
+        for process in processes:
+            if process.exitcode is None:
+                process.kill()
+
+
+def read(folder, name='checkpoint_last.pth'):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def log(folder) -> list[dict]:
+    """Lines of log.txt without what no two runs share."""
+    lines = [json.loads(line) for line in (Path(folder) / 'log.txt').read_text().splitlines()]
+    for line in lines:
+        for key in ('train_images_per_s', 'epoch_seconds', 'memory_mb'):
+            assert line.pop(key) >= 0
+    return lines
+
+
+def same(a, b) -> bool:
+    """Equal bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(folder, other) -> None:
+    a, b = read(folder), read(other)
+    for key in ('model', 'model_ema', 'optimizer', 'lr_scheduler', 'epoch', 'step', 'best', 'samples_seen', 'meters'):
+        assert same(a[key], b[key]), key
+    assert log(folder) == log(other)
+
+
+if __name__ == '__main__':
+    import train as command
+    sys.exit(command.cli())
