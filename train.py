@@ -429,7 +429,7 @@ def report(stats: dict[str, float], title: str = '') -> None:
 
 
 def cli() -> int:
-    """Exit status: 0 done or stopped under --resume auto, 1 a fault, 2 a user's mistake, 128 + n stopped by signal n."""
+    """Exit status: 0 done or stopped under --resume auto, 1 a fault, 2 a mistake, 128 + n stopped by signal n."""
     args = parse_args()
     try:
         main(args)
