@@ -1,0 +1,568 @@
+"""Runs from the command line to the last epoch: bits, resuming, stopping, mistakes."""
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from timm.utils import random_seed
+
+import checkpoints
+import engine
+import nano
+import options
+import train
+import utils
+
+GOLDEN_LR = json.loads((Path(__file__).parent / 'golden_lr.json').read_text())
+RECIPES = {
+    'cmt_ti': '--epochs 800 --warmup-lr 1e-7 --warmup-epochs 20 --lr 8e-4 --min-lr 1e-5',
+    'cmt_xs': '--epochs 400 --warmup-lr 1e-6 --warmup-epochs 20 --lr 7e-4 --min-lr 2e-5',
+    'cmt_s': '--epochs 300 --warmup-lr 1e-7 --warmup-epochs 20',
+    'cmt_b': '--epochs 300 --warmup-lr 1e-6 --min-lr 2e-5 --warmup-epochs 20',
+}
+
+
+def at_step(monkeypatch, number, action):
+    """Do `action` in the training step after `number` others."""
+    step, calls = engine.TrainStep.__call__, []
+
+    def patched(self, *args):
+        calls.append(1)
+        if len(calls) == number + 1:
+            action()
+        return step(self, *args)
+
+    monkeypatch.setattr(engine.TrainStep, '__call__', patched)
+
+
+# the schedule
+
+@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('walking', [True, False], ids=['walking', 'resuming'])
+def test_learning_rates_are_the_authors(name, walking):
+    golden = GOLDEN_LR[name]
+    args = options.parse_args(RECIPES[name].split())
+    lr = args.lr * golden['recipe']['batch'] * 8 / 512
+    assert lr == pytest.approx(golden['base_lr'], rel=1e-12)
+
+    def fresh():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr)
+        return optimizer, *train.build_scheduler(args, optimizer, updates_per_epoch=7)
+
+    optimizer, scheduler, num_epochs = fresh()
+    assert num_epochs == golden['num_epochs'] == len(golden['lr_in_epoch'])
+    for epoch, expected in enumerate(golden['lr_in_epoch']):
+        if not walking:
+            if epoch % 13 and epoch < num_epochs - 12:
+                continue
+            optimizer, scheduler, _ = fresh()
+        train.position_schedule(scheduler, epoch, 7 * epoch)
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(expected, rel=1e-12, abs=0), epoch
+        for update in range(7 * epoch, 7 * epoch + 7):
+            scheduler.step_update(update + 1)
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(expected, rel=1e-12, abs=0), epoch
+        scheduler.step(epoch, None)
+
+
+def test_schedule_on_updates_resumes_where_it_stood():
+    args = options.parse_args('--epochs 4 --warmup-epochs 1 --cooldown-epochs 0 --sched-on-updates'.split())
+
+    def rates(first):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.)
+        scheduler, num_epochs = train.build_scheduler(args, optimizer, updates_per_epoch=5)
+        train.position_schedule(scheduler, first // 5, first)
+        for update in range(first, 5 * num_epochs):
+            yield optimizer.param_groups[0]['lr']
+            scheduler.step_update(update + 1)
+
+    undisturbed = list(rates(0))
+    assert len(set(undisturbed)) == 20
+    assert list(rates(7)) == undisturbed[7:] and list(rates(10)) == undisturbed[10:]
+
+
+# one run
+
+def test_a_run_learns_and_writes_what_design_says(whole):
+    lines = nano.log(whole)
+    assert [line['epoch'] for line in lines] == [0, 1, 2]
+    assert set(lines[0]) == {
+        'epoch', 'train_lr', 'train_loss', 'skipped_updates', 'n_parameters', 'test_acc1', 'test_acc5', 'test_loss',
+        'ema_test_acc1', 'ema_test_acc5', 'ema_test_loss'}
+    assert lines[0]['train_lr'] == 1e-3 and lines[2]['test_acc5'] == 100 and lines[2]['skipped_updates'] == 0
+    assert sorted(path.name for path in whole.iterdir()) == [
+        'checkpoint_best.pth', 'checkpoint_ema_best.pth', 'checkpoint_last.pth', 'checkpoint_prev.pth', 'config.yaml',
+        'log.txt']
+    last = nano.read(whole)
+    assert set(last) >= {
+        'model', 'model_ema', 'optimizer', 'lr_scheduler', 'loss_scaler', 'epoch', 'step', 'meters', 'best',
+        'world_size', 'samples_seen', 'args'}
+    assert type(last['args']) is dict and last['args']['seed'] == 3407
+    assert last['epoch'] == 2 and nano.read(whole, 'checkpoint_prev.pth')['epoch'] == 1
+    best = max(line['test_acc1'] for line in lines)
+    first = next(line['epoch'] for line in lines if line['test_acc1'] == best)
+    assert last['best']['acc1'] == best and nano.read(whole, 'checkpoint_best.pth')['epoch'] == first
+    assert all(int(state['step']) == 18 for state in last['optimizer']['state'].values())
+
+
+def test_a_small_model_learns(images, tmp_path):
+    nano.train([
+        *nano.FLAGS, '--data-path', images, '--output-dir', tmp_path / 'run', '--mixup', 0, '--cutmix', 0, '--aa',
+        'none', '--reprob', 0, '--drop', 0, '--drop-path', 0, '--no-repeated-aug', '--lr', 0.4, '--epochs', 5])
+    lines = nano.log(tmp_path / 'run')
+    assert lines[-1]['train_loss'] < 0.8 * lines[0]['train_loss'] and max(line['test_acc1'] for line in lines) > 60
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_the_same_command_gives_the_same_bits(flags, whole, tmp_path, workers):
+    nano.train([*flags, '--output-dir', tmp_path / 'run', '--num-workers', workers])
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_another_seed_gives_other_bits(flags, whole, tmp_path):
+    nano.train([*flags, '--output-dir', tmp_path / 'run', '--seed', 1, '--epochs', 1])
+    assert nano.log(tmp_path / 'run')[0]['train_loss'] != nano.log(whole)[0]['train_loss']
+
+
+def test_settings_beside_the_checkpoint_are_those_in_force(flags, whole):
+    text = (whole / 'config.yaml').read_text()
+    assert text.startswith(f'# train.py {" ".join(flags)}')
+    again = vars(options.parse_args(['--config', str(whole / 'config.yaml')]))
+    saved = nano.read(whole)['args']
+    again.pop('config'), saved.pop('config')
+    assert again == saved
+    assert yaml.safe_load(text)['model-ema-decay'] == 0.9
+
+
+def test_ema_averages_from_the_first_step_with_the_rate_given(images, tmp_path):
+    argv = [*nano.FLAGS, '--data-path', images, '--output-dir', tmp_path / 'run', '--epochs', 1, '--batch-size', 48,
+            '--model-ema-decay', 0.75]
+    nano.train(argv)
+    last = nano.read(tmp_path / 'run')
+    random_seed(3407)
+    before = train.build_model(options.parse_args([str(arg) for arg in argv]), 3).state_dict()
+    assert {int(state['step']) for state in last['optimizer']['state'].values()} == {1}
+    for name, after in last['model'].items():
+        if after.is_floating_point():
+            expected = 0.75 * before[name] + 0.25 * after
+            assert torch.allclose(last['model_ema'][name], expected, rtol=1e-5, atol=1e-7), name
+
+
+def test_head_drop_is_the_models_own_unless_given():
+    args = options.parse_args(['--model', 'cmt_nano', '--input-size', '32', '--drop', '0.2'])
+    assert train.build_model(args, 3).head_drop.p == 0.1
+    args.head_drop = 0.4
+    assert train.build_model(args, 3).head_drop.p == 0.4
+
+
+def test_weight_decay_is_for_all_but_vectors_and_the_rate_follows_depth():
+    args = options.parse_args(['--model', 'cmt_nano', '--input-size', '32', '--weight-decay', '0.07'])
+    model = train.build_model(args, 3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in train.build_optimizer(args, model, 1.).param_groups:
+        for p in group['params']:
+            plain = p.ndim <= 1 or names[id(p)].endswith('.bias')
+            assert group['weight_decay'] == (0 if plain else 0.07), names[id(p)]
+
+    args.layer_decay = 0.5
+    groups = train.build_optimizer(args, model, 1.).param_groups
+    rates = {names[id(p)]: group.get('lr_scale', 1.) for group in groups for p in group['params']}
+    stem = rates[next(name for name in rates if name.startswith('stem'))]
+    stages = [{rate for name, rate in rates.items() if name.startswith(f'stages.{i}.')} for i in range(4)]
+    assert rates['head.fc.weight'] == 1. if 'head.fc.weight' in rates else max(rates.values()) == 1.
+    assert stem < min(stages[0]) and all(max(a) < max(b) for a, b in zip(stages, stages[1:]))
+
+
+# evaluation
+
+@pytest.mark.parametrize('name, ema', [('checkpoint_best.pth', False), ('checkpoint_ema_best.pth', True)])
+def test_eval_prints_what_the_log_has(flags, whole, capsys, name, ema):
+    nano.train([*flags, '--eval', '--resume', whole / name, *([] if ema else ['--no-model-ema'])])
+    line = nano.log(whole)[nano.read(whole, name)['epoch']]
+    prefix = 'ema_test_' if ema else 'test_'
+    acc1, acc5, loss = (line[prefix + key] for key in ('acc1', 'acc5', 'loss'))
+    out = capsys.readouterr().out.splitlines()
+    assert f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}' in out
+    assert f'Accuracy of the network on the 27 test images: {acc1:.3f}%' in out
+
+
+def test_eval_needs_the_validation_folder_alone(flags, images, whole, tmp_path, capsys):
+    (tmp_path / 'val').symlink_to(images / 'val')
+    nano.train([*flags, '--data-path', tmp_path, '--eval', '--resume', whole / 'checkpoint_last.pth'])
+    assert 'on the 27 test images' in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['val']
+
+
+def test_two_ranks_train_and_score_as_one_does(flags, tmp_path, capsys):
+    folder, output = tmp_path / 'run', tmp_path / 'out.txt'
+    nano.finish(nano.start([*flags, '--epochs', 1, '--output-dir', folder], ranks=2, output=output))
+    assert nano.read(folder)['world_size'] == 2
+    assert 'learning rate 0.00625 = 0.1 x 32 / 512 (global batch = 8 x 2 accumulated x 2 processes)' in \
+        output.read_text()
+    assert output.read_text().count('Accuracy of the network') == 2  # once each, of the model and its average
+
+    nano.train([*flags, '--eval', '--no-model-ema', '--resume', folder / 'checkpoint_last.pth'])
+    one = [line for line in capsys.readouterr().out.splitlines() if 'Acc' in line]
+    line = nano.log(folder)[0]
+    assert one == [
+        f'* Acc@1 {line["test_acc1"]:.3f} Acc@5 {line["test_acc5"]:.3f} loss {line["test_loss"]:.3f}',
+        f'Accuracy of the network on the 27 test images: {line["test_acc1"]:.3f}%']
+    evaluated = tmp_path / 'eval.txt'
+    nano.finish(nano.start(
+        [*flags, '--eval', '--no-model-ema', '--resume', folder / 'checkpoint_last.pth'], ranks=2, output=evaluated))
+    assert [line for line in evaluated.read_text().splitlines() if 'Acc' in line] == one
+
+
+# resuming
+
+def test_resume_from_the_end_of_an_epoch(flags, whole, tmp_path):
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
+        at_step(patch, 13, lambda: (_ for _ in ()).throw(RuntimeError('killed')))
+        nano.train(run)
+    with open(tmp_path / 'run' / 'log.txt', 'a') as file:
+        file.write('{"epoch": 2, "train_l')  # as a kill in mid-write leaves it
+    assert nano.read(tmp_path / 'run')['epoch'] == 1
+    nano.train(run)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_resume_in_mid_epoch_loads_only_the_rest(flags, whole, tmp_path, monkeypatch):
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--save-every-steps', 2]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
+        at_step(patch, 11, lambda: (_ for _ in ()).throw(RuntimeError('killed')))
+        nano.train(run)
+    saved = nano.read(tmp_path / 'run')
+    assert (saved['epoch'], saved['step'], saved['samples_seen']) == (1, 4, 64)
+
+    loaded = []
+    get = train.build_dataset.__globals__['KeyedDataset'].__getitem__
+    monkeypatch.setattr(train.build_dataset.__globals__['KeyedDataset'], '__getitem__',
+                        lambda self, key: loaded.append(key) or get(self, key))
+    nano.train(run)
+    assert len(loaded) == (2 + 6) * 16
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_resume_of_a_finished_run_changes_nothing(flags, whole, tmp_path):
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--epochs', 1]
+    nano.train(run)
+    before = (tmp_path / 'run' / 'checkpoint_last.pth').read_bytes(), (tmp_path / 'run' / 'log.txt').read_text()
+    nano.train(run)
+    assert before == (
+        (tmp_path / 'run' / 'checkpoint_last.pth').read_bytes(), (tmp_path / 'run' / 'log.txt').read_text())
+
+
+def kill_and_restart(run, rng, kills, longest, ranks=1):
+    for _ in range(kills):
+        processes = nano.start(run, ranks)
+        time.sleep(rng.uniform(0.3, longest))
+        for process in processes:
+            process.kill()
+            process.join()
+    nano.finish(nano.start(run, ranks))
+
+
+def test_kill_9_at_any_moment(flags, whole, tmp_path):
+    import random
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--save-every-steps', 1]
+    kill_and_restart(run, random.Random(0), kills=3, longest=2)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('workers', [0, 1, 3])
+def test_kill_9_at_twenty_moments(flags, whole, tmp_path, workers):
+    import random
+    for point in range(20):
+        run = [*flags, '--output-dir', tmp_path / f'run{point}', '--resume', 'auto', '--save-every-steps', 2,
+               '--num-workers', workers]
+        kill_and_restart(run, random.Random(point), kills=1, longest=6)
+        nano.assert_same_run(whole, tmp_path / f'run{point}')
+
+
+def test_a_damaged_newest_file_falls_back(flags, whole, tmp_path, capsys):
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+    nano.train([*run, '--epochs', 3])
+    path = tmp_path / 'run' / 'checkpoint_last.pth'
+    path.write_bytes(path.read_bytes()[:-1000])
+    nano.train(run)
+    assert f'{path} is damaged' in capsys.readouterr().out
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_elastic_restart_sees_each_sample_once(flags, tmp_path, monkeypatch):
+    """One rank after two, in mid-epoch: the rest of the same order."""
+    run = [*flags, '--no-repeated-aug', '--epochs', 1, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+    seen = tmp_path / 'seen.txt'
+    dataset = train.build_dataset.__globals__['KeyedDataset']
+    get = dataset.__getitem__
+
+    def noted(self, key):
+        with open(seen, 'a') as file:
+            file.write(f'{key[0]}\n')
+        return get(self, key)
+
+    monkeypatch.setattr(dataset, '__getitem__', noted)
+
+    def stop_early(rank):
+        patch = pytest.MonkeyPatch()
+        at_step(patch, 1, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGTERM))
+
+    output = tmp_path / 'out.txt'
+    nano.finish(nano.start(run, ranks=2, output=output, before=stop_early))
+    saved = nano.read(tmp_path / 'run')
+    assert (saved['world_size'], saved['step'], saved['samples_seen']) == (2, 2, 64)
+    nano.finish(nano.start(run, output=output))
+    order = seen.read_text().split()
+    assert len(order) == len(set(order)) == 96
+    assert '1 processes now, 2 before: 64 samples of epoch 0 are done' in output.read_text()
+    assert 'learning rate 0.003125 = 0.1 x 16 / 512' in output.read_text()
+    assert [line['epoch'] for line in nano.log(tmp_path / 'run')] == [0]
+
+
+# stopping
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops_within_a_step(flags, whole, tmp_path, monkeypatch, capsys, number, status):
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+    sys.argv = ['train.py', *map(str, run)]
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 8, lambda: os.kill(os.getpid(), number))
+        assert train.cli() == status
+    saved = nano.read(tmp_path / 'run')
+    assert (saved['epoch'], saved['step']) == (1, 3)
+    assert 'stopped at epoch 1, step 3' in capsys.readouterr().out
+    nano.train(run)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both(flags, tmp_path):
+    run = [*flags, '--epochs', 2, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+
+    def signalled(rank):
+        at_step(pytest.MonkeyPatch(), 4, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGTERM))
+
+    nano.finish(nano.start(run, ranks=2, before=signalled))
+    saved = nano.read(tmp_path / 'run')
+    assert (saved['epoch'], saved['step'], saved['samples_seen']) == (1, 2, 64)
+    nano.finish(nano.start(run, ranks=2))
+    nano.finish(nano.start([*run[:-4], '--output-dir', tmp_path / 'whole'], ranks=2))
+    nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+def test_a_signal_to_the_whole_group_spares_the_loaders_until_the_end(flags, whole, tmp_path):
+    """As `timeout`, scancel and a container's end send it."""
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--num-workers', 2]
+    nano.finish(nano.start(run, output=tmp_path / 'out.txt', before=lambda rank: at_step(
+        pytest.MonkeyPatch(), 8, lambda: (os.killpg(0, signal.SIGTERM), time.sleep(0.5)))))
+    assert nano.read(tmp_path / 'run')['step'] == 3
+    nano.train(run)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_two_ranks_under_torchrun_survive_the_kill_of_one(flags, tmp_path):
+    """--max-restarts starts the group again, and the run ends with the bits of an undisturbed one."""
+    run = [*flags, '--epochs', '2', '--resume', 'auto', '--save-every-steps', '1']
+    nano.finish(nano.start([*run, '--output-dir', tmp_path / 'whole'], ranks=2))
+
+    output = tmp_path / 'out.txt'
+    with open(output, 'w') as file:
+        torchrun = subprocess.Popen(
+            [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--max-restarts', '3',
+             '--monitor-interval', '0.1', nano.__file__, *run, '--output-dir', str(tmp_path / 'run')],
+            stdout=file, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    try:
+        last = tmp_path / 'run' / 'checkpoint_last.pth'
+        deadline = time.monotonic() + 60
+        while not last.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        children = [
+            int(pid.name) for pid in Path('/proc').iterdir() if pid.name.isdigit()
+            and parent_of(pid) == torchrun.pid]
+        os.kill(max(children), signal.SIGKILL)
+        assert torchrun.wait(90) == 0, output.read_text()[-3000:]
+    finally:
+        torchrun.kill()
+    assert len(re.findall('going on at epoch', output.read_text())) == 1
+    nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+def parent_of(process):
+    with contextlib.suppress(OSError):
+        return int((process / 'stat').read_text().rsplit(')', 1)[1].split()[1])
+
+
+# faults
+
+def poison(monkeypatch, number, what, rank=0):
+    """A NaN in the loss or the input of one step."""
+    prepare, calls = engine.Prepare.__call__, []
+
+    def patched(self, images, targets):
+        images, targets = prepare(self, images, targets)
+        if torch.is_inference_mode_enabled():
+            return images, targets
+        calls.append(1)
+        if len(calls) == number + 1 and utils.get_rank() == rank:
+            (images if what == 'input' else targets)[1:3] = float('nan')
+        return images, targets
+
+    monkeypatch.setattr(engine.Prepare, '__call__', patched)
+
+
+def finite(state):
+    return all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize('what', ['input', 'loss'])
+def test_a_nan_of_one_rank_stops_both_and_nothing_of_it_is_saved(flags, tmp_path, what):
+    output = tmp_path / 'out.txt'
+    began = time.monotonic()
+    nano.finish(nano.start(
+        [*flags, '--output-dir', tmp_path / 'run', '--save-every-steps', 1], ranks=2, output=output,
+        before=lambda rank: poison(pytest.MonkeyPatch(), 8, what, rank=1)), status=1)
+    assert time.monotonic() - began < 30
+    text = output.read_text()
+    assert text.count('train.py: error: epoch 1, step 1: loss or gradient is not finite') == 1
+    assert 'Traceback' not in text
+    saved = nano.read(tmp_path / 'run')
+    assert (saved['epoch'], saved['step']) == (1, 1) and finite(saved['model']) and finite(saved['model_ema'])
+
+
+def test_skipped_updates_leave_no_trace_and_are_counted(flags, tmp_path, monkeypatch):
+    poison(monkeypatch, 5, 'input')
+    nano.train([*flags, '--epochs', 2, '--on-nonfinite', 'skip', '--output-dir', tmp_path / 'run'])
+    saved = nano.read(tmp_path / 'run')
+    assert finite(saved['model']) and finite(saved['model_ema'])
+    assert {int(state['step']) for state in saved['optimizer']['state'].values()} == {11}
+    assert [line['skipped_updates'] for line in nano.log(tmp_path / 'run')] == [1, 0]
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(flags, tmp_path):
+    import resource
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+    nano.train([*run, '--epochs', 1])
+    before = nano.read(tmp_path / 'run')
+    output = tmp_path / 'out.txt'
+    nano.finish(nano.start(
+        run, output=output,
+        before=lambda rank: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))), status=1)
+    text = output.read_text()
+    assert text.count('can not be written to any more') == 1 and 'Traceback' not in text
+    assert nano.same(nano.read(tmp_path / 'run'), before)
+
+
+def test_a_corrupt_validation_image_is_named(flags, images, tmp_path):
+    (tmp_path / 'train').symlink_to(images / 'train')
+    (tmp_path / 'val' / 'class_1').mkdir(parents=True)
+    (tmp_path / 'val' / 'class_1' / 'bad.png').write_bytes(b'no image')
+    with pytest.raises(RuntimeError, match=r'cannot read validation image .*val/class_1/bad\.png'):
+        nano.train([*flags, '--data-path', tmp_path, '--epochs', 1])
+
+
+# mistakes
+
+def mistakes(images, whole, tmp_path):
+    empty = tmp_path / 'empty'
+    (empty / 'train' / 'class_0').mkdir(parents=True)
+    foreign = tmp_path / 'foreign'
+    (foreign / 'val' / 'unheard').mkdir(parents=True)
+    (foreign / 'train').symlink_to(images / 'train')
+    (tmp_path / 'text.pth').write_text('no checkpoint')
+    (tmp_path / 'odd.yaml').write_text('modle: cmt_ti\n')
+    torch.save({'model': [1]}, tmp_path / 'list.pth')
+    torch.save({'model': {1: torch.zeros(1)}}, tmp_path / 'numbered.pth')
+    torch.save({'model': {'a': torch.zeros(1)}}, tmp_path / 'other.pth')
+    last = whole / 'checkpoint_last.pth'
+    return {
+        'no data': (['--data-path', tmp_path / 'nowhere'], 'no folder'),
+        'no path': (['--data-path', ''], '--data-path is missing'),
+        'empty class': (['--data-path', empty], 'no images in .*class_0'),
+        'unknown class': (['--data-path', foreign], 'has classes that the training set lacks: unheard'),
+        'unknown model': (['--model', 'cmt_xxl'], 'unknown --model cmt_xxl: cmt_b, '),
+        'other model': (['--model', 'resnet18'], 'resnet18 is no CMT'),
+        'size': (['--input-size', 100], '100.*32'),
+        'checkpoint of another model': (['--resume', tmp_path / 'other.pth'], 'does not fit the model'),
+        'checkpoint of another size': (['--resume', last, '--model', 'cmt_ti'], 'does not fit the model'),
+        'checkpoint without weights': (['--resume', tmp_path / 'list.pth'], 'holds no weights'),
+        'checkpoint with numbers': (['--resume', tmp_path / 'numbered.pth'], 'holds no weights'),
+        'no checkpoint': (['--resume', tmp_path / 'text.pth'], 'is damaged or no checkpoint'),
+        'missing checkpoint': (['--resume', tmp_path / 'none.pth'], 'no checkpoint at'),
+        'misspelt key': (['--config', tmp_path / 'odd.yaml'], "unknown key 'modle'"),
+        'eval without checkpoint': (['--eval'], '--eval needs --resume'),
+        'negative batch': (['--batch-size', -1], '-1 is not at least 1'),
+        'odd batch': (['--batch-size', 7], '--batch-size 7 is odd'),
+        'run in the folder': (['--output-dir', whole], 'holds a run: --resume auto goes on with it, --overwrite'),
+        'file for a folder': (['--output-dir', tmp_path / 'text.pth'], 'no folder that can be written to'),
+        'optimizer': (['--opt', 'adamwww'], 'adamwww'),
+        'betas': (['--opt-betas', 0.9], 'opt-betas'),
+        'augmentation': (['--aa', 'foo'], 'foo'),
+        'seed': (['--seed', 5_000_000_000], '5000000000'),
+        'cutmix range': (['--cutmix-minmax', 0.5, 0.2], 'cutmix-minmax'),
+        'device': (['--device', 'foo'], 'foo'),
+        'world size': (['--world-size', 3], '--world-size 3'),
+        'infinite rate': (['--lr', 'inf'], 'inf'),
+    }
+
+
+def test_mistakes_get_one_line_and_status_2(flags, images, whole, tmp_path, capsys):
+    before = sorted(whole.iterdir()), (whole / 'log.txt').read_text()
+    wrong = []
+    for name, (change, words) in mistakes(images, whole, tmp_path).items():
+        sys.argv = ['train.py', *map(str, [*flags, '--output-dir', tmp_path / 'run', *change])]
+        began = time.monotonic()
+        try:
+            status = train.cli()
+        except SystemExit as stop:
+            status = stop.code
+        except Exception as error:
+            status = f'{type(error).__name__}: {error}'
+        err = capsys.readouterr().err
+        if status != 2 or not re.fullmatch(rf'train\.py: error: [^\n]*{words}[^\n]*\n', err):
+            wrong.append((name, status, err))
+        assert not (tmp_path / 'run').exists() and time.monotonic() - began < 10
+    assert not wrong
+    assert before == (sorted(whole.iterdir()), (whole / 'log.txt').read_text())
+
+
+def test_a_mistake_of_two_ranks_is_told_once(flags, tmp_path):
+    output = tmp_path / 'out.txt'
+    for change, words in ((['--data-path', tmp_path / 'nowhere'], 'no folder'), (['--lr', 'x'], "'x'"),
+                          (['--device', 'cuda' if not torch.cuda.is_available() else 'foo'], '--device')):
+        output.unlink(missing_ok=True)
+        nano.finish(nano.start([*flags, *change], ranks=2, output=output), status=2)
+        assert output.read_text().count('train.py: error:') == 1 and words in output.read_text()
+        assert 'Traceback' not in output.read_text()
+
+
+def test_overwrite_clears_the_run(flags, tmp_path):
+    run = [*flags, '--output-dir', tmp_path / 'run', '--epochs', 1]
+    nano.train([*run, '--epochs', 2, '--keep-checkpoints', 2])
+    assert (tmp_path / 'run' / 'checkpoint_0001.pth').exists()
+    nano.train([*run, '--overwrite'])
+    assert [line['epoch'] for line in nano.log(tmp_path / 'run')] == [0]
+    assert not list((tmp_path / 'run').glob('checkpoint_0*'))
+    assert not (tmp_path / 'run' / 'checkpoint_prev.pth').exists()
+
+
+def test_keep_checkpoints_keeps_the_last(flags, tmp_path):
+    nano.train([*flags, '--output-dir', tmp_path / 'run', '--keep-checkpoints', 2, '--batch-size', 48])
+    assert [path.name for path in sorted((tmp_path / 'run').glob('checkpoint_0*'))] == [
+        'checkpoint_0001.pth', 'checkpoint_0002.pth']
+    name, state = checkpoints.newest_checkpoint(tmp_path / 'run')
+    assert nano.same(nano.read(tmp_path / 'run', 'checkpoint_0002.pth'), state)
+
+
+def test_digits_need_no_data(tmp_path):
+    nano.train([
+        *nano.FLAGS, '--data-set', 'DIGITS', '--epochs', 1, '--batch-size', 96, '--aa', 'none', '--output-dir',
+        tmp_path / 'run'])
+    assert nano.read(tmp_path / 'run')['classes'] == list('0123456789')
