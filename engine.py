@@ -300,7 +300,13 @@ def check_faults(sums: dict[str, float], epoch: int, step: int, skips_in_a_row: 
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable, prepare: Prepare, autocast: Callable) -> dict[str, float]:
+def evaluate(
+        model: nn.Module,
+        loader: Iterable,
+        prepare: Prepare,
+        autocast: Callable,
+        progress: Progress | None = None,
+) -> dict[str, float]:
     """Score `model` on the shares of all ranks.
 
     timm's accuracy() gives percentages of a batch; what is summed here are counts, exact over batches and ranks.
@@ -320,6 +326,8 @@ def evaluate(model: nn.Module, loader: Iterable, prepare: Prepare, autocast: Cal
         totals[1] += best.any(dim=1).sum()
         totals[2] += nn.functional.cross_entropy(outputs, targets, reduction='sum')
         totals[3] += len(targets)
+        if progress is not None:
+            progress.step()
     correct, in_five, loss, count = reduce_(totals).tolist()
     return {'acc1': 100 * correct / count, 'acc5': 100 * in_five / count, 'loss': loss / count, 'count': int(count)}
 

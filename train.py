@@ -3,6 +3,7 @@
 Train, resume and evaluate CMT: on one CPU, one GPU, eight of them or many nodes, with the same command line.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import logging
@@ -211,7 +212,10 @@ def main(args: argparse.Namespace) -> None:
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = resolve_dtype(args.amp_dtype, device)
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    score = functools.partial(evaluate, loader=loader_val, prepare=Prepare(device), autocast=autocast)
+
+    def score(module: nn.Module) -> dict[str, float]:
+        with contextlib.closing(Progress('test', len(loader_val), enabled=rank == 0)) as progress:
+            return evaluate(module, loader_val, Prepare(device), autocast, progress)
 
     # evaluation only
     if args.throughput:

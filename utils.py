@@ -247,7 +247,7 @@ class Progress:
         if enabled and sys.stdout.isatty():
             self.bar = tqdm(
                 total=total, initial=start, desc=title, file=sys.stdout, dynamic_ncols=True, leave=False,
-                bar_format='{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}')
+                bar_format='{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]')
 
     def due(self) -> bool:
         """Whether the step now done is one to show figures at."""
