@@ -130,8 +130,8 @@ class RunWriter:
             if self.keep:
                 for old in sorted(self.folder.glob('checkpoint_[0-9]*.pth'))[:-self.keep]:
                     old.unlink()
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            self.error = error
+        except (OSError, RuntimeError) as error:  # torch.save covers a full disk with a RuntimeError of its own
+            self.error = error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
