@@ -280,7 +280,7 @@ def train_one_epoch(
                 rate = images * get_world_size() / (time.monotonic() - began)
                 figures = {
                     'loss': f'{now["loss"] / max(now["samples"], 1):.4f}',
-                    'lr': f'{train_step.optimizer.param_groups[0]["lr"]:.2e}',
+                    'lr': f'{max(group["lr"] for group in train_step.optimizer.param_groups):.2e}',
                     'images/s': f'{rate:.0f}',
                 }
         progress.step(figures)

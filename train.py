@@ -342,7 +342,7 @@ def main(args: argparse.Namespace) -> None:
         updates = sampler.updates
         all_updates = epoch * updates_per_epoch + samples_seen // sampler.samples_per_update
         position_schedule(scheduler, epoch, all_updates)
-        learning_rate = optimizer.param_groups[0]['lr']
+        learning_rate = max(group['lr'] for group in optimizer.param_groups)  # of the head, with layer decay
         meters = Meters(device, sums)
         progress = Progress(f'epoch {epoch}/{num_epochs - 1}', step + updates, step, args.print_freq, rank == 0)
         for step in train_one_epoch(  # noqa: B020
