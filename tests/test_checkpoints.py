@@ -1,0 +1,295 @@
+"""Files of a run: whole whatever happens, and safe to read."""
+import argparse
+import builtins
+import logging
+import os
+import pickle
+import random
+import resource
+import signal
+
+import pytest
+import safetensors.torch
+import torch
+
+import checkpoints
+from checkpoints import LAST, PREVIOUS, RunWriter, find_checkpoint, newest_checkpoint, read_checkpoint
+
+
+def state(number, size=20_000):
+    return {'model': {'w': torch.full((size,), float(number))}, 'epoch': number}
+
+
+def write(folder, *numbers, copies=(), **kwargs):
+    writer = RunWriter(folder, **kwargs)
+    for number in numbers:
+        writer.save(state(number), copies)
+        writer.wait()
+    assert writer.error is None
+    return writer
+
+
+def number(loaded):
+    assert (loaded['model']['w'] == loaded['epoch']).all() and len(loaded['model']['w']) == 20_000
+    return loaded['epoch']
+
+
+# writing
+
+def test_a_write_keeps_the_one_before_and_leaves_nothing_else(tmp_path):
+    write(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
+    write(tmp_path, 2, copies=('checkpoint_best.pth',))
+    assert {path.name: number(read_checkpoint(path)) for path in tmp_path.iterdir()} == {
+        LAST: 2, PREVIOUS: 1, 'checkpoint_best.pth': 2}
+
+
+def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(PermissionError('no links')))
+    write(tmp_path, 1, 2)
+    assert number(read_checkpoint(tmp_path / LAST)) == 2 and number(read_checkpoint(tmp_path / PREVIOUS)) == 1
+
+
+def test_what_is_written_is_what_was_when_it_was_saved(tmp_path, monkeypatch):
+    """Training goes on meanwhile."""
+    import threading
+    go, save = threading.Event(), torch.save
+    monkeypatch.setattr(torch, 'save', lambda *args: (go.wait(20), save(*args)))
+    tensors = state(1)
+    writer = RunWriter(tmp_path)
+    writer.save(tensors)
+    tensors['model']['w'] += 5
+    assert not (tmp_path / LAST).exists()  # save() does not wait for the disk
+    go.set()
+    writer.wait()
+    assert number(read_checkpoint(tmp_path / LAST)) == 1
+
+
+def test_files_and_folder_are_synced_before_and_after_the_rename(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: calls.append(('sync', os.path.isdir(f'/proc/self/fd/{fd}'))) or
+                        fsync(fd))
+    monkeypatch.setattr(os, 'replace', lambda a, b: calls.append(('to', os.path.basename(b))) or replace(a, b))
+    write(tmp_path, 1)
+    assert calls == [('sync', False), ('to', LAST), ('sync', True)]
+
+
+def limited(folder, count, kill, log=None):
+    """In a process that can write no more than `count` bytes to a file: killed there, or told that the disk is full."""
+    process = os.fork()
+    if not process:
+        status = 3
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kill else signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (count, resource.RLIM_INFINITY))
+            writer = RunWriter(folder)
+            writer.save(state(7))
+            writer.wait()
+            status = 0 if writer.error is None else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.mark.parametrize('kill', [True, False], ids=['killed', 'full'])
+def test_a_write_that_breaks_off_anywhere_leaves_a_whole_checkpoint(tmp_path, kill):
+    write(tmp_path, 5, 6)
+    size = (tmp_path / LAST).stat().st_size
+    rng = random.Random(0)
+    for count in [0, 1, size - 1, *(rng.randrange(size) for _ in range(50))]:
+        assert limited(tmp_path, count, kill) == (-signal.SIGXFSZ if kill else 1)
+        assert number(read_checkpoint(tmp_path / LAST)) == 6
+        assert number(read_checkpoint(tmp_path / PREVIOUS)) in (5, 6)
+        if not kill:
+            assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, PREVIOUS]  # no half file fills the disk
+    assert limited(tmp_path, 2 * size, kill) == 0
+    assert number(newest_checkpoint(tmp_path)[1]) == 7 and number(read_checkpoint(tmp_path / PREVIOUS)) == 6
+
+
+@pytest.mark.parametrize('step', ['link', 'replace', 'fsync'])
+def test_a_kill_between_any_two_steps_leaves_a_whole_checkpoint(tmp_path, monkeypatch, step):
+    """Each call of the system's is once the last one that is made."""
+    for last_call in range(1, 6):
+        folder = tmp_path / str(last_call)
+        folder.mkdir()
+        write(folder, 5, 6)
+        process = os.fork()
+        if not process:
+            calls, call = [], getattr(os, step)
+
+            def counted(*args, calls=calls, call=call, last_call=last_call, **kwargs):
+                calls.append(1)
+                if len(calls) == last_call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **kwargs)
+
+            setattr(os, step, counted)
+            writer = RunWriter(folder)
+            writer.save(state(7))
+            writer.wait()
+            os._exit(0)
+        os.waitpid(process, 0)
+        assert number(newest_checkpoint(folder)[1]) in (6, 7)
+
+
+def test_after_a_full_disk_nothing_more_is_written(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    writer = RunWriter(tmp_path)
+    with monkeypatch.context() as patch:
+        opened = builtins.open
+
+        def full(file, mode='r', *args, **kwargs):
+            if 'w' in mode:
+                raise OSError(28, 'No space left on device')
+            return opened(file, mode, *args, **kwargs)
+
+        patch.setattr(builtins, 'open', full)
+        writer.save(state(2))
+        writer.wait()
+    assert writer.error.errno == 28
+    writer.save(state(3))
+    writer.log({'epoch': 3})
+    writer.wait()
+    assert number(read_checkpoint(tmp_path / LAST)) == 1 and not (tmp_path / 'log.txt').exists()
+
+
+def test_kept_epochs_are_the_last(tmp_path):
+    writer = RunWriter(tmp_path, keep=2)
+    for epoch in range(4):
+        writer.save(state(epoch), (f'checkpoint_{epoch:04d}.pth',))
+    writer.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        'checkpoint_0002.pth', 'checkpoint_0003.pth', LAST, PREVIOUS]
+
+
+def test_log_lines_of_epochs_to_come_are_dropped(tmp_path):
+    path = tmp_path / 'log.txt'
+    path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    checkpoints.trim_log(path, 2)
+    assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+
+
+# reading
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('good')
+    write(folder, 1)
+    return (folder / LAST).read_bytes()
+
+
+def flipped(data, position):
+    data = bytearray(data)
+    data[position] ^= 1
+    return bytes(data)
+
+
+@pytest.mark.parametrize('damage', [
+    lambda data: data[:-1], lambda data: data[:len(data) // 2], lambda data: data[:10], lambda data: b'',
+    lambda data: b'not a checkpoint\n' * 10, lambda data: bytes(len(data)),
+    lambda data: flipped(data, len(data) // 2),
+], ids=['end', 'half', 'start', 'empty', 'text', 'zeros', 'bit'])
+def test_a_damaged_file_is_named_and_the_one_before_used(tmp_path, good, caplog, damage):
+    write(tmp_path, 4, 5)
+    last = tmp_path / LAST
+    last.write_bytes(damage(good))
+    with pytest.raises(ValueError, match=f'^{last} is damaged or no checkpoint .*') as error:
+        read_checkpoint(last)
+    assert '\n' not in str(error.value)
+    for resume in ('auto', str(last)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            name, found = find_checkpoint(resume, tmp_path, fall_back=True)
+        assert name == str(tmp_path / PREVIOUS) and number(found) == 4
+        assert len(caplog.records) == 1 and str(last) in caplog.text
+    with pytest.raises(ValueError, match='is damaged'):
+        find_checkpoint(str(last), tmp_path, fall_back=False)  # who evaluates a file wants that one
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_no_flipped_bit_goes_unnoticed(tmp_path, good, seed):
+    rng = random.Random(seed)
+    path = tmp_path / 'x.pth'
+    for _ in range(30):
+        path.write_bytes(flipped(good, rng.randrange(len(good))))
+        try:
+            loaded = read_checkpoint(path)
+        except ValueError as error:
+            assert '\n' not in str(error)  # noqa: PT017
+        else:  # in a field of the archive that nothing depends on
+            assert number(loaded) == 1
+
+
+def test_folders_and_other_things_are_no_checkpoints(tmp_path):
+    with pytest.raises(ValueError, match='no checkpoint at'):
+        read_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match='no checkpoint at'):
+        read_checkpoint(tmp_path / 'none.pth')
+    torch.save([torch.zeros(1)], tmp_path / 'list.pth')
+    with pytest.raises(ValueError, match='holds a list, not a checkpoint'):
+        read_checkpoint(tmp_path / 'list.pth')
+    assert newest_checkpoint(tmp_path / 'nowhere') == (None, None)
+    (tmp_path / LAST).write_text('x')
+    with pytest.raises(ValueError, match='no good checkpoint in'):
+        newest_checkpoint(tmp_path)
+
+
+class Evil:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize('new_format', [True, False])
+@pytest.mark.parametrize('raw', [True, False])
+def test_a_file_that_would_run_code_runs_nothing(tmp_path, new_format, raw):
+    path, trace = tmp_path / LAST, tmp_path / 'trace'
+    content = {'model': {'w': torch.zeros(1)}, 'args': Evil(f'touch {trace}')}
+    if raw:
+        path.write_bytes(pickle.dumps(Evil(f'touch {trace}'), protocol=2 + 2 * new_format))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(ValueError) as error:
+        read_checkpoint(path)
+    assert '\n' not in str(error.value) and str(path) in str(error.value)
+    if not raw or not new_format:
+        assert 'posix.system' in str(error.value)
+    assert not trace.exists()
+
+
+def test_released_checkpoints_hold_a_namespace(tmp_path):
+    content = {'model': {'w': torch.ones(2)}, 'args': argparse.Namespace(lr=0.1, model='cmt_s')}
+    for new_format in (True, False):
+        torch.save(content, tmp_path / 'released.pth', _use_new_zipfile_serialization=new_format)
+        loaded = read_checkpoint(tmp_path / 'released.pth')
+        assert loaded['args'].lr == 0.1 and loaded['model']['w'].tolist() == [1, 1]
+
+
+def test_safetensors(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    safetensors.torch.save_file({'w': torch.arange(3.)}, path)
+    assert read_checkpoint(path)['w'].tolist() == [0, 1, 2]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match='is damaged'):
+        read_checkpoint(path)
+
+
+# the folder
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path):
+    checkpoints.check_output_dir(tmp_path / 'new' / 'deep', False)
+    assert not (tmp_path / 'new').exists()
+    (tmp_path / 'notes.txt').touch()
+    checkpoints.check_output_dir(tmp_path, False)
+    for name in (LAST, 'checkpoint_best.pth', 'log.txt'):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match='--resume auto goes on with it, --overwrite replaces it'):
+            checkpoints.check_output_dir(tmp_path, False)
+        checkpoints.check_output_dir(tmp_path, True)
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match='no folder that can be written to'):
+        checkpoints.check_output_dir(tmp_path / 'notes.txt', False)

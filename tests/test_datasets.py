@@ -1,0 +1,238 @@
+"""Data sets, transforms and loaders."""
+import logging
+
+import numpy as np
+import pytest
+import timm.data.auto_augment as auto_augment
+import torch
+from PIL import Image, ImageOps
+from timm.utils import random_seed
+from torchvision import datasets as tv_datasets
+
+import datasets
+from datasets import Digits, ImageFolder, KeyedDataset, build_dataset, build_loader, build_transform
+from samplers import TrainSampler
+
+
+def picture(width=8, height=8, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+# folders
+
+def test_validation_uses_the_training_sets_classes(tmp_path):
+    for folder in ('train/a', 'train/b', 'train/c', 'val/c', 'val/b'):
+        (tmp_path / folder).mkdir(parents=True)
+        picture().save(tmp_path / folder / 'x.png')
+    train = build_dataset('IMNET', True, tmp_path, 32)
+    val = build_dataset('IMNET', False, tmp_path, 32, classes=train.classes)
+    assert train.classes == val.classes == ['a', 'b', 'c'] and val.targets == [1, 2]
+    (tmp_path / 'val' / 'd').mkdir()
+    with pytest.raises(ValueError, match='has classes that the training set lacks: d'):
+        build_dataset('IMNET', False, tmp_path, 32, classes=train.classes)
+    with pytest.raises(ValueError, match=r'no images in .*val/d: add images or remove'):
+        build_dataset('IMNET', False, tmp_path, 32)
+
+
+@pytest.mark.parametrize('path, words', [
+    (None, '--data-path is missing'), ('nowhere', 'no folder .*nowhere/train'), ('bare', 'no class folders in .*bare')])
+def test_missing_data_is_said(tmp_path, path, words):
+    (tmp_path / 'bare' / 'train').mkdir(parents=True)
+    with pytest.raises(ValueError, match=words):
+        build_dataset('IMNET', True, path and tmp_path / path, 32)
+
+
+# DIGITS, CIFAR
+
+def test_digits_are_split_once_and_evenly():
+    train, val = Digits(True, 16), Digits(False, 16)
+    assert (len(train), len(val)) == (1437, 360) and train.classes == list('0123456789')
+    counts = np.bincount(train.targets), np.bincount(val.targets)
+    assert np.abs(counts[1] - sum(counts) / 5).max() < 1
+    image, target = val[0]
+    assert image.mode == 'RGB' and image.size == (16, 16)
+    pixels = {part: [np.asarray(image).tobytes() for image in part.images] for part in (train, val)}
+    assert len(set(pixels[val])) == 360 and not set(pixels[val]) & set(pixels[train])
+    again = Digits(False, 16)
+    assert again.targets == val.targets and [np.asarray(i).tobytes() for i in again.images] == pixels[val]
+    # the split that every run shares: its first held-out digits
+    assert val.targets[:8] == FIRST_DIGITS
+
+
+FIRST_DIGITS = [7, 6, 3, 7, 7, 3, 2, 8]
+
+
+def test_cifar_that_can_not_be_had_is_one_line(tmp_path, monkeypatch):
+    def no_network(self):
+        raise OSError('no network')
+    monkeypatch.setattr(tv_datasets.CIFAR10, 'download', no_network)
+    with pytest.raises(ValueError, match=f'^CIFAR10 is not in {tmp_path} and could not be downloaded .no network.$'):
+        build_dataset('CIFAR10', True, tmp_path, 32)
+
+
+# transforms
+
+@pytest.mark.parametrize('size', [32, 64, 224])
+@pytest.mark.parametrize('is_train', [True, False])
+def test_transforms_give_bytes_of_the_size_asked_for(size, is_train):
+    out = build_transform(is_train, size)(picture(60, 40))
+    assert out.shape == (3, size, size) and out.dtype == torch.uint8
+
+
+@pytest.mark.parametrize('size', [64, 160, 192, 224, 256, 288])
+def test_evaluation_resizes_the_short_side_and_crops_the_centre(size):
+    transform = build_transform(False, size)
+    assert transform.transforms[0].size == int(256 / 224 * size)
+    assert 'bicubic' in str(transform.transforms[0])
+    side = int(256 / 224 * size)
+    image = picture(side + 40, side)
+    margin = (side - size) / 2
+    out = transform(image).numpy().transpose(1, 2, 0)
+    left, top = round((side + 40 - size) / 2), round(margin)
+    assert (out == np.asarray(image)[top:top + size, left:left + size]).all()
+
+
+def test_small_inputs_train_on_padded_crops_and_evaluate_untouched():
+    image = picture(32, 32)
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    assert (build_transform(False, 32)(image).numpy() == pixels).all()
+
+    transform = build_transform(True, 32, auto_augment=None, color_jitter=None, hflip=0.)
+    padded = np.pad(pixels, ((0, 0), (4, 4), (4, 4)))
+    windows = {padded[:, y:y + 32, x:x + 32].tobytes() for y in range(9) for x in range(9)}
+    drawn = {transform(image).numpy().tobytes() for _ in range(100)}
+    assert drawn <= windows and len(drawn) > 30
+
+
+def test_flags_reach_the_transform():
+    text = str(build_transform(True, 64, auto_augment=None, hflip=0., scale=(0.5, 0.6), interpolation='bilinear'))
+    assert '0.5, 0.6' in text and 'bilinear' in text and 'Flip' not in text and 'ColorJitter' in text
+    assert 'RandAugment(n=2' in str(build_transform(True, 64)) and 'ColorJitter' not in str(build_transform(True, 64))
+
+
+@pytest.fixture
+def strict_pillow(monkeypatch):
+    """Pillow 13's posterize, which refuses 0 bits."""
+    posterize = ImageOps.posterize
+
+    def strict(image, bits):
+        if not 1 <= bits <= 8:
+            raise ValueError('bits must be from 1 to 8')
+        return posterize(image, bits)
+
+    monkeypatch.setattr(ImageOps, 'posterize', strict)
+
+
+@pytest.mark.parametrize('name', ['Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'])
+def test_posterize_to_no_bits_is_black(strict_pillow, name):
+    posterize = auto_augment.NAME_TO_OP[name]
+    assert not np.asarray(posterize(picture(), 0)).any()
+    assert (np.asarray(posterize(picture(), 3)) == np.asarray(picture()) & 0xE0).all()
+
+
+def draw(count, first=0):
+    """Images that the published augmentation makes, each under its own seed."""
+    transform, image = build_transform(True, 32), picture(32, 32)
+    for seed in range(first, first + count):
+        random_seed(seed)
+        yield transform(image)
+
+
+def test_published_augmentation_survives_many_draws(strict_pillow, monkeypatch):
+    bits = []
+    posterize = auto_augment.NAME_TO_OP['PosterizeIncreasing']
+    monkeypatch.setitem(auto_augment.NAME_TO_OP, 'PosterizeIncreasing', lambda image, bits_to_keep, **kwargs: (
+        bits.append(bits_to_keep), posterize(image, bits_to_keep, **kwargs))[1])
+    assert all(out.shape == (3, 32, 32) for out in draw(1500))
+    assert 0 in bits
+
+
+@pytest.mark.soak
+def test_published_augmentation_survives_a_hundred_thousand_draws(strict_pillow):
+    assert sum(out.shape == (3, 32, 32) for out in draw(100_000)) == 100_000
+
+
+# loaders
+
+def test_augmentation_follows_from_the_key_alone(images):
+    dataset = build_dataset('IMNET', True, images, 32, build_transform(True, 32))
+    keyed = KeyedDataset(dataset)
+    first = keyed[3, 17][0]
+    random_seed(99)
+    keyed[4, 99]
+    assert torch.equal(keyed[3, 17][0], first) and not torch.equal(keyed[3, 18][0], first)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_loaders_hand_out_batches_in_order(images, workers):
+    dataset = build_dataset('IMNET', True, images, 32, build_transform(True, 32))
+    sampler = TrainSampler(len(dataset), 8, seed=1)
+    sampler.set_position(2, 16)
+    state = torch.random.get_rng_state()
+    batches = list(build_loader(dataset, 8, sampler=sampler, num_workers=workers))
+    pairs = list(sampler)
+    assert torch.cat([targets for _, targets in batches]).tolist() == [dataset.targets[index] for index, _ in pairs]
+    assert all(x.shape == (8, 3, 32, 32) and x.dtype == torch.uint8 for x, _ in batches)
+    assert torch.equal(batches[1][0][2], KeyedDataset(dataset)[pairs[10]][0])
+    if workers:
+        torch.random.set_rng_state(state)
+
+
+def test_validation_loader_shares_the_set(images):
+    dataset = build_dataset('IMNET', False, images, 32, build_transform(False, 32))
+    targets = [torch.cat([t for _, t in build_loader(dataset, 4, rank=r, world_size=2)]).tolist() for r in range(2)]
+    assert targets == [dataset.targets[0::2], dataset.targets[1::2]]
+
+
+# damaged images
+
+def damage(folder, count, good=1):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        path = folder / f'{i:02d}.png'
+        picture(16, 16).save(path)
+        path.write_bytes((path.read_bytes()[:60], b'', b'not an image', b'\x89PNG\r\n\x1a\n' + bytes(20))[i % 4])
+    for i in range(count, count + good):
+        picture(16, 16, seed=i).save(folder / f'{i:02d}.png')
+    return ImageFolder(folder.parent, build_transform(True, 32))
+
+
+def test_a_damaged_training_image_is_named_and_the_next_one_taken(tmp_path, caplog):
+    keyed = KeyedDataset(damage(tmp_path / 'a', 9, good=2))
+    with caplog.at_level(logging.WARNING):
+        image, _ = keyed[0, 5]
+    assert torch.equal(image, keyed[9, 5][0])
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 9 and all(f'cannot read {tmp_path / "a"}/{i:02d}.png' in warnings[i] for i in range(9))
+
+
+def test_ten_damaged_training_images_in_a_row_are_a_fault(tmp_path):
+    keyed = KeyedDataset(damage(tmp_path / 'a', 10))
+    with pytest.raises(RuntimeError, match=r'10 images in a row .*a/09\.png'):
+        keyed[0, 5]
+    assert keyed[1, 5][0].shape == (3, 32, 32)
+
+
+def bomb(path):
+    """A BMP of 60,000 x 60,000 pixels, as its header has it: damage that Pillow takes for an attack."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture().save(path)
+    data = bytearray(path.read_bytes())
+    data[18:26] = (60_000).to_bytes(4, 'little') * 2
+    path.write_bytes(data)
+
+
+def test_a_damaged_size_is_damage_too(tmp_path):
+    bomb(tmp_path / 'a' / '0.bmp')
+    picture().save(tmp_path / 'a' / '1.png')
+    dataset = ImageFolder(tmp_path, build_transform(True, 32))
+    assert KeyedDataset(dataset)[0, 1][0].shape == (3, 32, 32)
+    with pytest.raises(RuntimeError, match=r'cannot read validation image .*0\.bmp'):
+        datasets.NamedErrors(dataset)[0]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_damaged_validation_image_is_an_error_that_names_it(tmp_path, workers):
+    dataset = damage(tmp_path / 'a', 1)
+    with pytest.raises(RuntimeError, match=r'cannot read validation image .*a/00\.png'):
+        list(build_loader(dataset, 2, num_workers=workers))
