@@ -241,8 +241,8 @@ def trim_log(path: Path, epoch: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_text(errors='replace').splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)['epoch'] < epoch:
                 kept.append(line + '\n')
     with _replacing(path) as file:
