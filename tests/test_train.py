@@ -2,7 +2,9 @@
 import contextlib
 import json
 import os
+import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -271,21 +273,9 @@ def kill_and_restart(run, rng, kills, longest, ranks=1):
 
 
 def test_kill_9_at_any_moment(flags, whole, tmp_path):
-    import random
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--save-every-steps', 1]
     kill_and_restart(run, random.Random(0), kills=3, longest=2)
     nano.assert_same_run(whole, tmp_path / 'run')
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize('workers', [0, 1, 3])
-def test_kill_9_at_twenty_moments(flags, whole, tmp_path, workers):
-    import random
-    for point in range(20):
-        run = [*flags, '--output-dir', tmp_path / f'run{point}', '--resume', 'auto', '--save-every-steps', 2,
-               '--num-workers', workers]
-        kill_and_restart(run, random.Random(point), kills=1, longest=6)
-        nano.assert_same_run(whole, tmp_path / f'run{point}')
 
 
 def test_a_damaged_newest_file_falls_back(flags, whole, tmp_path, capsys):
@@ -447,7 +437,6 @@ def test_skipped_updates_leave_no_trace_and_are_counted(flags, tmp_path, monkeyp
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(flags, tmp_path):
-    import resource
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
     nano.train([*run, '--epochs', 1])
     before = nano.read(tmp_path / 'run')
