@@ -23,14 +23,15 @@ AUTHORS = """--batch-size 4 | --epochs 3 | --model cmt_ti | --input-size 64 | --
     --drop-block 0.1 | --model-ema | --no-model-ema | --model-ema-decay 0.9 | --model-ema-force-cpu | --opt adamw |
     --opt-eps 1e-8 | --opt-betas 0.9 0.99 | --clip-grad 1 | --momentum 0.9 | --weight-decay 0.1 | --sched step |
     --lr 1e-3 | --lr-noise 0.4 0.9 | --lr-noise-pct 0.5 | --lr-noise-std 1 | --warmup-lr 1e-6 | --min-lr 1e-5 |
-    --decay-epochs 3.5 | --warmup-epochs 3 | --cooldown-epochs 0 | --patience-epochs 5 | --decay-rate 0.5 | --dr 0.5 |
-    --color-jitter 0.3 | --aa original | --smoothing 0 | --train-interpolation random | --repeated-aug | --no-repeated-aug | --reprob 0 |
-    --remode const | --recount 2 | --resplit | --mixup 0 | --cutmix 0 | --cutmix-minmax 0.2 0.8 | --mixup-prob 0.5 |
-    --mixup-switch-prob 0.1 | --mixup-mode elem | --data-path x | --data-set IMNET | --inat-category name |
-    --output_dir x | --device cpu | --seed 1 | --resume x | --start_epoch 2 | --eval --resume x | --num_workers 1 |
-    --pin-mem | --no-pin-mem | --test_freq 2 | --test_epoch 2 | --debug | --update_temperature | --warmup-drop-path |
-    --warmup-drop-path-epochs 100 | --apex-amp | --apex-opt-level O2 | --throughput | --world_size 8 |
-    --dist_url env:// | --init_method x | --local_rank 1"""
+    --decay-epochs 3.5 | --warmup-epochs 3 | --cooldown-epochs 0 | --patience-epochs 5 | --decay-rate 0.5 |
+    --dr 0.5 | --color-jitter 0.3 | --aa original | --smoothing 0 | --train-interpolation random | --repeated-aug |
+    --no-repeated-aug | --reprob 0 | --remode const | --recount 2 | --resplit | --mixup 0 | --cutmix 0 |
+    --cutmix-minmax 0.2 0.8 | --mixup-prob 0.5 | --mixup-switch-prob 0.1 | --mixup-mode elem | --data-path x |
+    --data-set IMNET | --inat-category name | --output_dir x | --device cpu | --seed 1 | --resume x |
+    --start_epoch 2 | --eval --resume x | --num_workers 1 | --pin-mem | --no-pin-mem | --test_freq 2 |
+    --test_epoch 2 | --debug | --update_temperature | --warmup-drop-path | --warmup-drop-path-epochs 100 |
+    --apex-amp | --apex-opt-level O2 | --throughput | --world_size 8 | --dist_url env:// | --init_method x |
+    --local_rank 1"""
 REFUSED = {
     '--drop-block', '--resplit', '--inat-category', '--debug', '--update_temperature', '--warmup-drop-path',
     '--warmup-drop-path-epochs', '--init_method', '--patience-epochs'}

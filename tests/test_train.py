@@ -278,6 +278,16 @@ def test_kill_9_at_any_moment(flags, whole, tmp_path):
     nano.assert_same_run(whole, tmp_path / 'run')
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize('workers', [0, 1, 3])
+def test_kill_9_at_twenty_moments(flags, whole, tmp_path, workers):
+    for point in range(20):
+        run = [*flags, '--output-dir', tmp_path / f'run{point}', '--resume', 'auto', '--save-every-steps', 2,
+               '--num-workers', workers]
+        kill_and_restart(run, random.Random(point), kills=1, longest=6)
+        nano.assert_same_run(whole, tmp_path / f'run{point}')
+
+
 def test_a_damaged_newest_file_falls_back(flags, whole, tmp_path, capsys):
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
     nano.train([*run, '--epochs', 3])
