@@ -17,8 +17,8 @@ def test_class_indices_without_smoothing():
 
 
 def test_smoothing_spreads_its_share_over_all_classes():
-    expected = sum(-0.9 * row[label] - 0.1 * sum(row) / 3 for row, label in zip(LOG_P, (0, 1))) / 2
-    assert build_criterion(False, 0.1)(LOGITS, torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-6)
+    expected = sum(-0.8 * row[label] - 0.2 * sum(row) / 3 for row, label in zip(LOG_P, (0, 1))) / 2
+    assert build_criterion(False, 0.2)(LOGITS, torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize('mixup, cutmix', [(0.8, 0.), (0., 1.), (0.8, 1.)])

@@ -182,6 +182,26 @@ def test_weight_decay_is_for_all_but_vectors_and_the_rate_follows_depth():
     assert stem < min(stages[0]) and all(max(a) < max(b) for a, b in zip(stages, stages[1:]))
 
 
+@pytest.mark.parametrize('mixup', [True, False])
+def test_smoothing_reaches_the_loss(images, tmp_path, monkeypatch, mixup):
+    seen, build = [], train.build_criterion
+
+    def noted(*args):
+        criterion = build(*args)
+        return lambda outputs, targets: (seen.append((outputs.detach(), targets, criterion(outputs, targets))),
+                                         seen[-1][2])[1]
+
+    monkeypatch.setattr(train, 'build_criterion', noted)
+    nano.train([*nano.FLAGS, '--data-path', images, '--epochs', 1, '--batch-size', 48, '--smoothing', 0.3,
+                *([] if mixup else ['--mixup', 0, '--cutmix', 0])])
+    outputs, targets, loss = seen[0]
+    if mixup:
+        assert targets.min().item() == pytest.approx(0.1, rel=1e-5)  # a third of it to each of three classes
+    else:
+        expected = torch.nn.functional.cross_entropy(outputs, targets, label_smoothing=0.3)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 # evaluation
 
 @pytest.mark.parametrize('name, ema', [('checkpoint_best.pth', False), ('checkpoint_ema_best.pth', True)])
