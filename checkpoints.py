@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import threading
+import urllib.error
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ import safetensors.torch
 import torch
 
 logger = logging.getLogger(__name__)
+
+# released checkpoints hold their training arguments; a Namespace only carries attributes
+torch.serialization.add_safe_globals([argparse.Namespace])
 
 LAST, PREVIOUS, LOG = 'checkpoint_last.pth', 'checkpoint_prev.pth', 'log.txt'
 
@@ -44,7 +48,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path):
+def replacing(path: Path):
     """A temporary file beside `path` that takes its place once it is whole and on disk."""
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -89,7 +93,7 @@ class RunWriter:
         self.folder = Path(folder)
         self.keep = keep
         self.thread: threading.Thread | None = None
-        self.error: OSError | RuntimeError | None = None
+        self.error: Exception | None = None
         self.trackers: list[Callable] = []
 
     def save(self, state: dict[str, Any], copies: tuple[str, ...] = ()) -> None:
@@ -121,16 +125,18 @@ class RunWriter:
     def _write(self, state: dict[str, Any], copies: tuple[str, ...]) -> None:
         try:
             last = self.folder / LAST
-            with _replacing(last) as file:
+            with replacing(last) as file:
                 torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
                 _keep_previous(last)
             for name in copies:
-                with open(last, 'rb') as source, _replacing(self.folder / name) as file:
+                with open(last, 'rb') as source, replacing(self.folder / name) as file:
                     shutil.copyfileobj(source, file, 1 << 20)
             if self.keep:
                 for old in sorted(self.folder.glob('checkpoint_[0-9]*.pth'))[:-self.keep]:
                     old.unlink()
-        except (OSError, RuntimeError) as error:  # torch.save covers a full disk with a RuntimeError of its own
+        except Exception as error:  # torch.save covers a full disk with a RuntimeError of its own
             self.error = error.__context__ if isinstance(error.__context__, OSError) else error
 
 
@@ -150,26 +156,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not name.startswith(('http://', 'https://')) and not os.path.isfile(name):
         raise ValueError(f'no checkpoint at {name}')
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # released checkpoints hold their arguments
-            if name.startswith(('http://', 'https://')):
-                state = torch.hub.load_state_dict_from_url(name, map_location='cpu', weights_only=True)
-            elif name.endswith('.safetensors'):
-                state = safetensors.torch.load_file(name)
-            else:
-                if zipfile.is_zipfile(name):  # torch.load does not look at the checksums that torch.save wrote
-                    with zipfile.ZipFile(name) as archive:
-                        damaged = archive.testzip()
-                    if damaged:
-                        raise ValueError(f'checksum of {damaged} is wrong')
-                state = torch.load(name, map_location='cpu', weights_only=True)
+        if name.startswith(('http://', 'https://')):
+            state = torch.hub.load_state_dict_from_url(name, map_location='cpu', weights_only=True)
+        elif name.endswith('.safetensors'):
+            state = safetensors.torch.load_file(name)
+        else:
+            if zipfile.is_zipfile(name):  # torch.load does not look at the checksums that torch.save wrote
+                with zipfile.ZipFile(name) as archive:
+                    damaged = archive.testzip()
+                if damaged:
+                    raise ValueError(f'{name} is damaged: the checksum of {damaged} is wrong')
+            state = torch.load(name, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the parsers
         wanted = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if wanted:
-            raise ValueError(
-                f'{name} was not loaded: it asks for {wanted[1]}, which a checkpoint has no use for') from None
-        is_pickle = isinstance(error, pickle.UnpicklingError)  # whose text is advice on how to run what it holds
-        reason = 'no file of torch.save' if is_pickle else str(error).strip().split('\n')[0] or type(error).__name__
-        raise ValueError(f'{name} is damaged or no checkpoint ({reason})') from None
+            reason = f'{name} was not loaded: it asks for {wanted[1]}, which a checkpoint has no use for'
+        elif isinstance(error, urllib.error.URLError):
+            reason = f'{name} could not be downloaded ({error})'
+        elif 'checksum' in str(error):
+            reason = str(error)
+        else:
+            reason = f'{name} is cut short, damaged or no checkpoint'
+        raise ValueError(reason) from None
     if not isinstance(state, dict):
         raise ValueError(f'{name} holds a {type(state).__name__}, not a checkpoint')
     return state
@@ -192,7 +200,21 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, 
                 logger.warning('%s: looking for the one before', error)
     if faults:
         raise ValueError(f'no good checkpoint in {folder}: {faults[0]}')
+    others = list(folder.glob('checkpoint_*.pth'))
+    if others:
+        raise ValueError(f'{folder} holds {others[0].name} but no {LAST}: name a file with --resume, or choose another '
+                         '--output-dir')
     return None, None
+
+
+def make_last(path: Path) -> None:
+    """Let the checkpoint that a run goes on from be checkpoint_last.pth of its folder, in place of a damaged one.
+
+    Else the next save would keep that one as the previous, and for a moment there would be no good one.
+    """
+    if path.name != LAST:
+        with open(path, 'rb') as source, replacing(path.with_name(LAST)) as file:
+            shutil.copyfileobj(source, file, 1 << 20)
 
 
 def find_checkpoint(
@@ -227,7 +249,7 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
 
 def run_files(folder: Path) -> list[Path]:
     """What a run leaves in its folder, without the settings."""
-    return [*folder.glob('checkpoint_*.pth'), *folder.glob(LOG)]
+    return [*folder.glob('checkpoint_*.pth'), *folder.glob(LOG), *folder.glob('wandb_id.txt')]
 
 
 def remove_run(folder: Path) -> None:
@@ -245,5 +267,5 @@ def trim_log(path: Path, epoch: int) -> None:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)['epoch'] < epoch:
                 kept.append(line + '\n')
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(''.join(kept).encode())

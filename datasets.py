@@ -270,5 +270,6 @@ def build_loader(
         collate_fn=fast_collate,
         timeout=timeout if num_workers else 0,
         worker_init_fn=_leave_signals_to_the_run,
+        persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # the loader draws a base seed of its own: keep it off the global generator
     )

@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def build_data(args: argparse.Namespace):
         interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
     build = functools.partial(build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size)
     lacks_train = args.data_set == 'IMNET' and args.data_path and not (Path(args.data_path) / 'train').is_dir()
-    with utils.first_on_each_node():
+    with utils.first_on_each_node() if args.data_set.startswith('CIFAR') else contextlib.nullcontext():
         train = None if args.eval and lacks_train else build(is_train=True, transform=train_transform)
         val = build(
             is_train=False, transform=build_transform(False, args.input_size), classes=train.classes if train else None)
@@ -75,6 +76,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> cmt.CMT:
         model = timm.create_model(args.model, num_classes=num_classes, img_size=args.input_size, **rates)
     except TypeError as error:
         raise ValueError(f'--model {args.model} is no CMT ({error})') from None
+    if not isinstance(model, cmt.CMT):
+        raise ValueError(f'--model {args.model} is no CMT')
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
@@ -158,6 +161,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -
         raise ValueError(f'the optimizer state in {source} is of another model or optimizer ({error})') from None
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
+        for p in group['params']:
+            for moment in optimizer.state[p].values():  # torch does not look at their shapes
+                if isinstance(moment, torch.Tensor) and moment.ndim == p.ndim and moment.shape != p.shape:
+                    raise ValueError(f'the optimizer state in {source} is of another --input-size')
 
 
 def main(args: argparse.Namespace) -> None:
@@ -184,7 +191,9 @@ def main(args: argparse.Namespace) -> None:
         with torch.device('meta'):
             build_model(args, num_classes=1)
         if is_training and output_dir:
-            checkpoints.check_output_dir(output_dir, may_hold_run=args.resume or args.overwrite)
+            checkpoints.check_output_dir(
+                output_dir, may_hold_run=args.overwrite or args.resume == 'auto' or
+                bool(args.resume) and Path(args.resume).resolve().parent == output_dir.resolve())
         source, checkpoint = checkpoints.find_checkpoint(args.resume, output_dir, fall_back=is_training)
 
     # data
@@ -256,12 +265,19 @@ def main(args: argparse.Namespace) -> None:
         if checkpoint is not None:
             if ema is not None:
                 load_weights(ema.module, checkpoint.get('model_ema') or checkpoint.get('model', checkpoint), source)
+            saved = checkpoint.get('args')
+            if isinstance(saved, dict) and saved.get('opt', args.opt) != args.opt:
+                raise ValueError(f"{source} was trained with --opt {saved['opt']}: go on with that")
             if 'optimizer' in checkpoint:
                 load_optimizer(optimizer, checkpoint['optimizer'], source)
             if checkpoint.get('loss_scaler'):
-                scaler.load_state_dict(checkpoint['loss_scaler'])
+                try:
+                    scaler.load_state_dict(checkpoint['loss_scaler'])
+                except (KeyError, RuntimeError):
+                    raise ValueError(f'{source} was trained with another loss scaling: give the same '
+                                     '--apex-amp and --amp-dtype') from None
             best = checkpoint.get('best') or {}
-            epoch = checkpoint.get('epoch', -1) + 1
+            epoch = checkpoint.get('epoch', args.start_epoch - 1) + 1
             if checkpoint.get('meters'):  # sums of an epoch that is not in the log yet
                 epoch, step, samples_seen = (checkpoint[key] for key in ('epoch', 'step', 'samples_seen'))
                 sums = checkpoint['meters']
@@ -270,6 +286,9 @@ def main(args: argparse.Namespace) -> None:
                     '%d processes now, %d before: %d samples of epoch %d are done, the base learning rate is %g',
                     world_size, checkpoint['world_size'], samples_seen, epoch, lr)
             logger.info('going on at epoch %d, step %d', epoch, step)
+        if len(set(utils.of_all_ranks((epoch, step, samples_seen)))) > 1:
+            raise ValueError('processes found different checkpoints: --output-dir has to lie on a file system that all '
+                             'nodes share')
 
         if output_dir:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -302,18 +321,22 @@ def main(args: argparse.Namespace) -> None:
 
     # output
     writer = None
-    if output_dir and rank == 0:
-        writer = checkpoints.RunWriter(output_dir, args.keep_checkpoints)
-        if checkpoint is None:
-            checkpoints.remove_run(output_dir)
-        checkpoints.trim_log(output_dir / checkpoints.LOG, epoch)
-        settings = {key.replace('_', '-'): value for key, value in vars(args).items()
-                    if key not in ('config', 'local_rank', 'resume', 'overwrite') and value is not None}
-        (output_dir / 'config.yaml').write_text(
-            f'# train.py {shlex.join(sys.argv[1:])}\n' + yaml.safe_dump(settings, sort_keys=False))
-        writer.trackers = utils.build_trackers(args.log_tensorboard, args.log_wandb, output_dir, settings, epoch)
-    elif rank == 0:
-        logger.warning('no --output-dir: nothing will be saved')
+    with usage_errors():
+        if output_dir and rank == 0:
+            writer = checkpoints.RunWriter(output_dir, args.keep_checkpoints)
+            if checkpoint is None:
+                checkpoints.remove_run(output_dir)
+            elif Path(source).resolve().parent == output_dir.resolve():
+                checkpoints.make_last(Path(source))
+            checkpoints.trim_log(output_dir / checkpoints.LOG, epoch)
+            settings = {key.replace('_', '-'): value for key, value in vars(args).items()
+                        if key not in ('config', 'local_rank', 'resume', 'overwrite') and value is not None}
+            with checkpoints.replacing(output_dir / 'config.yaml') as file:
+                text = f'# train.py {shlex.join(sys.argv[1:])}\n' + yaml.safe_dump(settings, sort_keys=False)
+                file.write(text.encode())
+            writer.trackers = utils.build_trackers(args.log_tensorboard, args.log_wandb, output_dir, settings, epoch)
+        elif rank == 0:
+            logger.warning('no --output-dir: nothing will be saved')
     logger.info('%s: %.2f M parameters, %d classes, %d training and %d validation images, %d updates an epoch',
                 args.model, n_parameters / 1e6, num_classes, len(dataset_train), len(dataset_val), updates_per_epoch)
     logger.info('learning rate %g = %g x %d / 512 (global batch = %d x %d accumulated x %d processes), %s, %s',
@@ -331,6 +354,10 @@ def main(args: argparse.Namespace) -> None:
             }, copies)
 
     stop, wish = utils.StopRequest(), GO_ON
+
+    def stopping() -> bool:
+        return utils.largest(stop.signal) > 0
+
     profiler = utils.build_profiler(args.profile, output_dir / 'trace.json') if args.profile and writer else None
     if profiler is not None:
         profiler.start()
@@ -382,21 +409,24 @@ def main(args: argparse.Namespace) -> None:
                 distribute_bn(module, world_size, reduce=args.dist_bn == 'reduce')
         copies = [f'checkpoint_{epoch:04d}.pth'] if args.keep_checkpoints else []
         if epoch % args.test_freq == 0 or epoch > args.test_epoch or epoch == num_epochs - 1:
+            # evaluation takes its time: a run that is stopped or killed in it goes on with it
             if args.save_every_steps or args.save_every_minutes:
-                save(meters.of_all_ranks())  # evaluation takes its time: a run killed in it goes on with it
-            stats = score(core)
-            report(stats)
-            record.update({f'test_{key}': stats[key] for key in ('acc1', 'acc5', 'loss')})
-            if stats['acc1'] > best.get('acc1', -1):
-                best = {**best, 'acc1': stats['acc1'], 'epoch': epoch}
-                copies.append('checkpoint_best.pth')
-            if ema is not None:
-                stats = score(ema.module if ema.device is None else copy.deepcopy(ema.module).to(device))
-                report(stats, 'EMA ')
-                record.update({f'ema_test_{key}': stats[key] for key in ('acc1', 'acc5', 'loss')})
-                if stats['acc1'] > best.get('ema_acc1', -1):
-                    best = {**best, 'ema_acc1': stats['acc1'], 'ema_epoch': epoch}
-                    copies.append('checkpoint_ema_best.pth')
+                save(meters.of_all_ranks())
+            scores = {}
+            for prefix, module in (('', core), ('ema_', ema and ema.module)):
+                if module is not None and not stopping():
+                    on_device = copy.deepcopy(module).to(device) if args.model_ema_force_cpu else module
+                    scores[prefix] = score(on_device)
+            if stopping():
+                save(meters.of_all_ranks())
+                wish = STOP
+                break
+            for prefix, stats in scores.items():
+                report(stats, 'EMA ' if prefix else '')
+                record.update({f'{prefix}test_{key}': stats[key] for key in ('acc1', 'acc5', 'loss')})
+                if stats['acc1'] > best.get(f'{prefix}acc1', -1):
+                    best = {**best, f'{prefix}acc1': stats['acc1'], f'{prefix}epoch': epoch}
+                    copies.append(f'checkpoint_{prefix}best.pth')
         scheduler.step(epoch)
 
         # log, then save: a run killed in between drops the line when it goes on
@@ -408,7 +438,7 @@ def main(args: argparse.Namespace) -> None:
                     learning_rate, record['train_images_per_s'], record['epoch_seconds'],
                     f"  best {best['acc1']:.3f}%" if best else '')
         step, samples_seen, sums = 0, 0, None
-        if utils.largest(STOP if stop.signal else GO_ON) == STOP:
+        if stopping():
             wish = STOP
             break
 
@@ -420,7 +450,8 @@ def main(args: argparse.Namespace) -> None:
         raise TrainingFault(f'{output_dir} can not be written to any more, the files before are good '
                             f'({writer and writer.error})')
     if wish == STOP:
-        logger.info('stopped at epoch %d, step %d; --resume auto goes on there', epoch, step)
+        where = f'in epoch {epoch} after {step} of its steps' if step else f'after epoch {epoch}'
+        logger.info('stopped %s; --resume auto goes on there', where)
         number = utils.largest(stop.signal)  # one rank may have had the signal alone
         goes_on = args.resume == 'auto' and number != signal.SIGINT
         raise SystemExit(0 if goes_on else 128 + number)
@@ -437,16 +468,21 @@ def cli() -> int:
     args = parse_args()
     try:
         main(args)
+        status = 0
     except (UsageError, TrainingFault) as error:
         if world_info_from_env()[1] == 0:
             sys.stderr.write(f'train.py: error: {error}\n')
-        return 2 if isinstance(error, UsageError) else 1
+        status = 2 if isinstance(error, UsageError) else 1
+    except SystemExit as stopped:
+        status = stopped.code
     except KeyboardInterrupt:
-        return 130
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+        utils.leave_at_once(130)
+    except Exception:
+        traceback.print_exc()
+        utils.leave_at_once(1)
+    if torch.distributed.is_initialized():  # all ranks come here
+        torch.distributed.destroy_process_group()
+    return status
 
 
 if __name__ == '__main__':

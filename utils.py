@@ -3,13 +3,14 @@ import contextlib
 import datetime
 import importlib.util
 import logging
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+WANDB_ID = 'wandb_id.txt'
+
 
 class UsageError(ValueError):
     """A user's mistake, known on every rank: shown as one line, exit status 2."""
 
 
 def init_distributed(device: str | None = None, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
-    """Join the processes that torchrun, torch.distributed.launch, SLURM or MPI started; alone where none did.
+    """Join the processes that torchrun, torch.distributed.launch or SLURM started; alone where none did.
 
     timm's init_distributed_device takes no time-out, and leaves SLURM's address to the user.
 
@@ -48,17 +51,23 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
     if kind == 'cuda' and not torch.cuda.is_available():
         raise ValueError('--device cuda: no CUDA device here; leave the flag out to run on the CPU')
     local_rank, rank, world_size = world_info_from_env()
-    if kind == 'cuda' and local_rank >= torch.cuda.device_count():
-        raise ValueError(f'{local_rank + 1} processes on a machine with {torch.cuda.device_count()} CUDA devices: '
-                         'start at most one process a device')
-    found = torch.device(kind, local_rank) if kind == 'cuda' else torch.device(device or kind)
+    if kind == 'cuda':
+        devices = torch.cuda.device_count()
+        if devices == 1 and 'LOCAL_RANK' not in os.environ:
+            local_rank = 0  # srun --gpus-per-task=1 shows each task its own device alone
+        processes = int(os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1))
+        if processes > devices:
+            raise ValueError(f'{processes} processes on a machine with {devices} CUDA devices: start one a device')
+    found = torch.device(kind, local_rank) if kind == 'cuda' else torch.device(kind)
     if kind == 'cuda':
         torch.cuda.set_device(found)
     if is_distributed_env():
         if 'SLURM_JOB_NODELIST' in os.environ and 'MASTER_ADDR' not in os.environ:
             hosts = subprocess.run(
                 ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']],
-                capture_output=True, text=True, check=True).stdout.split()
+                capture_output=True, text=True).stdout.split()
+            if not hosts:
+                raise ValueError('scontrol does not tell the hosts of the job: set MASTER_ADDR')
             os.environ['MASTER_ADDR'] = hosts[0]
             os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ['SLURM_JOB_ID']) % 20000))
         # gloo beside NCCL: what ranks agree on at a step's border lives on the CPU and does not wait for the device
@@ -88,6 +97,30 @@ def largest(number: int) -> int:
     return int(reduce_(torch.tensor([number]), dist.ReduceOp.MAX))
 
 
+def of_all_ranks(value: Any) -> list[Any]:
+    """What each rank has."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def leave_at_once(status: int) -> None:
+    """End this process after a fault that the other ranks know nothing of, without waiting for them.
+
+    Closing the process group could wait for the others until --dist-timeout, Python's exit for a loader that hangs.
+    """
+    for thread in threading.enumerate():
+        if thread.name == 'checkpoint':
+            thread.join()
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 @contextlib.contextmanager
 def usage_errors():
     """An error of any rank inside becomes a UsageError of all of them, so that none waits for the others.
@@ -99,13 +132,9 @@ def usage_errors():
         yield
     except (ValueError, OSError, AssertionError) as e:
         error = str(e)
-    errors = [error]
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-    for error in errors:
-        if error is not None:
-            raise UsageError(error)
+    for message in of_all_ranks(error):
+        if message is not None:
+            raise UsageError(message)
 
 
 class StopRequest:
@@ -175,9 +204,11 @@ def build_trackers(
     if wandb:
         import wandb as package
         name = folder.resolve().name
+        remembered = folder / WANDB_ID
+        if not remembered.exists():
+            remembered.write_text(package.util.generate_id())
         run = package.init(
-            project='cmt', name=name, dir=folder, config=settings, resume='allow',
-            id=f'{name}-{zlib.crc32(str(folder.resolve()).encode()):08x}')
+            project='cmt', name=name, dir=folder, config=settings, resume='allow', id=remembered.read_text())
         trackers.append(lambda record: run.log(record, step=record['epoch']))
     return trackers
 
