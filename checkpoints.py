@@ -48,7 +48,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
+def replacing(path: Path, keep_previous: bool = False):
     """A temporary file beside `path` that takes its place once it is whole and on disk."""
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -56,6 +56,8 @@ def replacing(path: Path):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep_previous:
+            _keep_previous(path)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
@@ -125,11 +127,8 @@ class RunWriter:
     def _write(self, state: dict[str, Any], copies: tuple[str, ...]) -> None:
         try:
             last = self.folder / LAST
-            with replacing(last) as file:
+            with replacing(last, keep_previous=True) as file:
                 torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-                _keep_previous(last)
             for name in copies:
                 with open(last, 'rb') as source, replacing(self.folder / name) as file:
                     shutil.copyfileobj(source, file, 1 << 20)

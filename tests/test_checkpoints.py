@@ -195,7 +195,7 @@ def test_a_damaged_file_is_named_and_the_one_before_used(tmp_path, good, caplog,
     write(tmp_path, 4, 5)
     last = tmp_path / LAST
     last.write_bytes(damage(good))
-    with pytest.raises(ValueError, match=f'^{last} is damaged or no checkpoint .*') as error:
+    with pytest.raises(ValueError, match=f'^{last} is .*damaged') as error:
         read_checkpoint(last)
     assert '\n' not in str(error.value)
     for resume in ('auto', str(last)):

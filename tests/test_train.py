@@ -513,7 +513,7 @@ def mistakes(images, whole, tmp_path):
         'checkpoint of another size': (['--resume', last, '--model', 'cmt_ti'], 'does not fit the model'),
         'checkpoint without weights': (['--resume', tmp_path / 'list.pth'], 'holds no weights'),
         'checkpoint with numbers': (['--resume', tmp_path / 'numbered.pth'], 'holds no weights'),
-        'no checkpoint': (['--resume', tmp_path / 'text.pth'], 'is damaged or no checkpoint'),
+        'no checkpoint': (['--resume', tmp_path / 'text.pth'], 'damaged or no checkpoint'),
         'missing checkpoint': (['--resume', tmp_path / 'none.pth'], 'no checkpoint at'),
         'misspelt key': (['--config', tmp_path / 'odd.yaml'], "unknown key 'modle'"),
         'eval without checkpoint': (['--eval'], '--eval needs --resume'),
