@@ -204,7 +204,7 @@ def test_a_damaged_file_is_named_and_the_one_before_used(tmp_path, good, caplog,
             name, found = find_checkpoint(resume, tmp_path, fall_back=True)
         assert name == str(tmp_path / PREVIOUS) and number(found) == 4
         assert len(caplog.records) == 1 and str(last) in caplog.text
-    with pytest.raises(ValueError, match='is damaged'):
+    with pytest.raises(ValueError, match='damaged'):
         find_checkpoint(str(last), tmp_path, fall_back=False)  # who evaluates a file wants that one
 
 
@@ -274,7 +274,7 @@ def test_safetensors(tmp_path):
     safetensors.torch.save_file({'w': torch.arange(3.)}, path)
     assert read_checkpoint(path)['w'].tolist() == [0, 1, 2]
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match='is damaged'):
+    with pytest.raises(ValueError, match='damaged'):
         read_checkpoint(path)
 
 

@@ -1,12 +1,10 @@
 """Runs from the command line to the last epoch: bits, resuming, stopping, mistakes."""
-import contextlib
 import json
 import os
 import random
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -314,7 +312,7 @@ def test_a_damaged_newest_file_falls_back(flags, whole, tmp_path, capsys):
     path = tmp_path / 'run' / 'checkpoint_last.pth'
     path.write_bytes(path.read_bytes()[:-1000])
     nano.train(run)
-    assert f'{path} is damaged' in capsys.readouterr().out
+    assert re.search(f'{path} is .*damaged', capsys.readouterr().out)
     nano.assert_same_run(whole, tmp_path / 'run')
 
 
@@ -359,7 +357,7 @@ def test_a_signal_saves_and_stops_within_a_step(flags, whole, tmp_path, monkeypa
         assert train.cli() == status
     saved = nano.read(tmp_path / 'run')
     assert (saved['epoch'], saved['step']) == (1, 3)
-    assert 'stopped at epoch 1, step 3' in capsys.readouterr().out
+    assert 'stopped in epoch 1 after 3 of its steps' in capsys.readouterr().out
     nano.train(run)
     nano.assert_same_run(whole, tmp_path / 'run')
 
@@ -386,38 +384,6 @@ def test_a_signal_to_the_whole_group_spares_the_loaders_until_the_end(flags, who
     assert nano.read(tmp_path / 'run')['step'] == 3
     nano.train(run)
     nano.assert_same_run(whole, tmp_path / 'run')
-
-
-def test_two_ranks_under_torchrun_survive_the_kill_of_one(flags, tmp_path):
-    """--max-restarts starts the group again, and the run ends with the bits of an undisturbed one."""
-    run = [*flags, '--epochs', '2', '--resume', 'auto', '--save-every-steps', '1']
-    nano.finish(nano.start([*run, '--output-dir', tmp_path / 'whole'], ranks=2))
-
-    output = tmp_path / 'out.txt'
-    with open(output, 'w') as file:
-        torchrun = subprocess.Popen(
-            [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--max-restarts', '3',
-             '--monitor-interval', '0.1', nano.__file__, *run, '--output-dir', str(tmp_path / 'run')],
-            stdout=file, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    try:
-        last = tmp_path / 'run' / 'checkpoint_last.pth'
-        deadline = time.monotonic() + 60
-        while not last.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        children = [
-            int(pid.name) for pid in Path('/proc').iterdir() if pid.name.isdigit()
-            and parent_of(pid) == torchrun.pid]
-        os.kill(max(children), signal.SIGKILL)
-        assert torchrun.wait(90) == 0, output.read_text()[-3000:]
-    finally:
-        torchrun.kill()
-    assert len(re.findall('going on at epoch', output.read_text())) == 1
-    nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
-
-
-def parent_of(process):
-    with contextlib.suppress(OSError):
-        return int((process / 'stat').read_text().rsplit(')', 1)[1].split()[1])
 
 
 # faults
