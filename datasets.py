@@ -6,6 +6,7 @@ the device, to the whole batch (engine.py).
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -240,9 +241,24 @@ def build_dataset(
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    # Ctrl-C and SLURM signal every process of a group; a run that is about to save still needs its loader
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """In a loader's process: be ended by the run alone.
+
+    Ctrl-C, SLURM and `timeout` signal every process of a group, but a run that is about to save still needs its loader.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    if not hasattr(signal, 'sigwaitinfo'):  # macOS does not tell who sent a signal
+        for number in signals - {signal.SIGTERM}:
+            signal.signal(number, signal.SIG_IGN)
+        return
+
+    def wait() -> None:
+        while True:
+            received = signal.sigwaitinfo(signals)
+            if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+                os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def build_loader(
