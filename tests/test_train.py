@@ -155,6 +155,16 @@ def test_ema_averages_from_the_first_step_with_the_rate_given(images, tmp_path):
             assert torch.allclose(last['model_ema'][name], expected, rtol=1e-5, atol=1e-7), name
 
 
+def test_best_files_are_those_of_the_best_epochs(flags, tmp_path, monkeypatch):
+    scores = iter((50., 10., 70., 30., 60., 20.))  # of the model and its average by turns
+    monkeypatch.setattr(train, 'evaluate', lambda *_, **__: dict(acc1=next(scores), acc5=100., loss=1., count=27))
+    nano.train([*flags, '--output-dir', tmp_path, '--batch-size', 48, '--accum-steps', 1])
+    assert nano.read(tmp_path, 'checkpoint_best.pth')['epoch'] == 1
+    assert nano.read(tmp_path, 'checkpoint_ema_best.pth')['epoch'] == 1
+    best = nano.read(tmp_path)['best']
+    assert best['acc1'] == 70 and best['ema_acc1'] == 30
+
+
 def test_head_drop_is_the_models_own_unless_given():
     args = options.parse_args(['--model', 'cmt_nano', '--input-size', '32', '--drop', '0.2'])
     assert train.build_model(args, 3).head_drop.p == 0.1
