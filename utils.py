@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.utils.distributed import is_distributed_env, world_info_from_env
 from torch.distributed.nn.functional import all_reduce
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,14 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
                 raise ValueError('scontrol does not tell the hosts of the job: set MASTER_ADDR')
             os.environ['MASTER_ADDR'] = hosts[0]
             os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ['SLURM_JOB_ID']) % 20000))
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store, rank, world_size = next(rendezvous(dist_url, rank, world_size, timeout=timeout))
+        # torchrun keeps its store over restarts, with the addresses of the ranks that died; torch 2.15 reads them again
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # gloo beside NCCL: what ranks agree on at a step's border lives on the CPU and does not wait for the device
         dist.init_process_group(
             'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo',
-            init_method=dist_url, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout_s))
+            store=store, rank=rank, world_size=world_size, timeout=timeout)
     return found
 
 

@@ -1,10 +1,12 @@
 """Runs from the command line to the last epoch: bits, resuming, stopping, mistakes."""
+import contextlib
 import json
 import os
 import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -394,6 +396,42 @@ def test_a_signal_to_the_whole_group_spares_the_loaders_until_the_end(flags, who
     assert nano.read(tmp_path / 'run')['step'] == 3
     nano.train(run)
     nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_two_ranks_under_torchrun_survive_the_kill_of_one(flags, tmp_path):
+    """--max-restarts starts the group again, and the run ends with the bits of an undisturbed one."""
+    run = [*flags, '--epochs', '2', '--resume', 'auto', '--save-every-steps', '1']
+    nano.finish(nano.start([*run, '--output-dir', tmp_path / 'whole'], ranks=2))
+
+    output = tmp_path / 'out.txt'
+    with open(output, 'w') as file:
+        torchrun = subprocess.Popen(
+            [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--max-restarts', '3',
+             '--monitor-interval', '0.1', nano.__file__, *run, '--output-dir', str(tmp_path / 'run')],
+            stdout=file, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    try:
+        last = tmp_path / 'run' / 'checkpoint_last.pth'
+        deadline = time.monotonic() + 120
+        while not last.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(max(children_of(torchrun)), signal.SIGKILL)
+        assert torchrun.wait(300) == 0, output.read_text()[-3000:]
+    finally:
+        ranks = children_of(torchrun)
+        torchrun.kill()
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+    assert len(re.findall('going on at epoch', output.read_text())) == 1
+    nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+def children_of(process):
+    found = []
+    for status in Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):
+            if int(status.read_text().rsplit(')', 1)[1].split()[1]) == process.pid:
+                found.append(int(status.parent.name))
+    return found
 
 
 # faults
