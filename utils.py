@@ -239,9 +239,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if not self.training or get_world_size() == 1:
             return super().forward(x)
         n = x.numel() // x.shape[1] * get_world_size()
-        x32 = x.float()
-        mean = all_reduce(x32.sum((0, 2, 3))) / n
-        centred = x32 - mean[:, None, None]
+        wide = x if x.dtype == torch.float64 else x.float()
+        mean = all_reduce(wide.sum((0, 2, 3))) / n
+        centred = wide - mean[:, None, None]
         variance = all_reduce(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
