@@ -130,28 +130,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_weights(model: nn.Module, state: dict, source: str) -> None:
-    """Load a state dict under this project's or the released names, all of it or nothing.
-
-    Raises:
-        ValueError: tensors missing, left over or of another shape.
-    """
-    is_weights = isinstance(state, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
-    if not is_weights or not state:
-        raise ValueError(f'{source} holds no weights')
-    state = cmt.checkpoint_filter_fn(state, model)
-    own = model.state_dict()
-    faults = [f'{name} missing' for name in own if name not in state]
-    faults += [f'{name} left over' for name in state if name not in own]
-    faults += [f'{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}'
-               for name in own if name in state and state[name].shape != own[name].shape]
-    if faults:
-        raise ValueError(f'{source} does not fit the model, its size or the number of classes: '
-                         f'{len(faults)} tensors differ ({"; ".join(faults[:3])})')
-    model.load_state_dict(state)
-
-
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
     """Load moments and counts; rates and decays stay as this command line sets them."""
     settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
@@ -210,9 +188,7 @@ def main(args: argparse.Namespace) -> None:
     with usage_errors():
         model = build_model(args, num_classes)
         if checkpoint is not None:
-            kind = 'model_ema' if not is_training and args.model_ema and checkpoint.get('model_ema') else 'model'
-            load_weights(model, checkpoint.get(kind, checkpoint), source)
-            logger.info('loaded %s from %s', kind if kind in checkpoint else 'weights', source)
+            checkpoints.load_weights(model, checkpoint, source, use_ema=not is_training and args.model_ema)
     model.to(device)
     loader_options = dict(
         num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == 'cuda', timeout=args.dist_timeout)
@@ -264,7 +240,7 @@ def main(args: argparse.Namespace) -> None:
     with usage_errors():
         if checkpoint is not None:
             if ema is not None:
-                load_weights(ema.module, checkpoint.get('model_ema') or checkpoint.get('model', checkpoint), source)
+                checkpoints.load_weights(ema.module, checkpoint, source, use_ema=True)
             saved = checkpoint.get('args')
             if isinstance(saved, dict) and saved.get('opt', args.opt) != args.opt:
                 raise ValueError(f"{source} was trained with --opt {saved['opt']}: go on with that")
