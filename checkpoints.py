@@ -448,6 +448,44 @@ def load_weights(
 SHOWN = 8  # tensors that an error names
 
 
+def identify(
+        checkpoint: dict[str, Any], source: str, use_ema: bool = False, model: str | None = None,
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """What model a checkpoint is of.
+
+    Args:
+        checkpoint, source, use_ema: as for load_weights.
+        model: name that was asked for.
+
+    Returns:
+        Name of the model, the arguments besides size and classes that make of it what the weights are of, and all
+        arguments of cmt.CMT that the weights tell.
+
+    Raises:
+        ValueError: it holds no CMT.
+    """
+    try:
+        weights, _ = weights_of(checkpoint, use_ema)
+    except ValueError as error:
+        raise ValueError(f'{source}: {error}') from None
+    args = model_args_of(weights)
+    if not args:
+        raise ValueError(f'{source} holds no CMT')
+    saved, variant = saved_args(checkpoint).get('model'), variant_of(args)
+    own = saved if isinstance(saved, str) and timm.is_model(saved) else None
+    if own or variant or (model and args.get('position_bias', True)):
+        return model or own or variant, form_of(args), args
+    # no published size: any entry, all of whose arguments are replaced
+    other = {key: value for key, value in args.items() if key not in ('img_size', 'num_classes')}
+    return model or 'cmt_s', other, args
+
+
+def saved_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the run that wrote a checkpoint, as far as it holds them."""
+    args = checkpoint.get('args')
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+
+
 def build_model(
         checkpoint: dict[str, Any] | None,
         source: str,
@@ -460,13 +498,12 @@ def build_model(
     """The model that a checkpoint is of, loaded and in eval mode.
 
     Args:
-        checkpoint: from read_checkpoint; None to read `source`, or to let timm fetch the model that it names
-            ('cmt_s', 'hf-hub:...', 'local-dir:...') with its pretrained weights.
+        checkpoint: from read_checkpoint; None for what read_weights(source) gives.
         source: where it is from.
         model: name of the model; the checkpoint's own where None.
         num_classes: another count than the checkpoint's gives a new head.
         img_size: input size; the checkpoint's own where None. Weights of MindCV tell none: 224.
-        use_ema: the average of the weights where there is one.
+        use_ema: the average of the weights where there is one, which after a short run is none to use.
         kwargs: further arguments of the model, such as in_chans or dynamic_img_size.
 
     Returns:
@@ -476,51 +513,51 @@ def build_model(
     Raises:
         ValueError: no checkpoint, of no CMT, or one that does not fit.
     """
-    if checkpoint is None and not os.path.isfile(source) and _is_timm_name(source):
-        sizes = {key: value for key, value in (('num_classes', num_classes), ('img_size', img_size)) if value}
-        try:
-            net = timm.create_model(source, pretrained=True, **sizes, **kwargs)
-        except Exception as error:  # whatever the hub's clients raise
-            raise ValueError(f'{source}: {str(error).strip().splitlines()[0]}') from None
-        size = getattr(net, 'img_size', net.pretrained_cfg['input_size'][1:])
-        return net.eval(), dict(name=net.pretrained_cfg['architecture'], classes=None, img_size=tuple(size),
-                                kind='pretrained', epoch=None, model_args=kwargs)
     if checkpoint is None:
-        checkpoint = read_checkpoint(source)
-    try:
-        weights, kind = weights_of(checkpoint, use_ema)
-    except ValueError as error:
-        raise ValueError(f'{source}: {error}') from None
-    args = model_args_of(weights)
-    if not args:
-        raise ValueError(f'{source} holds no CMT')
-    saved = checkpoint.get('args')
-    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved if isinstance(saved, dict) else {}
-    name = model or saved.get('model')
-    if not (isinstance(name, str) and timm.is_model(name)):
-        if model:
-            raise ValueError(f'unknown model {model}')
-        name = variant_of(args)
-    classes = checkpoint.get('classes')
-    size = img_size or args.pop('img_size', None) or saved.get('input_size') or 224
-    args.update(kwargs, img_size=size, num_classes=args['num_classes'] if num_classes is None else num_classes)
-    if name:
-        model_args = {**form_of(args), **kwargs}
-        net = timm.create_model(name, img_size=size, num_classes=args['num_classes'], **model_args)
-        if not isinstance(net, cmt.CMT):
-            raise ValueError(f'{name} is no CMT')
-    else:
-        net = cmt.CMT(**args)
-        model_args = {key: value for key, value in args.items() if key not in ('img_size', 'num_classes')}
+        checkpoint = read_weights(source)
+    name, form, args = identify(checkpoint, source, use_ema, model)
+    model_args = {**form, **kwargs}
+    net = create_cmt(
+        name, num_classes=args['num_classes'] if num_classes is None else num_classes,
+        img_size=img_size or args.get('img_size') or saved_args(checkpoint).get('input_size') or 224, **model_args)
     load_weights(net, checkpoint, source, use_ema, new_head=num_classes is not None or 'in_chans' in kwargs)
+    classes = checkpoint.get('classes')
     if not classes or len(classes) != net.num_classes:
         classes = None
-    return net.eval(), dict(name=name or 'cmt', classes=classes, img_size=net.img_size, kind=kind,
-                            epoch=checkpoint.get('epoch'), model_args=model_args)
+    return net.eval(), dict(
+        name=name, classes=classes, img_size=net.img_size, kind=weights_of(checkpoint, use_ema)[1],
+        epoch=checkpoint.get('epoch'), model_args=model_args)
 
 
-def _is_timm_name(name: str) -> bool:
-    return name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(name.split('.')[0])
+def create_cmt(name: str, **kwargs) -> cmt.CMT:
+    """A CMT by its name in timm; ValueError where there is none of that name."""
+    if not timm.is_model(name):
+        raise ValueError(f"unknown model {name}: {', '.join(timm.list_models('cmt_*', module='cmt'))}")
+    try:
+        model = timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise ValueError(f'{name} is no CMT ({error})') from None
+    if not isinstance(model, cmt.CMT):
+        raise ValueError(f'{name} is no CMT')
+    return model
+
+
+def read_weights(source: str) -> dict[str, Any]:
+    """The checkpoint in a file, or the pretrained weights of a timm model ('cmt_s', 'hf-hub:...', 'local-dir:...').
+
+    Raises:
+        ValueError: no such file or model, or it could not be fetched.
+    """
+    is_name = source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(source.split('.')[0])
+    if os.path.isfile(source) or not is_name:
+        return read_checkpoint(source)
+    try:
+        model = timm.create_model(source, pretrained=True)
+    except Exception as error:  # whatever the clients of hubs raise
+        raise ValueError(f'{source} could not be fetched: {(str(error).strip() or repr(error)).splitlines()[0]}') \
+            from None
+    args = {'model': model.pretrained_cfg.get('architecture'), 'input_size': getattr(model, 'img_size', None)}
+    return {'model': model.state_dict(), 'args': args}
 
 
 def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, None]:
