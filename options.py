@@ -123,7 +123,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--smoothing', type=share, default=0.1)
 
     g = parser.add_argument_group('model')
-    g.add_argument('--model', help="cmt_ti, cmt_xs, cmt_s, cmt_b (default: that of --resume or --finetune, or cmt_s)")
+    g.add_argument('--model', default='cmt_s', help='cmt_ti, cmt_xs, cmt_s, cmt_b (default: that of the weights given)')
     g.add_argument('--freeze-stages', type=number(int, 0, 4), default=0, metavar='N',
                    help='keep the stem and the first N stages as they are')
     g.add_argument('--drop', type=share, default=0.0, help='dropout in LMHSA and IRFFN')
@@ -210,6 +210,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if config:
         argv = config_flags(parser, config) + argv
     args = parser.parse_args(argv)
+    if (args.resume or args.finetune) and not any(arg.split('=')[0] == '--model' for arg in argv):
+        args.model = None  # that of the weights
     mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixup and args.batch_size % 2 and not args.eval:
         parser.error(f'--batch-size {args.batch_size} is odd: mixup and cutmix pair the images of a batch')
