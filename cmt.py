@@ -586,7 +586,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
         halves = [released.replace('.kv.', half) for half in ('.k.', '.v.')]
         if '.kv.' in released and all(half in state_dict for half in halves):
             state_dict[name] = torch.cat([state_dict.pop(half) for half in halves])
-        elif released in state_dict:
+        elif released in state_dict and (released == name or name not in state_dict):
             value = state_dict.pop(released)
             is_conv1x1 = value.ndim == 4 and target.ndim == 2
             state_dict[name] = value.flatten(1) if is_conv1x1 else value

@@ -44,9 +44,9 @@ class DistillationLoss(nn.Module):
         if self.kind == 'hard':
             distillation = F.cross_entropy(outputs, taught.argmax(dim=1))
         else:
-            distillation = self.tau ** 2 * F.kl_div(
+            distillation = self.tau ** 2 / outputs.numel() * F.kl_div(
                 F.log_softmax(outputs / self.tau, dim=1), F.log_softmax(taught / self.tau, dim=1),
-                reduction='mean', log_target=True)
+                reduction='sum', log_target=True)
         return (1 - self.alpha) * self.criterion(outputs, targets) + self.alpha * distillation
 
 

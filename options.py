@@ -170,6 +170,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--warmup-lr', type=amount, default=1e-6)
     g.add_argument('--min-lr', type=amount, default=1e-5)
     g.add_argument('--warmup-epochs', type=count, default=5)
+    g.add_argument('--warmup-prefix', action=toggle, default=False, help='warm up before the --epochs, not in them')
     g.add_argument('--cooldown-epochs', type=count, default=10)
     g.add_argument('--decay-epochs', type=rate, default=30)
     g.add_argument('--decay-rate', '--dr', type=amount, default=0.1)
