@@ -242,7 +242,7 @@ def read_mindspore(path: str | Path) -> dict[str, torch.Tensor]:
     data = Path(path).read_bytes()
     if data[-CRC_TAIL:-10] == b'crc_num':
         if zlib.crc32(data[:-CRC_TAIL]) != int.from_bytes(data[-10:], 'big'):
-            raise ValueError('its checksum is wrong')
+            raise ValueError(f'{path} is damaged: its checksum is wrong')
         data = data[:-CRC_TAIL]
     parts: dict[str, tuple[list[int], str, bytearray]] = {}
     try:
@@ -527,6 +527,38 @@ def build_model(
     return net.eval(), dict(
         name=name, classes=classes, img_size=net.img_size, kind=weights_of(checkpoint, use_ema)[1],
         epoch=checkpoint.get('epoch'), model_args=model_args)
+
+
+def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.Module:
+    """The teacher of distillation, with its weights as they were trained, not their average.
+
+    Args:
+        name: any timm model; the one of `path` where None.
+        path: file with its weights; the pretrained ones where None.
+        classes: names of the classes of the data.
+
+    Raises:
+        ValueError: it can't be had, or knows other classes.
+    """
+    if path is None:
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except Exception as error:  # whatever the clients of hubs raise
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(f'--teacher-model {name}: {reason}') from None
+    elif name is None or name.startswith('cmt_'):
+        model, info = build_model(None, path, model=name, use_ema=False)
+        if info['classes'] not in (None, list(classes)):
+            raise ValueError(f'--teacher-path {path}: the teacher has other classes than the data')
+    elif timm.is_model(name):
+        model = timm.create_model(name, num_classes=len(classes))
+        load_weights(model, read_checkpoint(path), path)
+    else:
+        raise ValueError(f'unknown --teacher-model {name}')
+    if model.num_classes != len(classes):
+        raise ValueError(f'the teacher has {model.num_classes} classes, the data {len(classes)}: '
+                         '--teacher-path takes one that was trained on this data')
+    return model
 
 
 def create_cmt(name: str, **kwargs) -> cmt.CMT:

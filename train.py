@@ -82,31 +82,6 @@ def build_model(args: argparse.Namespace, num_classes: int, **form) -> cmt.CMT:
     return model
 
 
-def build_teacher(args: argparse.Namespace, classes: list[str]) -> Teacher | None:
-    """The teacher of distillation, with its weights as they were trained, not their average."""
-    if args.distillation_type == 'none':
-        return None
-    name, path = args.teacher_model, args.teacher_path
-    if path is None:
-        try:
-            model = timm.create_model(name, pretrained=True)
-        except Exception as error:  # whatever the clients of hubs raise
-            raise ValueError(f'--teacher-model {name}: {str(error).strip().splitlines()[0]}') from None
-    else:
-        checkpoint = checkpoints.read_checkpoint(path)
-        if name is None or name.startswith('cmt_'):
-            model, info = checkpoints.build_model(checkpoint, path, model=name, use_ema=False)
-            if info['classes'] not in (None, list(classes)):
-                raise ValueError(f'--teacher-path {path}: the teacher has other classes than the data')
-        else:
-            model = timm.create_model(name, num_classes=len(classes))
-            checkpoints.load_weights(model, checkpoint, path)
-    if model.num_classes != len(classes):
-        raise ValueError(f'the teacher has {model.num_classes} classes, the data {len(classes)}: '
-                         '--teacher-path takes one that was trained on this data')
-    return Teacher(model)
-
-
 def frozen_parts(model: cmt.CMT, stages: int) -> list[nn.Module]:
     return [model.stem, *model.stages[:stages]] if stages else []
 
@@ -160,14 +135,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str, own: bool) -> None:
-    """Load moments and counts; rates and decays stay as this command line sets them.
-
-    Those of the authors' code (not `own`), whose parameters come in another order, start afresh, with a warning.
-    """
-    if not own:
-        logger.warning("the optimizer's moments in %s are of another code: they start afresh", source)
-        return
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
+    """Load moments and counts; rates and decays stay as this command line sets them."""
     settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
@@ -232,7 +201,8 @@ def main(args: argparse.Namespace) -> None:
         if start is not None:
             checkpoints.load_weights(model, start, source, use_ema=not is_training and args.model_ema,
                                      new_head=checkpoint is None)
-        teacher = build_teacher(args, dataset_val.classes) if is_training else None
+        teacher = Teacher(checkpoints.build_teacher(args.teacher_model, args.teacher_path, dataset_val.classes)) \
+            if is_training and args.distillation_type != 'none' else None
     model.to(device)
     for module in frozen_parts(model, args.freeze_stages):
         module.requires_grad_(False)
@@ -291,8 +261,10 @@ def main(args: argparse.Namespace) -> None:
             if isinstance(saved, dict) and saved.get('opt', args.opt) != args.opt:
                 raise ValueError(f"{source} was trained with --opt {saved['opt']}: go on with that")
             own = 'samples_seen' in checkpoint
-            if 'optimizer' in checkpoint:
-                load_optimizer(optimizer, checkpoint['optimizer'], source, own)
+            if own:
+                load_optimizer(optimizer, checkpoint['optimizer'], source)
+            elif 'optimizer' in checkpoint:  # parameters in another order
+                logger.warning("the optimizer's moments in %s are of another code: they start afresh", source)
             if own and checkpoint.get('loss_scaler'):
                 try:
                     scaler.load_state_dict(checkpoint['loss_scaler'])

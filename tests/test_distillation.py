@@ -10,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 import nano
 import options
 import train
+from checkpoints import build_teacher
 from losses import DistillationLoss, Teacher
 
 
@@ -19,7 +20,8 @@ def softmax(row):
 
 
 def test_soft_loss_by_hand():
-    outputs, taught, targets, alpha, tau = [[1., 2., 0.], [0., -1., 3.]], [[2., 0., 1.], [1., 1., -2.]], [1, 2], 0.3, 2.5
+    outputs, taught, targets = [[1., 2., 0.], [0., -1., 3.]], [[2., 0., 1.], [1., 1., -2.]], [1, 2]
+    alpha, tau = 0.3, 2.5
     entropy = -sum(math.log(softmax(row)[t]) for row, t in zip(outputs, targets)) / 2
     divergence = 0.
     for row, teacher in zip(outputs, taught):
@@ -80,16 +82,13 @@ def test_a_run_with_a_teacher(flags, whole, tmp_path, monkeypatch):
     assert len({*losses, nano.log(whole)[0]['train_loss']}) == 3
 
 
-def test_teachers_that_do_not_fit(flags, whole, tmp_path):
-    args = options.parse_args([*map(str, flags), '--distillation-type', 'hard', '--teacher-path',
-                               str(whole / 'checkpoint_last.pth')])
+def test_teachers_that_do_not_fit(whole, tmp_path):
     with pytest.raises(ValueError, match='other classes'):
-        train.build_teacher(args, ['a', 'b', 'c'])
+        build_teacher(None, str(whole / 'checkpoint_last.pth'), ['a', 'b', 'c'])
     torch.save(timm.create_model('resnet18', num_classes=2).state_dict(), tmp_path / 'resnet.pth')
-    args.teacher_model, args.teacher_path = 'resnet18', str(tmp_path / 'resnet.pth')
-    assert train.build_teacher(args, ['a', 'b']).size == (224, 224)
+    assert Teacher(build_teacher('resnet18', str(tmp_path / 'resnet.pth'), ['a', 'b'])).size == (224, 224)
     with pytest.raises(ValueError, match='does not fit'):
-        train.build_teacher(args, ['a', 'b', 'c'])
+        build_teacher('resnet18', str(tmp_path / 'resnet.pth'), ['a', 'b', 'c'])
 
 
 @pytest.mark.parametrize('line, words', [

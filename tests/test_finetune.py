@@ -21,8 +21,8 @@ PLAIN = ('--device cpu --num-workers 0 --batch-size 16 --cooldown-epochs 0 --war
 def digits(tmp_path_factory):
     """A model trained on DIGITS at 64 px for an epoch, and a folder with seven of the ten classes."""
     root = tmp_path_factory.mktemp('digits')
-    nano.train([*PLAIN, '--batch-size', 8, '--model', 'cmt_nano', '--data-set', 'DIGITS', '--input-size', 64, '--epochs', 1,
-                '--output-dir', root / 'source'])
+    nano.train([*PLAIN, '--batch-size', 8, '--model', 'cmt_nano', '--data-set', 'DIGITS', '--input-size', 64,
+                '--epochs', 1, '--output-dir', root / 'source'])
     for part in ('train', 'val'):
         data = datasets.Digits(part == 'train', 32)
         for i in range(0, len(data), 4 if part == 'train' else 2):

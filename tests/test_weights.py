@@ -47,7 +47,8 @@ def test_mindcv_file():
     again = timm.create_model(info['name'], img_size=64, num_classes=10, **info['model_args']).eval()
     again.load_state_dict(model.state_dict())
     check_mindcv_logits(again)
-    check_mindcv_logits(checkpoints.build_model({'model': model.state_dict()}, 'own', img_size=64)[0])  # as this project saves it
+    saved = {'model': model.state_dict(), 'args': {'input_size': 64}}  # as a run saves it
+    check_mindcv_logits(checkpoints.build_model(saved, 'own')[0])
     with pytest.raises(ValueError, match='no position bias'):
         cmt.to_released(model.state_dict())
 
@@ -316,7 +317,7 @@ def test_files_that_are_no_weights(tmp_path, capsys, monkeypatch, flag):
             'short.pth': (tmp_path / 'whole.pth').read_bytes()[:20000], 'short.ckpt': MINDCV.read_bytes()[:200000],
             'empty.safetensors': b''}.items():
         (tmp_path / name).write_bytes(content)
-        refused(capsys, monkeypatch, f'{name} is damaged or no checkpoint', *flag, tmp_path / name)
+        refused(capsys, monkeypatch, f'{name} is cut short, damaged or no checkpoint', *flag, tmp_path / name)
     torch.save(timm.create_model('resnet18', num_classes=1).state_dict(), tmp_path / 'resnet.pth')
     refused(capsys, monkeypatch, 'resnet.pth holds no CMT', *flag, tmp_path / 'resnet.pth')
     refused(capsys, monkeypatch, 'no checkpoint at nowhere.pth', *flag, 'nowhere.pth')
