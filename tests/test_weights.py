@@ -264,7 +264,7 @@ def test_safetensors(tmp_path):
 def test_timm_names(tmp_path):
     source = timm.create_model('cmt_nano', num_classes=4)
     config = dict(architecture='cmt_nano', num_classes=4, pretrained_cfg=dict(
-        num_classes=4, input_size=[3, 32, 32], first_conv='stem.conv1', classifier='head'))
+        num_classes=4, input_size=[3, 32, 32], fixed_input_size=True, first_conv='stem.conv1', classifier='head'))
     (tmp_path / 'config.json').write_text(json.dumps(config))
     safetensors.torch.save_file(source.state_dict(), tmp_path / 'model.safetensors')
     model, info = checkpoints.build_model(None, f'local-dir:{tmp_path}')
