@@ -119,11 +119,14 @@ def export(model: nn.Module, info: dict[str, Any], suffix: str, fuse: bool = Fal
         'mean': cfg['mean'], 'std': cfg['std'], 'classes': info['classes']})
     images = torch.zeros(2, model.in_chans, *info['img_size'])
     noise = io.StringIO()
+    logging.disable(logging.WARNING)  # exporters talk a lot
     try:
-        with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):  # exporters talk a lot
+        with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
             content, exported = convert(model, images, metadata)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f'{suffix} cannot carry this model ({str(error).strip().splitlines()[0]})') from None
+    finally:
+        logging.disable(logging.NOTSET)
     worst = worst_difference(reference, exported, images.shape[1:])
     if worst > allowed:
         raise ValueError(f'nothing written: its logits differ by {worst:.1e}, more than {allowed:.0e}')
@@ -148,7 +151,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    logging.disable(logging.WARNING)  # of the exporters
     try:
         if args.output.suffix not in FORMATS:
             raise ValueError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
