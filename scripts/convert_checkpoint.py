@@ -44,7 +44,7 @@ def load(source: str, averages: list[bool], model: str | None) -> dict[str, tupl
     Raises:
         ValueError: no checkpoint, or of no CMT.
     """
-    if not Path(source).is_file() and timm.is_model(source.split(':')[0].split('.')[0]):
+    if not Path(source).is_file() and (source.startswith('hf-hub:') or timm.is_model(source.split('.')[0])):
         return {'model': build_model(None, source)}
     checkpoint = read_checkpoint(source)
     loaded = {}

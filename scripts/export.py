@@ -116,7 +116,7 @@ def export(model: nn.Module, info: dict[str, Any], suffix: str, fuse: bool = Fal
     cfg = getattr(model, 'pretrained_cfg', cmt.default_cfgs['cmt_s'].default.to_dict())
     metadata = json.dumps({
         'model': info['name'], 'input_size': [model.in_chans, *info['img_size']],
-        'mean': cfg['mean'], 'std': cfg['std'], 'classes': info['classes']})
+        'mean': cfg['mean'], 'std': cfg['std'], 'classes': info['classes'] or cfg.get('label_names')})
     images = torch.zeros(2, model.in_chans, *info['img_size'])
     noise = io.StringIO()
     logging.disable(logging.WARNING)  # exporters talk a lot
@@ -136,7 +136,7 @@ def export(model: nn.Module, info: dict[str, Any], suffix: str, fuse: bool = Fal
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split('\n', 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source', metavar='CKPT|MODEL', help='a checkpoint, or a name with published weights')
+    parser.add_argument('source', metavar='CKPT|MODEL', help='a checkpoint, a converted folder, or a name with published weights')
     parser.add_argument('output', metavar='OUT', type=Path)
     parser.add_argument('--input-size', type=int, nargs='+', metavar='N',
                         help="one number or height and width, multiples of 32 (default: the checkpoint's)")
@@ -166,7 +166,9 @@ def main(argv: list[str] | None = None) -> None:
             model = timm.create_model(args.source, **options, **({'img_size': size} if size else {})).eval()
             info = dict(name=args.source, classes=None, img_size=model.img_size)
         else:
-            model, info = build_model(None, args.source, img_size=size, use_ema=not args.model_weights, **options)
+            folder = (Path(args.source) / 'config.json').is_file()  # of scripts/convert_checkpoint.py
+            source = f'local-dir:{args.source}' if folder else args.source
+            model, info = build_model(None, source, img_size=size, use_ema=not args.model_weights, **options)
         content, worst = export(model, info, args.output.suffix, args.fuse)
         with replacing(args.output) as file:
             file.write(content)
