@@ -136,7 +136,8 @@ def export(model: nn.Module, info: dict[str, Any], suffix: str, fuse: bool = Fal
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split('\n', 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source', metavar='CKPT|MODEL', help='a checkpoint, a converted folder, or a name with published weights')
+    parser.add_argument('source', metavar='CKPT|MODEL',
+                        help='a checkpoint, a converted folder, or a name with published weights')
     parser.add_argument('output', metavar='OUT', type=Path)
     parser.add_argument('--input-size', type=int, nargs='+', metavar='N',
                         help="one number or height and width, multiples of 32 (default: the checkpoint's)")
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.random_weights:
             if not timm.is_model(args.source):
                 raise ValueError(f'--random-weights takes the name of a model, not {args.source}')
+            torch.manual_seed(0)
             model = timm.create_model(args.source, **options, **({'img_size': size} if size else {})).eval()
             info = dict(name=args.source, classes=None, img_size=model.img_size)
         else:

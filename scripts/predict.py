@@ -215,7 +215,8 @@ def print_csv(results: list[dict[str, Any]]) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split('\n', 2)[2],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('model', metavar='CKPT|MODEL', help='a checkpoint, a converted folder, or a name with published weights')
+    parser.add_argument('model', metavar='CKPT|MODEL',
+                        help='a checkpoint, a converted folder, or a name with published weights')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder or -')
     parser.add_argument('--top', type=int, default=5, metavar='K', help='answers for each image (default: %(default)s)')
     form = parser.add_mutually_exclusive_group()
@@ -237,6 +238,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     if args.random_weights:
         if not timm.is_model(args.model):
             raise ValueError(f'--random-weights takes the name of a model, not {args.model}')
+        torch.manual_seed(0)
         model, known = timm.create_model(args.model, **size).eval(), None
     else:
         folder = (Path(args.model) / 'config.json').is_file()  # of scripts/convert_checkpoint.py
@@ -283,7 +285,8 @@ def predict(
 
     for name, source in found:
         try:
-            read.append((name, transform(default_loader(source))))
+            image = default_loader(source) if name != '-' else Image.open(source).convert('RGB')
+            read.append((name, transform(image)))
         except Exception as error:  # Pillow's plugins raise whatever comes on damaged files
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             print(f'cannot read {name} ({reason})', file=sys.stderr)
@@ -310,12 +313,6 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f'error: {error}\n')
 
     results, entries = predict(model, names, found, args.top, args.batch_size, SHEET if args.picture else 0)
-    if args.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
-    elif args.csv:
-        print_csv(results)
-    elif results:
-        print_table(results)
     if entries:
         title = f'{args.model}: {len(results)} image{"s"[:len(results) > 1]}'
         if len(entries) < len(results):
@@ -327,9 +324,19 @@ def main(argv: list[str] | None = None) -> None:
         picture = draw_sheet(entries, title)
         with replacing(args.picture) as file:
             picture.save(file, Image.registered_extensions()[args.picture.suffix.lower()])
+    if args.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    elif args.csv:
+        print_csv(results)
+    elif results:
+        print_table(results)
     if len(results) < len(found):
         sys.exit(1)
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
