@@ -5,8 +5,9 @@
 
 Each takes what timm.create_model takes: num_classes, img_size, in_chans, features_only, ...
 """
-import cmt as _cmt
 import timm as _timm
+
+import cmt as _cmt
 
 dependencies = ['torch', 'timm']
 

@@ -24,7 +24,7 @@ MINDCV = Path('/work/shared/golden/mindcv_cmt_nano.ckpt')
 def weights(name='cmt_nano', seed=0, dtype=torch.float32, **kwargs):
     torch.manual_seed(seed)
     state = timm.create_model(name, **kwargs).state_dict()
-    for key, value in state.items():
+    for value in state.values():
         if value.is_floating_point():
             value += 0.1 * torch.randn(value.shape)
         else:
