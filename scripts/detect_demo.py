@@ -279,11 +279,15 @@ def main(argv: list[str] | None = None) -> list[float]:
         if not timm.is_model(args.backbone):
             raise ValueError(f"unknown --backbone {args.backbone}: {', '.join(cmt.default_cfgs)}")
         multiple = [math.ceil(side / 32) * 32 for side in (height, width)]
+        few = {}  # four shapes an image at most: a tenth of the proposals that COCO asks for
+        if args.model == 'maskrcnn':
+            few = dict(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100, box_batch_size_per_image=64,
+                       box_detections_per_img=20)
         model = build_detector(
             args.model, args.backbone, len(CLASSES) + 1, args.checkpoint,
             None if args.batch_norm is None else args.batch_norm == 'frozen', img_size=tuple(multiple),
             anchor_size=16, out_channels=64, min_size=min(height, width), max_size=max(height, width),
-            image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+            image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], **few)
     except ValueError as error:
         parser.exit(2, f'error: {error}\n')
 
