@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402
 import utils  # noqa: E402
 from checkpoints import _replacing as replacing  # noqa: E402
-from checkpoints import build_model, read_checkpoint, weights_of  # noqa: E402
+from checkpoints import build_model, read_weights, weights_of  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,7 @@ def load(source: str, averages: list[bool], model: str | None) -> dict[str, tupl
     Raises:
         ValueError: no checkpoint, or of no CMT.
     """
-    if not Path(source).is_file() and (source.startswith('hf-hub:') or timm.is_model(source.split('.')[0])):
-        return {'model': build_model(None, source)}
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_weights(source)
     loaded = {}
     for use_ema in averages:
         state, kind = weights_of(checkpoint, use_ema)
@@ -76,12 +74,11 @@ def contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
 
-def write_folder(folder: Path, net: nn.Module, info: dict[str, Any]) -> None:
-    """What timm opens as 'local-dir:FOLDER'; a model of no published shape is cmt_s with its arguments replaced."""
-    name = info['name'] if timm.is_model(info['name']) else 'cmt_s'
+def write_folder(folder: Path, net: nn.Module, info: dict[str, Any], is_published: bool) -> None:
+    """What timm opens as 'local-dir:FOLDER'."""
     model_args = {key: value for key, value in info['model_args'].items() if key != 'dtype'}
     with torch.device('meta'):
-        model = timm.create_model(name, num_classes=net.num_classes, img_size=info['img_size'], **model_args)
+        model = timm.create_model(info['name'], num_classes=net.num_classes, img_size=info['img_size'], **model_args)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / 'model.safetensors', net)
     with tempfile.TemporaryDirectory() as place:
@@ -91,7 +88,7 @@ def write_folder(folder: Path, net: nn.Module, info: dict[str, Any]) -> None:
             model, config, model_config={'label_names': info['classes']},
             data_config={'crop_pct': 1.0 if max(info['img_size']) <= 32 else 0.875})
         content = json.loads(config.read_text())
-    if info['kind'] != 'pretrained':  # what timm knows of the published weights of that name
+    if not is_published:  # what timm knows of the published weights of that name
         for key in ('tag', 'license', 'origin_url'):
             content['pretrained_cfg'].pop(key, None)
     write(folder / 'config.json', lambda file: file.write(json.dumps(content, indent=2).encode()))
@@ -132,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         net, info = loaded.get('model_ema') or loaded['model']
 
         if form == 'dir':
-            write_folder(args.output, net, info)
+            write_folder(args.output, net, info, is_published=not Path(args.source).is_file())
         elif form == 'safetensors':
             write_safetensors(args.output, net)
         else:
@@ -142,7 +139,9 @@ def main(argv: list[str] | None = None) -> None:
             state = {kind: contiguous(rename(model.state_dict())) for kind, (model, _) in loaded.items()}
             state.update({key: info[key] for key in ('epoch', 'classes') if info[key] is not None})
             if form == 'pth':
-                state['args'] = {'model': info['name'], 'input_size': info['img_size'][0]}
+                state['args'] = {'input_size': info['img_size'][0]}
+                if 'embed_dims' not in info['model_args']:  # of a published shape or name; others tell it by their own
+                    state['args']['model'] = info['name']
             write(args.output, lambda file: torch.save(state, file))
     except (ValueError, OSError) as error:
         parser.exit(2, f'error: {error}\n')

@@ -116,7 +116,7 @@ def export(model: nn.Module, info: dict[str, Any], suffix: str, fuse: bool = Fal
     cfg = getattr(model, 'pretrained_cfg', cmt.default_cfgs['cmt_s'].default.to_dict())
     metadata = json.dumps({
         'model': info['name'], 'input_size': [model.in_chans, *info['img_size']],
-        'mean': cfg['mean'], 'std': cfg['std'], 'classes': info['classes'] or cfg.get('label_names')})
+        'mean': cfg['mean'], 'std': cfg['std'], 'classes': info['classes']})
     images = torch.zeros(2, model.in_chans, *info['img_size'])
     noise = io.StringIO()
     logging.disable(logging.WARNING)  # exporters talk a lot
@@ -168,9 +168,11 @@ def main(argv: list[str] | None = None) -> None:
             model = timm.create_model(args.source, **options, **({'img_size': size} if size else {})).eval()
             info = dict(name=args.source, classes=None, img_size=model.img_size)
         else:
-            folder = (Path(args.source) / 'config.json').is_file()  # of scripts/convert_checkpoint.py
-            source = f'local-dir:{args.source}' if folder else args.source
+            config = Path(args.source) / 'config.json'  # of a folder that scripts/convert_checkpoint.py wrote
+            source = f'local-dir:{args.source}' if config.is_file() else args.source
             model, info = build_model(None, source, img_size=size, use_ema=not args.model_weights, **options)
+            if config.is_file():
+                info['classes'] = json.loads(config.read_text()).get('label_names')
         content, worst = export(model, info, args.output.suffix, args.fuse)
         with replacing(args.output) as file:
             file.write(content)

@@ -241,10 +241,10 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
         torch.manual_seed(0)
         model, known = timm.create_model(args.model, **size).eval(), None
     else:
-        folder = (Path(args.model) / 'config.json').is_file()  # of scripts/convert_checkpoint.py
-        source = f'local-dir:{args.model}' if folder else args.model
+        config = Path(args.model) / 'config.json'  # of a folder that scripts/convert_checkpoint.py wrote
+        source = f'local-dir:{args.model}' if config.is_file() else args.model
         model, info = build_model(None, source, use_ema=not args.model_weights, **size)
-        known = info['classes'] or getattr(model, 'pretrained_cfg', {}).get('label_names')
+        known = json.loads(config.read_text()).get('label_names') if config.is_file() else info['classes']
     if model.img_size[0] != model.img_size[1]:
         raise ValueError(f'{args.model} is for {model.img_size[0]}x{model.img_size[1]} images; evaluation crops '
                          'squares: give an --input-size')

@@ -18,7 +18,7 @@ import convert_checkpoint
 import nano  # noqa: F401
 
 SCRIPT = Path(convert_checkpoint.__file__)
-MINDCV = Path('/work/shared/golden/mindcv_cmt_nano.ckpt')
+MINDCV = Path(__file__).parent / 'mindcv_cmt_nano.ckpt'  # see test_weights.py
 
 
 def weights(name='cmt_nano', seed=0, dtype=torch.float32, **kwargs):
@@ -127,13 +127,15 @@ def test_mindcv_form(tmp_path, capsys):
     assert not (tmp_path / 'back.pth').exists()
 
 
-@pytest.mark.skipif(not MINDCV.exists(), reason='MindSpore file not at hand')
 def test_mindspore_file(tmp_path):
     convert_checkpoint.main([str(MINDCV), str(tmp_path / 'out')])
+    convert_checkpoint.main([str(MINDCV), str(tmp_path / 'out.pth')])
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, img_size=64).eval()
+    again, _ = checkpoints.build_model(None, str(tmp_path / 'out.pth'), img_size=64)
     x = torch.from_numpy(np.random.RandomState(64).standard_normal((2, 3, 64, 64))).float()
     expected = torch.from_numpy(np.loadtxt(MINDCV.with_name('mindcv_cmt_nano_logits.txt'))).float()
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-4)
+    assert torch.equal(again.eval()(x), model(x))
 
 
 @pytest.mark.parametrize('argv, reason', [

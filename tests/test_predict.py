@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import logging
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+import convert_checkpoint
 import nano  # noqa: F401
 import predict
 from datasets import build_transform
@@ -100,6 +102,11 @@ def test_class_names(place, capsys):
     assert names('named.pth', '--class-names', 'names.txt')[0] == (
         'zero one two three four five'.split()[NAMES.index(names('named.pth')[0])])
     assert names('named.pth', '--class-names', 'names.json')[0] == 'n' + letters[names('named.pth')[0]][-1]
+
+    convert_checkpoint.main(['named.pth', 'folder'])
+    capsys.readouterr()
+    logging.root.setLevel(logging.WARNING)  # as it is in a process of its own
+    assert names('folder') == names('named.pth')
 
     imagenet = predict.class_names(None, None, 1000)
     assert imagenet[0].startswith('tench') and len(imagenet) == 1000
