@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                 if 'embed_dims' not in info['model_args']:  # of a published shape or name; others tell it by their own
                     state['args']['model'] = info['name']
             write(args.output, lambda file: torch.save(state, file))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         parser.exit(2, f'error: {error}\n')
     classes = f'{net.num_classes} classes' + (f' ({", ".join(info["classes"][:3])}, ...)' if info['classes'] else '')
     height, width = info['img_size']

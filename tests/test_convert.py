@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from test_cmt import FIGURES, drawn
 
 import checkpoints
 import cmt
@@ -176,3 +177,25 @@ def test_command_line_from_another_folder(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, 'bare.pth', 'out.pth'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert same(torch.load(tmp_path / 'out.pth', weights_only=True)['model'], weights('cmt_nano'))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('name', ['cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'])
+def test_published_models_to_released_names_and_back(name, tmp_path):
+    """Tensors drawn as those of the golden values, in a file like the authors'; local-dir: gives equal logits."""
+    released = {key: drawn(key, shape) for key, shape in FIGURES[name]['state'].items()}
+    released = {key: value.float() if value.is_floating_point() else value for key, value in released.items()}
+    average = {key: value + 1 for key, value in released.items()}
+    torch.save({'model': released, 'model_ema': average, 'optimizer': {}, 'epoch': 299,
+                'args': argparse.Namespace(model=name, lr=5e-4)}, tmp_path / 'a.pth')
+    convert(tmp_path, 'a.pth', 'b.pth')
+    convert(tmp_path, 'b.pth', 'c.pth', '--format', 'released')
+    back = torch.load(tmp_path / 'c.pth', weights_only=True)
+    for kind, state in (('model', released), ('model_ema', average)):
+        assert same({key: back[kind][key] for key in state}, state) and set(back[kind]) == set(state)
+    convert(tmp_path, 'c.pth', 'dir', '--weights', 'model')
+    opened = timm.create_model(f'local-dir:{tmp_path / "dir"}', pretrained=True).eval()
+    reference, _ = checkpoints.build_model(None, str(tmp_path / 'a.pth'), use_ema=False)
+    x = torch.randn(1, 3, *reference.img_size)
+    with torch.no_grad():
+        assert torch.equal(opened(x), reference(x))
