@@ -11,6 +11,7 @@ RetinaNet with CMT-S. That is pycocotools' mean over ten IoUs; the AP here is at
 that the demonstration needs no package besides torchvision.
 """
 import argparse
+import functools
 import math
 import sys
 import time
@@ -24,6 +25,7 @@ import torch.nn as nn
 from PIL import Image, ImageDraw
 from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -111,7 +113,10 @@ def build_detector(
                           frozen_bn)
         sizes = tuple(tuple(int(anchor_size * 2 ** (i + j / 3)) for j in range(3)) for i in range(5))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        return RetinaNet(neck, num_classes, anchor_generator=anchors, **kwargs)
+        # normalised as in torchvision's retinanet_resnet50_fpn_v2: from random weights the plain head hardly learns
+        head = RetinaNetHead(out_channels, anchors.num_anchors_per_location()[0], num_classes,
+                             norm_layer=functools.partial(nn.GroupNorm, min(32, out_channels)))
+        return RetinaNet(neck, num_classes, anchor_generator=anchors, head=head, **kwargs)
     neck = CMTWithFPN(body, (0, 1, 2, 3), lambda chs: LastLevelMaxPool(), out_channels, frozen_bn)
     anchors = AnchorGenerator(tuple((anchor_size * 2 ** i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
     return MaskRCNN(neck, num_classes, rpn_anchor_generator=anchors, **kwargs)
@@ -132,7 +137,7 @@ def draw_shapes(rng: np.random.Generator, height: int, width: int) -> tuple[torc
             continue  # none hides another
         label = int(rng.integers(1, 4))
         mask = Image.new('1', (width, height))
-        turn = rng.uniform(0, 2 * math.pi)
+        turn = (math.pi / 4 if label == 2 else -math.pi / 2) + rng.uniform(-0.3, 0.3)  # about upright
         for canvas, fill in ((draw, tuple(map(int, rng.integers(0, 256, 3)))), (ImageDraw.Draw(mask), 1)):
             if label == 1:
                 canvas.ellipse(box, fill)
@@ -255,7 +260,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--input-size', type=int, nargs='+', default=[128], metavar='N',
                         help='one number, or height and width (default: 128)')
-    parser.add_argument('--lr', type=float, default=5e-4)
+    parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--eval-every', type=int, default=100, metavar='STEPS')
     parser.add_argument('--eval-images', type=int, default=48, metavar='N')
     parser.add_argument('--seed', type=int, default=0)

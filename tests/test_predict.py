@@ -114,6 +114,15 @@ def test_class_names(place, capsys):
     assert predict.class_names(None, ['n01440764', 'mine'], 2) == ['n01440764', 'mine']
 
 
+def test_the_average_unless_the_weights_are_asked_for(place, capsys):
+    state = torch.load('named.pth', weights_only=True)
+    state['model_ema'] = {key: value * 0 if key.startswith('head.') else value for key, value in state['model'].items()}
+    torch.save(state, 'both.pth')
+    answer = as_json(capsys, 'both.pth', 'photos/a.png')[0]['predictions'][0]
+    assert answer['probability'] == pytest.approx(1 / 6)
+    assert as_json(capsys, 'both.pth', 'photos/a.png', '--model-weights') == as_json(capsys, 'named.pth', 'photos/a.png')
+
+
 def test_standard_input(place, capsys, monkeypatch):
     def feed(content):
         monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(content)))
