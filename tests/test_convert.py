@@ -24,13 +24,9 @@ MINDCV = Path(__file__).parent / 'mindcv_cmt_nano.ckpt'  # see test_weights.py
 
 def weights(name='cmt_nano', seed=0, dtype=torch.float32, **kwargs):
     torch.manual_seed(seed)
-    state = timm.create_model(name, **kwargs).state_dict()
-    for value in state.values():
-        if value.is_floating_point():
-            value += 0.1 * torch.randn(value.shape)
-        else:
-            value += 7
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    return {key: (value + 0.1 * torch.randn(value.shape, dtype=torch.float64)).to(dtype)
+            if value.is_floating_point() else value + 7
+            for key, value in timm.create_model(name, **kwargs).state_dict().items()}
 
 
 def same(a, b):

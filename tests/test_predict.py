@@ -120,7 +120,8 @@ def test_the_average_unless_the_weights_are_asked_for(place, capsys):
     torch.save(state, 'both.pth')
     answer = as_json(capsys, 'both.pth', 'photos/a.png')[0]['predictions'][0]
     assert answer['probability'] == pytest.approx(1 / 6)
-    assert as_json(capsys, 'both.pth', 'photos/a.png', '--model-weights') == as_json(capsys, 'named.pth', 'photos/a.png')
+    weights = as_json(capsys, 'both.pth', 'photos/a.png', '--model-weights')
+    assert weights == as_json(capsys, 'named.pth', 'photos/a.png')
 
 
 def test_standard_input(place, capsys, monkeypatch):
