@@ -199,7 +199,7 @@ def average_precision(
     return float(np.mean(scores))
 
 
-def draw_detections(images, outputs, targets, columns: int = 4, scale: int = 2, threshold: float = 0.5) -> Image.Image:
+def draw_detections(images, outputs, targets, columns: int = 4, scale: int = 2, threshold: float = 0.3) -> Image.Image:
     """A sheet of images with what was found, class and confidence; dashed grey is what is there."""
     gap, columns = 12, min(columns, len(images))
     height, width = (s * scale for s in images[0].shape[1:])
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     sheet = draw_detections(images[:8], outputs[:8], targets[:8])
     with replacing(args.output) as file:
         sheet.save(file, 'PNG')
-    print(f'{args.output}: detections above 0.5 on {len(images[:8])} images that were not trained on')
+    print(f'{args.output}: detections above 0.3 on {len(images[:8])} images that were not trained on')
     return history
 
 
