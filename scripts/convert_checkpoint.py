@@ -27,8 +27,7 @@ from timm.models._hub import save_config_for_hf
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402
 import utils  # noqa: E402
-from checkpoints import _replacing as replacing  # noqa: E402
-from checkpoints import build_model, read_weights, weights_of  # noqa: E402
+from checkpoints import build_model, read_weights, replacing, weights_of  # noqa: E402
 
 logger = logging.getLogger(__name__)
 

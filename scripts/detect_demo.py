@@ -31,8 +31,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402, F401
-from checkpoints import _replacing as replacing  # noqa: E402
-from checkpoints import build_model  # noqa: E402
+from checkpoints import build_model, replacing  # noqa: E402
 
 CLASSES = ('circle', 'square', 'triangle')  # labels 1, 2, 3; 0 is the background
 COLORS = ((66, 133, 244), (219, 68, 55), (15, 157, 88))

@@ -28,8 +28,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402, F401
-from checkpoints import _replacing as replacing  # noqa: E402
-from checkpoints import build_model  # noqa: E402
+from checkpoints import build_model, replacing  # noqa: E402
 
 BATCHES = (1, 5)  # sizes that are compared, neither of them the one exported with
 Function = Callable[[torch.Tensor], torch.Tensor]

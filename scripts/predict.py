@@ -31,8 +31,7 @@ from timm.data import ImageNetInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402, F401
-from checkpoints import _replacing as replacing  # noqa: E402
-from checkpoints import build_model  # noqa: E402
+from checkpoints import build_model, replacing  # noqa: E402
 from datasets import IMG_EXTENSIONS, build_transform, default_loader  # noqa: E402
 
 SHEET = 120  # images on a sheet at most
