@@ -1,4 +1,4 @@
-"""Files of a run: checkpoints that are whole whatever happens, safe to read, and the log.
+"""Files of a run: checkpoints that are whole whatever happens, safe to read, and the log; weights of any origin.
 
 Apart from utils.py because nothing here knows of processes or devices: it is what every script reads weights with.
 """
@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -13,12 +14,18 @@ import shutil
 import threading
 import urllib.error
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
+import torch.nn as nn
+from timm.models import adapt_input_conv
+
+import cmt
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +150,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint without running anything that it might contain.
 
     Args:
-        path: .pth or .safetensors file, or http(s) address of one.
+        path: .pth, .safetensors or MindSpore's .ckpt file, or http(s) address of a .pth.
 
     Returns:
         Tensors on the CPU, in the nesting of the file.
@@ -159,6 +166,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             state = torch.hub.load_state_dict_from_url(name, map_location='cpu', weights_only=True)
         elif name.endswith('.safetensors'):
             state = safetensors.torch.load_file(name)
+        elif name.endswith('.ckpt') and not _is_torch_file(name):
+            state = read_mindspore(name)
         else:
             if zipfile.is_zipfile(name):  # torch.load does not look at the checksums that torch.save wrote
                 with zipfile.ZipFile(name) as archive:
@@ -180,6 +189,407 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f'{name} holds a {type(state).__name__}, not a checkpoint')
     return state
+
+
+def _is_torch_file(name: str) -> bool:
+    """A zip archive or a pickle: Lightning calls its files .ckpt too."""
+    with open(name, 'rb') as file:
+        return file.read(1) in (b'P', b'\x80')
+
+
+MINDSPORE_TYPES = {
+    'Float16': torch.float16, 'Float32': torch.float32, 'Float64': torch.float64, 'BFloat16': torch.bfloat16,
+    'Int8': torch.int8, 'Int16': torch.int16, 'Int32': torch.int32, 'Int64': torch.int64, 'UInt8': torch.uint8,
+    'Bool': torch.bool}
+CRC_TAIL = 17  # b'crc_num' and the CRC-32 of all before as 10 bytes, the highest first
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """A protobuf number, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at, value, shift = at + 1, value | (byte & 0x7f) << shift, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """(number, value) of each field of a protobuf message; those of wire types 0 (number) and 2 (bytes)."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        value, at = _varint(data, at)
+        if key & 7 == 2:
+            if at + value > len(data):
+                raise ValueError('it ends too early')
+            value, at = data[at:at + value], at + value
+        elif key & 7 != 0:
+            raise ValueError('not of MindSpore')
+        yield key >> 3, value
+
+
+def read_mindspore(path: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors of a MindSpore checkpoint, under MindSpore's names, without MindSpore.
+
+    Checkpoint{repeated Value value=1}, Value{string tag=1; Tensor tensor=2},
+    Tensor{repeated int64 dims=1; string tensor_type=2; bytes tensor_content=3}: a large tensor is several Values in a
+    row under one tag.
+
+    Raises:
+        ValueError: truncated, or nothing that MindSpore writes.
+    """
+    data = Path(path).read_bytes()
+    if data[-CRC_TAIL:-10] == b'crc_num':
+        if zlib.crc32(data[:-CRC_TAIL]) != int.from_bytes(data[-10:], 'big'):
+            raise ValueError(f'{path} is damaged: its checksum is wrong')
+        data = data[:-CRC_TAIL]
+    parts: dict[str, tuple[list[int], str, bytearray]] = {}
+    try:
+        for number, value in _fields(memoryview(data)):
+            entry = dict(_fields(value))
+            name = bytes(entry[1]).decode()
+            dims, kind, content = [], 'Float32', b''
+            for number, item in _fields(entry[2]):
+                if number == 1 and isinstance(item, int):
+                    dims.append(item)
+                elif number == 1:  # packed
+                    at = 0
+                    while at < len(item):
+                        dim, at = _varint(item, at)
+                        dims.append(dim)
+                elif number == 2:
+                    kind = bytes(item).decode()
+                elif number == 3:
+                    content = item
+            parts.setdefault(name, (dims, kind, bytearray()))[2].extend(content)
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError):
+        raise ValueError('it ends too early or is not of MindSpore') from None
+    if not parts:
+        raise ValueError('it is empty')
+    tensors = {}
+    for name, (dims, kind, content) in parts.items():
+        if kind not in MINDSPORE_TYPES:
+            raise ValueError(f'{name} is of type {kind}')
+        dtype = MINDSPORE_TYPES[kind]
+        shape = [] if dims == [0] else dims  # MindSpore's way to write a scalar
+        if len(content) != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f'{name} has {len(content)} bytes for shape {tuple(shape)}')
+        tensors[name] = torch.frombuffer(content, dtype=dtype).reshape(shape)
+    return tensors
+
+
+def weights_of(checkpoint: dict[str, Any], use_ema: bool) -> tuple[dict[str, torch.Tensor], str]:
+    """The state dict in a checkpoint, and what it is.
+
+    Args:
+        checkpoint: from read_checkpoint.
+        use_ema: the average of the weights where there is one.
+
+    Returns:
+        Tensors by the file's own names; 'model', 'model_ema', 'state_dict', 'bare' or 'mindspore'.
+
+    Raises:
+        ValueError: it holds no weights.
+    """
+    averages = [('model_ema', 'model_ema'), ('state_dict_ema', 'model_ema')]  # the second is timm's
+    plain = [('model', 'model'), ('state_dict', 'state_dict')]
+    found, kind = checkpoint, 'bare'
+    for key, name in averages + plain if use_ema else plain + averages:
+        if isinstance(checkpoint.get(key), dict):
+            found, kind = checkpoint[key], name
+            break
+    if not found or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()):
+        raise ValueError('it holds no weights')
+    if kind == 'bare' and any(name.endswith(('.gamma', '.moving_mean')) for name in found):
+        counters = ('epoch_num', 'step_num', 'global_step', 'learning_rate')  # what MindSpore's callbacks add
+        return {name: value for name, value in found.items() if name not in counters}, 'mindspore'
+    return found, kind
+
+
+def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Arguments of cmt.CMT that the names and shapes of weights tell.
+
+    Weights without position bias are MindCV's: tanh GELU, LayerNorm eps 1e-7, and 1, 2, 4, 8, ... heads, which no shape
+    tells. They fit any input size, so there is no `img_size`, nor where a table is of no square input.
+
+    Returns:
+        Arguments by name; empty where the weights are of no CMT.
+    """
+    shapes = {cmt._released_name(cmt._plain_name(name)): tuple(value.shape) for name, value in weights.items()}
+    stages = [c for c in 'abcdefgh' if f'patch_embed_{c}.proj.weight' in shapes]
+    depths = [len({n.split('.')[1] for n in shapes if n.startswith(f'blocks_{c}.')}) for c in stages]
+    wanted = [f'blocks_{c}.0.mlp.conv1.0.weight' for c in stages] + ['stem_conv1.weight', '_fc.weight']
+    if not stages or any(name not in shapes for name in wanted):
+        return {}
+    dims = [shapes[f'patch_embed_{c}.proj.weight'][0] for c in stages]
+    tables = [shapes.get(f'relative_pos_{c}') for c in stages]
+    args = dict(
+        stem_chs=shapes['stem_conv1.weight'][0], in_chans=shapes['stem_conv1.weight'][1], embed_dims=tuple(dims),
+        depths=tuple(depths),
+        sr_ratios=tuple(shapes.get(f'blocks_{c}.0.attn.sr.0.weight', (1,))[-1] for c in stages),
+        mlp_ratios=tuple(_ratio(d, shapes[f'blocks_{c}.0.mlp.conv1.0.weight'][0]) for c, d in zip(stages, dims)),
+        num_features=shapes['_fc.weight'][0], num_classes=shapes.get('head.weight', (0,))[0],
+        qkv_bias='blocks_a.0.attn.q.bias' in shapes)
+    if None in tables:
+        return dict(args, num_heads=tuple(2 ** i for i in range(len(stages))),
+                    position_bias=False, act_layer='gelu_tanh', norm_eps=1e-7)
+    args['num_heads'] = tuple(table[0] for table in tables)
+    if len(tables[0]) == 5:
+        args['img_size'] = (4 * tables[0][1], 4 * tables[0][2])
+    elif math.isqrt(tables[0][1]) ** 2 == tables[0][1]:
+        args['img_size'] = (4 * math.isqrt(tables[0][1]),) * 2
+    return args
+
+
+def _ratio(dim: int, hidden: int) -> float:
+    """The shortest number by which int(dim * ratio) == hidden."""
+    ratios = [round(hidden / dim, digits) for digits in range(8)]
+    return next((ratio for ratio in ratios if int(dim * ratio) == hidden), (hidden + 0.5) / dim)
+
+
+# stem channels, widths and depths -> name
+VARIANTS = {
+    (16, (46, 92, 184, 368), (2, 2, 10, 2)): 'cmt_ti', (16, (52, 104, 208, 416), (3, 3, 12, 3)): 'cmt_xs',
+    (32, (64, 128, 256, 512), (3, 3, 16, 3)): 'cmt_s', (38, (76, 152, 304, 608), (4, 4, 20, 4)): 'cmt_b'}
+SAME_IN_ALL = dict(num_heads=(1, 2, 4, 8), sr_ratios=(8, 4, 2, 1), num_features=1280, qkv_bias=True)
+
+
+def variant_of(model_args: dict[str, Any]) -> str | None:
+    """Name of the published model that these arguments make, if any."""
+    if any(model_args.get(key) != value for key, value in SAME_IN_ALL.items()):
+        return None
+    return VARIANTS.get(tuple(model_args[key] for key in ('stem_chs', 'embed_dims', 'depths')))
+
+
+def form_of(model_args: dict[str, Any]) -> dict[str, Any]:
+    """What sets these weights apart from the released ones of the same name: MindCV's form, the input channels."""
+    form = {}
+    if not model_args.get('position_bias', True):
+        form = {key: model_args[key] for key in ('position_bias', 'act_layer', 'norm_eps', 'mlp_ratios')}
+    if model_args.get('in_chans', 3) != 3:
+        form['in_chans'] = model_args['in_chans']
+    return form
+
+
+def load_weights(
+        model: nn.Module, checkpoint: dict[str, Any], source: str, use_ema: bool = False, new_head: bool = False,
+) -> str:
+    """Load weights of any origin, all of them or nothing.
+
+    Args:
+        model: a CMT, or another timm model whose names the file uses.
+        checkpoint: from read_checkpoint.
+        source: where it is from, for messages.
+        use_ema: the average of the weights where there is one.
+        new_head: a head of another class count stays as `model` has it, and the first convolution is adapted to
+            another number of input channels.
+
+    Returns:
+        One line on what was done.
+
+    Raises:
+        ValueError: tensors missing, left over or of another shape; `model` is as it was.
+    """
+    try:
+        weights, kind = weights_of(checkpoint, use_ema)
+    except ValueError as error:
+        raise ValueError(f'{source}: {error}') from None
+    own = model.state_dict()
+    args, resampled, notes = {}, 0, []
+    if isinstance(model, cmt.CMT):
+        args = model_args_of(weights)
+        try:
+            state = cmt.checkpoint_filter_fn(weights, model)
+        except ValueError as error:
+            raise ValueError(f'{source}: {error}') from None
+        before = args.get('img_size')
+        resampled = sum(name.endswith('position_bias') for name in own) if before not in (None, model.img_size) else 0
+    else:
+        state = {re.sub(r'^(module\.|_orig_mod\.)+', '', name): value for name, value in weights.items()}
+    count = len(state)
+    if resampled:
+        notes.append(f'{resampled} position biases resampled from {before[0]}x{before[1]} to '
+                     f'{model.img_size[0]}x{model.img_size[1]}')
+    if new_head:
+        fresh = [name for name in ('head.weight', 'head.bias')
+                 if name in own and (name not in state or state[name].shape != own[name].shape)]
+        for name in ('head.weight', 'head.bias'):
+            if name in fresh:
+                state[name] = own[name]
+            elif name not in own:
+                count -= state.pop(name, None) is not None
+        count -= len(fresh)
+        if fresh:
+            notes.append(f'newly initialised: {", ".join(fresh)}')
+        first = getattr(model, 'default_cfg', {}).get('first_conv', 'stem.conv1') + '.weight'
+        if first in state and first in own and state[first].shape[1] != own[first].shape[1]:
+            notes.append(f'{first} adapted from {state[first].shape[1]} to {own[first].shape[1]} input channels')
+            try:
+                state[first] = adapt_input_conv(own[first].shape[1], state[first])
+            except NotImplementedError:
+                raise ValueError(f'{source}: {notes[-1]} is not possible, only from 3') from None
+    faults = [f'{name} missing' for name in own if name not in state]
+    faults += [f'{name} left over' for name in state if name not in own]
+    faults += [f'{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}'
+               for name in own if name in state and state[name].shape != own[name].shape]
+    if faults:
+        origin = f' (it holds {variant_of(args)})' if variant_of(args) else ''
+        more = f'; and {len(faults) - SHOWN} more' if len(faults) > SHOWN else ''
+        raise ValueError(f'{source} does not fit the model, its size or the number of classes{origin}: '
+                         f'{len(faults)} tensors differ ({"; ".join(faults[:SHOWN])}{more})')
+    model.load_state_dict(state)
+    words = {'model': 'weights', 'model_ema': 'EMA weights', 'mindspore': "weights in MindCV's form"}
+    line = '; '.join([f'{source}: {words.get(kind, "weights")} ({kind}), {count} tensors', *notes])
+    logger.info('loaded %s', line)
+    return line
+
+
+SHOWN = 8  # tensors that an error names
+
+
+def identify(
+        checkpoint: dict[str, Any], source: str, use_ema: bool = False, model: str | None = None,
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """What model a checkpoint is of.
+
+    Args:
+        checkpoint, source, use_ema: as for load_weights.
+        model: name that was asked for.
+
+    Returns:
+        Name of the model, the arguments besides size and classes that make of it what the weights are of, and all
+        arguments of cmt.CMT that the weights tell.
+
+    Raises:
+        ValueError: it holds no CMT.
+    """
+    try:
+        weights, _ = weights_of(checkpoint, use_ema)
+    except ValueError as error:
+        raise ValueError(f'{source}: {error}') from None
+    args = model_args_of(weights)
+    if not args:
+        raise ValueError(f'{source} holds no CMT')
+    saved, variant = saved_args(checkpoint).get('model'), variant_of(args)
+    own = saved if isinstance(saved, str) and timm.is_model(saved) else None
+    if own or variant or (model and args.get('position_bias', True)):
+        return model or own or variant, form_of(args), args
+    # no published size: any entry, all of whose arguments are replaced
+    other = {key: value for key, value in args.items() if key not in ('img_size', 'num_classes')}
+    return model or 'cmt_s', other, args
+
+
+def saved_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the run that wrote a checkpoint, as far as it holds them."""
+    args = checkpoint.get('args')
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+
+
+def build_model(
+        checkpoint: dict[str, Any] | None,
+        source: str,
+        model: str | None = None,
+        num_classes: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        use_ema: bool = True,
+        **kwargs,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a checkpoint is of, loaded and in eval mode.
+
+    Args:
+        checkpoint: from read_checkpoint; None for what read_weights(source) gives.
+        source: where it is from.
+        model: name of the model; the checkpoint's own where None.
+        num_classes: another count than the checkpoint's gives a new head.
+        img_size: input size; the checkpoint's own where None. Weights of MindCV tell none: 224.
+        use_ema: the average of the weights where there is one, which after a short run is none to use.
+        kwargs: further arguments of the model, such as in_chans or dynamic_img_size.
+
+    Returns:
+        The model, and name, classes (list of names, or None), img_size (height, width), kind, epoch (or None),
+        model_args (what makes the model from its name, besides size and classes).
+
+    Raises:
+        ValueError: no checkpoint, of no CMT, or one that does not fit.
+    """
+    if checkpoint is None:
+        checkpoint = read_weights(source)
+    name, form, args = identify(checkpoint, source, use_ema, model)
+    model_args = {**form, **kwargs}
+    net = create_cmt(
+        name, num_classes=args['num_classes'] if num_classes is None else num_classes,
+        img_size=img_size or args.get('img_size') or saved_args(checkpoint).get('input_size') or 224, **model_args)
+    load_weights(net, checkpoint, source, use_ema, new_head=num_classes is not None or 'in_chans' in kwargs)
+    classes = checkpoint.get('classes')
+    if not classes or len(classes) != net.num_classes:
+        classes = None
+    return net.eval(), dict(
+        name=name, classes=classes, img_size=net.img_size, kind=weights_of(checkpoint, use_ema)[1],
+        epoch=checkpoint.get('epoch'), model_args=model_args)
+
+
+def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.Module:
+    """The teacher of distillation, with its weights as they were trained, not their average.
+
+    Args:
+        name: any timm model; the one of `path` where None.
+        path: file with its weights; the pretrained ones where None.
+        classes: names of the classes of the data.
+
+    Raises:
+        ValueError: it can't be had, or knows other classes.
+    """
+    if path is None:
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except Exception as error:  # whatever the clients of hubs raise
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(f'--teacher-model {name}: {reason}') from None
+    elif name is None or name.startswith('cmt_'):
+        model, info = build_model(None, path, model=name, use_ema=False)
+        if info['classes'] not in (None, list(classes)):
+            raise ValueError(f'--teacher-path {path}: the teacher has other classes than the data')
+    elif timm.is_model(name):
+        model = timm.create_model(name, num_classes=len(classes))
+        load_weights(model, read_checkpoint(path), path)
+    else:
+        raise ValueError(f'unknown --teacher-model {name}')
+    if model.num_classes != len(classes):
+        raise ValueError(f'the teacher has {model.num_classes} classes, the data {len(classes)}: '
+                         '--teacher-path takes one that was trained on this data')
+    return model
+
+
+def create_cmt(name: str, **kwargs) -> cmt.CMT:
+    """A CMT by its name in timm; ValueError where there is none of that name."""
+    if not timm.is_model(name):
+        raise ValueError(f"unknown model {name}: {', '.join(timm.list_models('cmt_*', module='cmt'))}")
+    try:
+        model = timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise ValueError(f'{name} is no CMT ({error})') from None
+    if not isinstance(model, cmt.CMT):
+        raise ValueError(f'{name} is no CMT')
+    return model
+
+
+def read_weights(source: str) -> dict[str, Any]:
+    """The checkpoint in a file, or the pretrained weights of a timm model ('cmt_s', 'hf-hub:...', 'local-dir:...').
+
+    Raises:
+        ValueError: no such file or model, or it could not be fetched.
+    """
+    is_name = source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(source.split('.')[0])
+    if os.path.isfile(source) or not is_name:
+        return read_checkpoint(source)
+    try:
+        model = timm.create_model(source, pretrained=True)
+    except Exception as error:  # whatever the clients of hubs raise
+        raise ValueError(f'{source} could not be fetched: {(str(error).strip() or repr(error)).splitlines()[0]}') \
+            from None
+    args = {'model': model.pretrained_cfg.get('architecture'), 'input_size': getattr(model, 'img_size', None)}
+    return {'model': model.state_dict(), 'args': args}
 
 
 def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, None]:

@@ -76,6 +76,12 @@ def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio
     return x.reshape(heads, height, width, kh, kw).to(bias.dtype)
 
 
+def build_act(name: str) -> nn.GELU:
+    if name not in ('gelu', 'gelu_tanh'):
+        raise ValueError(f"act_layer {name!r}: 'gelu' or 'gelu_tanh'")
+    return nn.GELU(approximate='tanh' if name == 'gelu_tanh' else 'none')
+
+
 class Conv1x1(nn.Linear):
     """1x1 convolution as a linear layer on the (B, H, W, C) view."""
 
@@ -85,7 +91,7 @@ class Stem(nn.Module):
 
     def __init__(
             self, in_chans: int, chs: int, img_size: Tuple[int, int], dynamic_img_size: bool = False,
-            device=None, dtype=None):
+            act_layer: str = 'gelu', device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.img_size = img_size
@@ -96,7 +102,7 @@ class Stem(nn.Module):
         self.norm2 = nn.BatchNorm2d(chs, **dd)
         self.conv3 = nn.Conv2d(chs, chs, 3, padding=1, **dd)
         self.norm3 = nn.BatchNorm2d(chs, **dd)
-        self.act = nn.GELU()
+        self.act = build_act(act_layer)
 
     def forward(self, x):
         x = check_image_size(x, self.img_size, self.dynamic_img_size)
@@ -110,11 +116,11 @@ class Stem(nn.Module):
 class PatchAggregation(nn.Module):
     """2x2 convolution of stride 2, then LayerNorm over channels (paper section 3.1)."""
 
-    def __init__(self, in_chs: int, dim: int, device=None, dtype=None):
+    def __init__(self, in_chs: int, dim: int, norm_eps: Optional[float] = None, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.proj = nn.Conv2d(in_chs, dim, 2, stride=2, **dd)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.norm = nn.LayerNorm(dim, eps=1e-5 if norm_eps is None else norm_eps, **dd)
 
     def forward(self, x):
         return self.norm(self.proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -164,7 +170,7 @@ class LMHSA(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x, position_bias):
+    def forward(self, x, position_bias: Optional[torch.Tensor]):
         # x: (B, H, W, C); position_bias: (heads, N, N_kv)
         B, H, W, C = x.shape
         q = self.q(x).reshape(B, H * W, self.num_heads, self.head_dim).transpose(1, 2)  # (B, heads, N, d)
@@ -175,7 +181,9 @@ class LMHSA(nn.Module):
             x = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=position_bias, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
-            attn = (q * self.scale) @ k.transpose(-2, -1) + position_bias  # (B, heads, N, N_kv)
+            attn = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, N, N_kv)
+            if position_bias is not None:
+                attn = attn + position_bias
             attn = self.attn_drop(attn.softmax(dim=-1))
             x = attn @ v
         x = x.transpose(1, 2).reshape(B, H, W, C)
@@ -185,7 +193,8 @@ class LMHSA(nn.Module):
 class IRFFN(nn.Module):
     """Inverted residual feed-forward network: 1x1, x + DW3x3(x), 1x1, with GELU and BatchNorm (paper eq. 4)."""
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0., device=None, dtype=None):
+    def __init__(
+            self, dim: int, hidden_dim: int, drop: float = 0., act_layer: str = 'gelu', device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.expand = Conv1x1(dim, hidden_dim, **dd)
@@ -194,7 +203,7 @@ class IRFFN(nn.Module):
         self.norm2 = nn.BatchNorm2d(hidden_dim, **dd)
         self.project = Conv1x1(hidden_dim, dim, **dd)
         self.norm3 = nn.BatchNorm2d(dim, **dd)
-        self.act = nn.GELU()
+        self.act = build_act(act_layer)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x):
@@ -211,18 +220,20 @@ class CMTBlock(nn.Module):
 
     def __init__(
             self, dim: int, num_heads: int, sr_ratio: int, mlp_ratio: float, qkv_bias: bool = True,
-            proj_drop: float = 0., attn_drop: float = 0., drop_path: float = 0., device=None, dtype=None):
+            proj_drop: float = 0., attn_drop: float = 0., drop_path: float = 0., act_layer: str = 'gelu',
+            norm_eps: Optional[float] = None, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        eps = 1e-6 if norm_eps is None else norm_eps
         self.lpu = LocalPerceptionUnit(dim, **dd)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
         self.lmhsa = LMHSA(dim, num_heads, sr_ratio, qkv_bias, proj_drop, attn_drop, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.irffn = IRFFN(dim, int(dim * mlp_ratio), proj_drop, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.irffn = IRFFN(dim, int(dim * mlp_ratio), proj_drop, act_layer, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
-    def forward(self, x, position_bias):
+    def forward(self, x, position_bias: Optional[torch.Tensor]):
         x = self.lpu(x)
         x = x + self.drop_path1(self.lmhsa(self.norm1(x.permute(0, 2, 3, 1)), position_bias)).permute(0, 3, 1, 2)
         x = x + self.drop_path2(self.irffn(self.norm2(x.permute(0, 2, 3, 1))))
@@ -251,24 +262,28 @@ class CMTStage(nn.Module):
 
     def __init__(
             self, in_chs: int, dim: int, feat_size: Tuple[int, int], num_heads: int, sr_ratio: int,
-            drop_path: List[float], dynamic_img_size: bool = False, device=None, dtype=None, **block_args):
+            drop_path: List[float], dynamic_img_size: bool = False, position_bias: bool = True,
+            norm_eps: Optional[float] = None, device=None, dtype=None, **block_args):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
         self.dynamic_img_size = dynamic_img_size
         self.sr_ratio = sr_ratio
-        self.aggregation = PatchAggregation(in_chs, dim, **dd)
+        self.aggregation = PatchAggregation(in_chs, dim, norm_eps, **dd)
         key_size = (feat_size[0] // sr_ratio, feat_size[1] // sr_ratio)
-        self.position_bias = nn.Parameter(torch.empty(num_heads, *feat_size, *key_size, **dd))
+        self.register_parameter('position_bias', nn.Parameter(
+            torch.empty(num_heads, *feat_size, *key_size, **dd)) if position_bias else None)
         self.blocks = nn.ModuleList([
-            CMTBlock(dim, num_heads, sr_ratio, drop_path=rate, **block_args, **dd) for rate in drop_path])
+            CMTBlock(dim, num_heads, sr_ratio, drop_path=rate, norm_eps=norm_eps, **block_args, **dd)
+            for rate in drop_path])
 
     def forward(self, x):
         x = self.aggregation(x)
         bias = self.position_bias
-        if self.dynamic_img_size:
-            bias = resample_position_bias(bias, x.shape[2], x.shape[3], self.sr_ratio)
-        bias = bias.flatten(3).flatten(1, 2)  # (heads, N, N_kv)
+        if bias is not None:
+            if self.dynamic_img_size:
+                bias = resample_position_bias(bias, x.shape[2], x.shape[3], self.sr_ratio)
+            bias = bias.flatten(3).flatten(1, 2)  # (heads, N, N_kv)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = self._checkpointed(block, x, bias)
@@ -277,7 +292,7 @@ class CMTStage(nn.Module):
         return x
 
     @torch.jit.ignore
-    def _checkpointed(self, block: CMTBlock, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def _checkpointed(self, block: CMTBlock, x: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
         if torch.compiler.is_compiling():  # takes no context_fn, and updates buffers once by itself
             return checkpoint(block, x, bias, use_reentrant=False)
         return checkpoint(
@@ -311,6 +326,9 @@ class CMT(nn.Module):
             each stage (paper table 1).
         num_features: width of the head.
         qkv_bias: biases on Q, K and V.
+        position_bias: a learned position bias in each stage; MindCV's CMT has none.
+        act_layer: 'gelu', the erf form, or 'gelu_tanh', MindCV's.
+        norm_eps: of every LayerNorm, MindCV's is 1e-7; the released weights' (1e-5 and 1e-6) where None.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout in LMHSA's projection and in the IRFFN.
         attn_drop_rate: dropout on attention.
@@ -335,6 +353,9 @@ class CMT(nn.Module):
             mlp_ratios: Tuple[float, ...] = (4., 4., 4., 4.),
             num_features: int = 1280,
             qkv_bias: bool = True,
+            position_bias: bool = True,
+            act_layer: str = 'gelu',
+            norm_eps: Optional[float] = None,
             drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
             attn_drop_rate: float = 0.,
@@ -351,7 +372,7 @@ class CMT(nn.Module):
         self.dynamic_img_size = dynamic_img_size
         self.feature_info = []
 
-        self.stem = Stem(in_chans, stem_chs, self.img_size, dynamic_img_size, **dd)
+        self.stem = Stem(in_chans, stem_chs, self.img_size, dynamic_img_size, act_layer, **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=False)
         stages = []
         in_chs = stem_chs
@@ -360,8 +381,8 @@ class CMT(nn.Module):
             first = sum(depths[:i])
             stages.append(CMTStage(
                 in_chs, dim, (self.img_size[0] // reduction, self.img_size[1] // reduction), num_heads[i], sr_ratios[i],
-                drop_path[first:first + depth], dynamic_img_size, mlp_ratio=mlp_ratios[i], qkv_bias=qkv_bias,
-                proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, **dd))
+                drop_path[first:first + depth], dynamic_img_size, position_bias, norm_eps, mlp_ratio=mlp_ratios[i],
+                qkv_bias=qkv_bias, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, act_layer=act_layer, **dd))
             in_chs = dim
             self.feature_info += [dict(num_chs=dim, reduction=reduction, module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
@@ -389,7 +410,7 @@ class CMT(nn.Module):
         elif isinstance(m, nn.Linear):
             # at 5 std: with the default bounds, +-2, float32 rounds one draw in 2^24 to -2, a hundred std away
             trunc_normal_(m.weight, std=.02, a=-.1, b=.1)
-        elif isinstance(m, CMTStage):
+        elif isinstance(m, CMTStage) and m.position_bias is not None:
             nn.init.normal_(m.position_bias)
         if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None:
             nn.init.zeros_(m.bias)
@@ -418,8 +439,10 @@ class CMT(nn.Module):
         """Rebuild for another input size: the position bias is resampled, all else stays."""
         self.img_size = self.stem.img_size = self._checked_size(img_size)
         for stage, info in zip(self.stages, self.feature_info):
-            height, width = (s // info['reduction'] for s in self.img_size)
             bias = stage.position_bias
+            if bias is None:
+                continue
+            height, width = (s // info['reduction'] for s in self.img_size)
             resampled = resample_position_bias(bias.detach(), height, width, stage.sr_ratio)
             stage.position_bias = nn.Parameter(resampled, requires_grad=bias.requires_grad)
         update_model_input_size(self, self.img_size)
@@ -509,12 +532,21 @@ _RELEASED_NAMES = (
     (r'\.irffn\.project\.', r'.mlp.conv2.0.'), (r'\.irffn\.norm3\.', r'.mlp.conv2.1.'),
     (r'^head_proj\.proj\.', r'_fc.'), (r'^head_proj\.norm\.', r'_bn.'),
 )
+# MindSpore's name -> torch's
+_MINDSPORE_NAMES = {
+    'gamma': 'weight', 'beta': 'bias', 'moving_mean': 'running_mean', 'moving_variance': 'running_var'}
 
 
 def _released_name(name: str) -> str:
     for pattern, replacement in _RELEASED_NAMES:
         name = re.sub(pattern, replacement, name)
     return re.sub(r'<(\d)>', lambda m: 'abcd'[int(m[1])], name)
+
+
+def _plain_name(name: str) -> str:
+    """Without the prefixes that wrappers add, and under torch's names."""
+    path, _, last = re.sub(r'^(module\.|_orig_mod\.)+', '', name).rpartition('.')
+    return f'{path}.{_MINDSPORE_NAMES.get(last, last)}' if path else last
 
 
 def _query_grid(num_queries: int, num_keys: int, stage: CMTStage) -> Tuple[int, int]:
@@ -533,12 +565,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
     """Map weights onto the names and sizes of `model`.
 
     Args:
-        state_dict: under released or this project's names; or a checkpoint that holds one under `model`,
+        state_dict: under released, MindCV's or this project's names; or a checkpoint that holds one under `model`,
             `state_dict` or `model_ema`, with or without the `module.` prefix of DistributedDataParallel.
         model: the model that the weights are for; position biases of another size are resampled to its own.
 
     Returns:
-        A state dict for `model.load_state_dict`. Names that are neither's pass unchanged, for strict loading to list.
+        A state dict for `model.load_state_dict`. Names that are nobody's pass unchanged, for strict loading to list.
 
     Raises:
         ValueError: a released position bias whose grid its shape does not tell.
@@ -547,19 +579,22 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
             break
-    state_dict = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+    is_mindspore = any(name.endswith('.moving_mean') for name in state_dict)
+    state_dict = {_plain_name(name): value for name, value in state_dict.items()}
     for name, target in model.state_dict().items():
         released = _released_name(name)
         halves = [released.replace('.kv.', half) for half in ('.k.', '.v.')]
         if '.kv.' in released and all(half in state_dict for half in halves):
             state_dict[name] = torch.cat([state_dict.pop(half) for half in halves])
-        elif released in state_dict:
+        elif released in state_dict and (released == name or name not in state_dict):
             value = state_dict.pop(released)
             is_conv1x1 = value.ndim == 4 and target.ndim == 2
             state_dict[name] = value.flatten(1) if is_conv1x1 else value
+        elif is_mindspore and name.endswith('.num_batches_tracked'):  # MindSpore counts none
+            state_dict[name] = torch.zeros_like(target, device='cpu')
     for i, stage in enumerate(model.stages):
         bias = state_dict.get(f'stages.{i}.position_bias')
-        if bias is not None:
+        if bias is not None and stage.position_bias is not None:
             if bias.ndim == 3:
                 height, width = _query_grid(bias.shape[1], bias.shape[2], stage)
                 bias = bias.reshape(-1, height, width, height // stage.sr_ratio, width // stage.sr_ratio)
@@ -569,7 +604,13 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
 
 
 def to_released(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """The way back: this project's names and shapes to those of the authors' code."""
+    """The way back: this project's names and shapes to those of the authors' code.
+
+    Raises:
+        ValueError: weights without position bias, MindCV's form, which the authors' code does not have.
+    """
+    if not any(name.endswith('.position_bias') for name in state_dict):
+        raise ValueError("these weights have no position bias (MindCV's form): the authors' code can't hold them")
     out = {}
     for name, value in state_dict.items():
         released = _released_name(name)

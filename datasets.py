@@ -3,6 +3,7 @@
 A loader hands out uint8 images (B, 3, H, W) and class indices (B,); normalisation, random erasing and mixup happen on
 the device, to the whole batch (engine.py).
 """
+import json
 import logging
 import os
 import signal
@@ -14,10 +15,10 @@ import numpy as np
 import timm.data.auto_augment as auto_augment
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_dataset, create_transform
 from timm.data.loader import fast_collate
 from timm.utils import random_seed
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
@@ -26,7 +27,8 @@ from samplers import TrainSampler, eval_indices
 
 logger = logging.getLogger(__name__)
 
-DATA_SETS = ('IMNET', 'CIFAR10', 'CIFAR100', 'DIGITS')
+DATA_SETS = ('IMNET', 'CIFAR10', 'CIFAR100', 'CARS', 'FLOWERS102', 'PETS', 'INAT18', 'INAT19', 'INAT21', 'DIGITS')
+INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 SMALL = 32  # inputs up to here are treated as CIFAR is: padded random crops, no resizing for evaluation
 BAD_IMAGES_IN_A_ROW = 10
 
@@ -76,6 +78,54 @@ class ImageFolder(tv_datasets.DatasetFolder):
             raise ValueError(f'{directory} has classes that the training set lacks: {", ".join(unknown[:5])}')
         classes = self.known_classes or found
         return classes, {name: i for i, name in enumerate(classes)}
+
+
+class INaturalist(Dataset):
+    """iNaturalist 2018, 2019 or 2021 as its JSON files tell it, of which torchvision's class knows no validation part.
+
+    Args:
+        root: folder with train2018.json, val2018.json (2021 also: train.json, val.json), the images under the names
+            in them, and categories.json where those files do not name the species.
+        year: of the competition.
+        train: training or validation part.
+        category: rank of the classes, one of INAT_CATEGORIES.
+        transform: applied to each RGB image.
+
+    Raises:
+        ValueError: no such file, or one without that category.
+    """
+
+    def __init__(self, root: str | Path, year: int, train: bool, category: str = 'name',
+                 transform: Callable | None = None):
+        root = Path(root)
+        part = self._read(root, 'train' if train else 'val', year)
+        both = root / 'categories.json'
+        categories = json.loads(both.read_text()) if both.is_file() else self._read(root, 'train', year)['categories']
+        if not all(category in entry for entry in categories):
+            raise ValueError(f'the categories of iNaturalist {year} in {root} have no {category}')
+        names = {entry['id']: entry[category] for entry in categories}
+        self.classes = sorted(set(names.values()))
+        index = {name: i for i, name in enumerate(self.classes)}
+        files = {image['id']: str(root / image['file_name']) for image in part['images']}
+        self.samples = [(files[a['image_id']], index[names[a['category_id']]]) for a in part['annotations']]
+        self.transform = transform
+
+    @staticmethod
+    def _read(root: Path, part: str, year: int) -> dict:
+        paths = [root / f'{part}{year}.json', root / f'{part}.json']
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise ValueError(f'no {paths[0]}: --data-path takes the folder that iNaturalist {year} was unpacked to, '
+                             'https://github.com/visipedia/inat_comp')
+        return json.loads(path.read_text())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path, target = self.samples[index]
+        image = default_loader(path)
+        return self.transform(image) if self.transform else image, target
 
 
 class Digits(Dataset):
@@ -212,32 +262,90 @@ def build_dataset(
         input_size: int,
         transform: Callable | None = None,
         classes: list[str] | None = None,
+        val_split: float = 0.,
+        class_map: str | None = None,
+        category: str = 'name',
 ) -> Dataset:
     """A data set with `classes` (names in the order of their index) and (image, class index) samples.
 
     Args:
-        name: one of DATA_SETS.
+        name: one of DATA_SETS, or 'torch/NAME' for timm's readers of torchvision's data sets.
         is_train: training or validation part.
-        data_path: for IMNET the folder that holds train/ and val/, for CIFAR where it lies or is downloaded to.
+        data_path: for IMNET the folder that holds train/ and val/, for others where it lies or is downloaded to.
         input_size: height and width that DIGITS are drawn at.
         transform: applied to each PIL image.
         classes: class names in the order of their index, for a validation folder; those of the folder where None.
+        val_split: share of each class of an IMNET folder without val/ that is the validation part.
+        class_map: file with the class folders of IMNET in the order of their index, one a line.
+        category: rank of INAT's classes.
 
     Raises:
         ValueError: data that is not there or not as it should be.
     """
+    if name != 'IMNET' and (val_split or class_map):
+        raise ValueError(f'--val-split and --class-map are for folders of images, not for --data-set {name}')
     if name == 'DIGITS':
         return Digits(is_train, input_size, transform)
-    if name in ('CIFAR10', 'CIFAR100'):
+    if name != 'IMNET' and not name.startswith('INAT'):
         root = data_path or 'data'
         try:
-            return getattr(tv_datasets, name)(root, train=is_train, transform=transform, download=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f'{name} is not in {root} and could not be downloaded ({error})') from error
+            return _torchvision(name, root, is_train, transform)
+        except (OSError, RuntimeError, AssertionError) as error:
+            raise ValueError(f'{name} is not in {root} and could not be downloaded '
+                             f'({(str(error).strip() or repr(error)).splitlines()[0]})') from error
     if not data_path:
         raise ValueError('--data-path is missing: the folder that holds train/ and val/ '
                          '(--data-set DIGITS needs none and no network)')
-    return ImageFolder(Path(data_path) / ('train' if is_train else 'val'), transform, classes)
+    if name.startswith('INAT'):
+        return INaturalist(data_path, 2000 + int(name[4:]), is_train, category, transform)
+    root = Path(data_path)
+    if class_map:
+        classes = [line.strip() for line in Path(class_map).read_text().splitlines() if line.strip()]
+        if len(set(classes)) != len(classes) or not classes:
+            raise ValueError(f'--class-map {class_map}: {"a class is there twice" if classes else "no classes in it"}')
+    if not val_split:
+        return ImageFolder(root / ('train' if is_train else 'val'), transform, classes)
+    if (root / 'val').is_dir():
+        raise ValueError(f'{root} has a val folder: leave --val-split out')
+    dataset = ImageFolder(root / 'train' if (root / 'train').is_dir() else root, transform, classes)
+    return _split(dataset, val_split, is_train)
+
+
+def _split(dataset: ImageFolder, val_split: float, is_train: bool) -> ImageFolder:
+    """Leave a folder's training or validation part: the same images whatever the seed of the run."""
+    targets, kept = np.array(dataset.targets), []
+    for label in np.unique(targets):
+        order = np.random.RandomState(0).permutation(np.flatnonzero(targets == label))
+        held_out = round(val_split * len(order))
+        kept += (order[held_out:] if is_train else order[:held_out]).tolist()
+    if not kept:
+        raise ValueError(f'--val-split {val_split} leaves no images for {"training" if is_train else "validation"}')
+    dataset.samples = dataset.imgs = [dataset.samples[i] for i in sorted(kept)]
+    dataset.targets = [target for _, target in dataset.samples]
+    return dataset
+
+
+def _torchvision(name: str, root: str, is_train: bool, transform: Callable | None) -> Dataset:
+    if name == 'CARS':  # no download: its address is gone
+        return tv_datasets.StanfordCars(root, 'train' if is_train else 'test', transform)
+    if name == 'PETS':
+        return tv_datasets.OxfordIIITPet(root, 'trainval' if is_train else 'test', transform=transform, download=True)
+    if name == 'FLOWERS102':  # trained on both small parts, as all who report on it do
+        dataset = ConcatDataset([tv_datasets.Flowers102(root, part, transform, download=True)
+                                 for part in (('train', 'val') if is_train else ('test',))])
+        dataset.classes = list(tv_datasets.Flowers102.classes)
+        return dataset
+    if name.startswith('torch/'):
+        transform = tv_transforms.Compose([_to_rgb, *([transform] if transform else [])])
+        dataset = create_dataset(name, root, 'train' if is_train else 'validation', download=True, transform=transform)
+        if not hasattr(dataset, 'classes'):
+            raise ValueError(f'--data-set {name} does not name its classes')
+        return dataset
+    return getattr(tv_datasets, name)(root, train=is_train, transform=transform, download=True)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert('RGB')  # MNIST and its like are grey
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

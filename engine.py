@@ -150,6 +150,8 @@ class TrainStep:
         clip_grad, clip_mode: as timm's dispatch_clip_grad.
         skip_nonfinite: leave out updates whose loss or gradient is not finite, and their BatchNorm statistics.
         seed, rank: what (seed, epoch, step, rank) keys the draws of a step with.
+        teacher: gives the logits (B, classes) that `criterion` takes as a third argument.
+        frozen: modules that stay in eval mode.
     """
 
     def __init__(
@@ -166,6 +168,8 @@ class TrainStep:
             skip_nonfinite: bool = False,
             seed: int = 0,
             rank: int = 0,
+            teacher: nn.Module | None = None,
+            frozen: list[nn.Module] | None = None,
     ):
         self.model = model
         self.criterion = criterion
@@ -179,6 +183,8 @@ class TrainStep:
         self.skip_nonfinite = skip_nonfinite
         self.seed = seed
         self.rank = rank
+        self.teacher = teacher
+        self.frozen = frozen or []
         self.statistics = [b for b in model.buffers() if b.is_floating_point()] if skip_nonfinite else []
 
     def __call__(self, batches: list[tuple[torch.Tensor, torch.Tensor]], epoch: int, step: int, meters: Meters) -> None:
@@ -192,7 +198,8 @@ class TrainStep:
             images, targets = self.prepare(images, targets)
             with contextlib.nullcontext() if last or not hasattr(self.model, 'no_sync') else self.model.no_sync():
                 with self.autocast():
-                    batch_loss = self.criterion(self.model(images), targets) / len(batches)
+                    taught = [] if self.teacher is None else [self.teacher(images)]
+                    batch_loss = self.criterion(self.model(images), targets, *taught) / len(batches)
                 self.scaler.backward(batch_loss, self.optimizer, last)
             loss = loss + batch_loss.detach()
 
@@ -265,6 +272,8 @@ def train_one_epoch(
         TrainingFault: on all ranks, where losses or gradients are not finite.
     """
     train_step.model.train()
+    for module in train_step.frozen:
+        module.eval()
     batches = iter(loader)
     images, began = 0, time.monotonic()
     for step in range(first_step, first_step + updates):

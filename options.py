@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from timm.utils.distributed import world_info_from_env
 
-from datasets import DATA_SETS
+from datasets import DATA_SETS, INAT_CATEGORIES
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -49,6 +49,12 @@ def number(kind: type, low: float, high: float = float('inf'), above: bool = Fal
     return parse
 
 
+def data_set(name: str) -> str:
+    if name not in DATA_SETS and not name.startswith('torch/'):
+        raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from {', '.join(DATA_SETS)}, torch/NAME)")
+    return name
+
+
 count, positive = number(int, 0), number(int, 1)
 amount, rate, share = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
 
@@ -63,6 +69,9 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--output-dir', default='', help='where checkpoints and log.txt go; nothing is saved without it')
     g.add_argument('--resume', default='', metavar='CKPT', help='go on from this checkpoint, or evaluate it; '
                    "'auto': from the newest good one in --output-dir where there is one")
+    g.add_argument('--finetune', default='', metavar='FILE|NAME',
+                   help='start from these weights, of any input size and number of classes: a file, or a name of '
+                   "timm's or the hub's; what --resume finds goes before it")
     g.add_argument('--overwrite', action='store_true', help='replace the run that --output-dir holds')
     g.add_argument('--eval', action='store_true', help='evaluate --resume CKPT and stop')
     g.add_argument('--throughput', action='store_true', help='measure images/s of the forward pass and stop')
@@ -81,8 +90,14 @@ def get_parser() -> argparse.ArgumentParser:
                    help='trace of N steps to --output-dir/trace.json, for a browser (ui.perfetto.dev)')
 
     g = parser.add_argument_group('data')
-    g.add_argument('--data-set', default='IMNET', choices=DATA_SETS)
-    g.add_argument('--data-path', help='IMNET: folder with train/ and val/; CIFAR: where it lies or is downloaded to')
+    g.add_argument('--data-set', default='IMNET', type=data_set, metavar='NAME',
+                   help=f"{', '.join(DATA_SETS)}, or torch/NAME for one of timm's torchvision readers")
+    g.add_argument('--data-path', help='IMNET: folder with train/ and val/; INAT: where its JSON files are; '
+                   'others: where it lies or is downloaded to')
+    g.add_argument('--class-map', metavar='FILE', help='IMNET: class folders in the order of their index, one a line')
+    g.add_argument('--val-split', type=share, metavar='FRACTION',
+                   help='IMNET without val/: hold out this share of each class, the same images in every run')
+    g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES, help='what the classes of INAT are')
     g.add_argument('--input-size', type=positive, default=224, help='pixels, a multiple of 32')
     g.add_argument('--batch-size', type=positive, default=64, help='of one process')
     g.add_argument('--num-workers', type=count, default=4, help='loader processes of each process')
@@ -108,7 +123,9 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--smoothing', type=share, default=0.1)
 
     g = parser.add_argument_group('model')
-    g.add_argument('--model', default='cmt_s', help='cmt_ti, cmt_xs, cmt_s, cmt_b')
+    g.add_argument('--model', default='cmt_s', help='cmt_ti, cmt_xs, cmt_s, cmt_b (default: that of the weights given)')
+    g.add_argument('--freeze-stages', type=number(int, 0, 4), default=0, metavar='N',
+                   help='keep the stem and the first N stages as they are')
     g.add_argument('--drop', type=share, default=0.0, help='dropout in LMHSA and IRFFN')
     g.add_argument('--head-drop', type=share, help="dropout before the classifier (default: the model's)")
     g.add_argument('--drop-path', type=share, default=0.1)
@@ -121,6 +138,13 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--model-ema', action=toggle, default=True)
     g.add_argument('--model-ema-decay', type=share, default=0.99996)
     g.add_argument('--model-ema-force-cpu', action=toggle, default=False)
+
+    g = parser.add_argument_group('distillation')
+    g.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'))
+    g.add_argument('--teacher-model', help="any of timm's, or a name of the hub's; with its pretrained weights, unless")
+    g.add_argument('--teacher-path', metavar='FILE', help="... the teacher's weights are in this file")
+    g.add_argument('--distillation-alpha', type=share, default=0.5, help="share of the teacher's part in the loss")
+    g.add_argument('--distillation-tau', type=rate, default=1.0, help='temperature of soft distillation')
 
     g = parser.add_argument_group('optimizer')
     g.add_argument('--opt', default='adamw')
@@ -146,6 +170,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--warmup-lr', type=amount, default=1e-6)
     g.add_argument('--min-lr', type=amount, default=1e-5)
     g.add_argument('--warmup-epochs', type=count, default=5)
+    g.add_argument('--warmup-prefix', action=toggle, default=False, help='warm up before the --epochs, not in them')
     g.add_argument('--cooldown-epochs', type=count, default=10)
     g.add_argument('--decay-epochs', type=rate, default=30)
     g.add_argument('--decay-rate', '--dr', type=amount, default=0.1)
@@ -169,7 +194,6 @@ def get_parser() -> argparse.ArgumentParser:
         '--warmup-drop-path-epochs': "the authors' models have nothing that it could act on",
         '--patience-epochs': 'it goes with the plateau schedule, whose state no restart could repeat',
         '--resplit': 'it acts on augmentation splits, which no recipe makes',
-        '--inat-category': 'it goes with the iNaturalist data sets, which --data-set does not list',
         '--init-method': 'use --dist-url',
         '--debug': 'it left out a FLOPs count, which training no longer makes (scripts/profile_flops.py does)',
     }.items():
@@ -187,6 +211,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if config:
         argv = config_flags(parser, config) + argv
     args = parser.parse_args(argv)
+    if (args.resume or args.finetune) and not any(arg.split('=')[0] == '--model' for arg in argv):
+        args.model = None  # that of the weights
     mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixup and args.batch_size % 2 and not args.eval:
         parser.error(f'--batch-size {args.batch_size} is odd: mixup and cutmix pair the images of a batch')
@@ -194,6 +220,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         pair = getattr(args, name)
         if pair and pair[0] >= pair[1]:
             parser.error(f'--{name.replace("_", "-")} {pair[0]} {pair[1]}: the first must be below the second')
+    if args.distillation_type != 'none' and not (args.teacher_model or args.teacher_path):
+        parser.error(f'--distillation-type {args.distillation_type} needs --teacher-model or --teacher-path')
+    if args.distillation_type == 'none' and (args.teacher_model or args.teacher_path):
+        parser.error('a teacher needs --distillation-type soft or hard')
     if args.opt_betas and len(args.opt_betas) != 2:
         parser.error('--opt-betas takes two numbers')
     if args.eval and not args.resume:

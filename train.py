@@ -42,7 +42,7 @@ from engine import (
     throughput,
     train_one_epoch,
 )
-from losses import build_criterion
+from losses import DistillationLoss, Teacher, build_criterion
 from options import parse_args
 from samplers import TrainSampler
 from utils import Progress, UsageError, usage_errors
@@ -57,29 +57,33 @@ def build_data(args: argparse.Namespace):
     train_transform = build_transform(
         True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
         interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
-    build = functools.partial(build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size)
-    lacks_train = args.data_set == 'IMNET' and args.data_path and not (Path(args.data_path) / 'train').is_dir()
-    with utils.first_on_each_node() if args.data_set.startswith('CIFAR') else contextlib.nullcontext():
+    build = functools.partial(
+        build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
+        val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category)
+    lacks_train = args.data_set == 'IMNET' and args.data_path and not args.val_split and \
+        not (Path(args.data_path) / 'train').is_dir()
+    downloads = args.data_set not in ('IMNET', 'DIGITS') and not args.data_set.startswith('INAT')
+    with utils.first_on_each_node() if downloads else contextlib.nullcontext():
         train = None if args.eval and lacks_train else build(is_train=True, transform=train_transform)
         val = build(
             is_train=False, transform=build_transform(False, args.input_size), classes=train.classes if train else None)
     return train, val
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> cmt.CMT:
+def build_model(args: argparse.Namespace, num_classes: int, **form) -> cmt.CMT:
+    """The model of --model; `form` sets it apart from the published one of its name (checkpoints.identify)."""
     if not timm.is_model(args.model):
         raise ValueError(f"unknown --model {args.model}: {', '.join(timm.list_models('cmt_*', module='cmt'))}")
     rates = dict(drop_path_rate=args.drop_path, proj_drop_rate=args.drop)
     if args.head_drop is not None:
         rates['drop_rate'] = args.head_drop
-    try:
-        model = timm.create_model(args.model, num_classes=num_classes, img_size=args.input_size, **rates)
-    except TypeError as error:
-        raise ValueError(f'--model {args.model} is no CMT ({error})') from None
-    if not isinstance(model, cmt.CMT):
-        raise ValueError(f'--model {args.model} is no CMT')
+    model = checkpoints.create_cmt(args.model, num_classes=num_classes, img_size=args.input_size, **rates, **form)
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
+
+
+def frozen_parts(model: cmt.CMT, stages: int) -> list[nn.Module]:
+    return [model.stem, *model.stages[:stages]] if stages else []
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -99,7 +103,8 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
     return create_scheduler_v2(
         optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
         cooldown_epochs=args.cooldown_epochs, decay_rate=args.decay_rate,
-        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, noise=noise,
+        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs,
+        warmup_prefix=args.warmup_prefix, noise=noise,
         noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed,
         step_on_epochs=not args.sched_on_updates, updates_per_epoch=updates_per_epoch)
 
@@ -128,28 +133,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == 'auto':
         name = 'float32' if device.type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
     return getattr(torch, name)
-
-
-def load_weights(model: nn.Module, state: dict, source: str) -> None:
-    """Load a state dict under this project's or the released names, all of it or nothing.
-
-    Raises:
-        ValueError: tensors missing, left over or of another shape.
-    """
-    is_weights = isinstance(state, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
-    if not is_weights or not state:
-        raise ValueError(f'{source} holds no weights')
-    state = cmt.checkpoint_filter_fn(state, model)
-    own = model.state_dict()
-    faults = [f'{name} missing' for name in own if name not in state]
-    faults += [f'{name} left over' for name in state if name not in own]
-    faults += [f'{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}'
-               for name in own if name in state and state[name].shape != own[name].shape]
-    if faults:
-        raise ValueError(f'{source} does not fit the model, its size or the number of classes: '
-                         f'{len(faults)} tensors differ ({"; ".join(faults[:3])})')
-    model.load_state_dict(state)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
@@ -188,13 +171,19 @@ def main(args: argparse.Namespace) -> None:
         if args.world_size not in (None, 1, world_size):
             raise ValueError(f'--world-size {args.world_size}, but the launcher started {world_size}')
         utils.check_trackers(args.log_tensorboard, args.log_wandb)
-        with torch.device('meta'):
-            build_model(args, num_classes=1)
         if is_training and output_dir:
             checkpoints.check_output_dir(
                 output_dir, may_hold_run=args.overwrite or args.resume == 'auto' or
                 bool(args.resume) and Path(args.resume).resolve().parent == output_dir.resolve())
         source, checkpoint = checkpoints.find_checkpoint(args.resume, output_dir, fall_back=is_training)
+        start, form = checkpoint, {}
+        if checkpoint is None and args.finetune:
+            source, start = args.finetune, checkpoints.read_weights(args.finetune)
+        if start is not None:
+            args.model, form, _ = checkpoints.identify(start, source, model=args.model)
+        args.model = args.model or 'cmt_s'
+        with torch.device('meta'):
+            build_model(args, num_classes=1, **form)
 
     # data
     with usage_errors():
@@ -208,12 +197,15 @@ def main(args: argparse.Namespace) -> None:
     # model
     random_seed(args.seed)
     with usage_errors():
-        model = build_model(args, num_classes)
-        if checkpoint is not None:
-            kind = 'model_ema' if not is_training and args.model_ema and checkpoint.get('model_ema') else 'model'
-            load_weights(model, checkpoint.get(kind, checkpoint), source)
-            logger.info('loaded %s from %s', kind if kind in checkpoint else 'weights', source)
+        model = build_model(args, num_classes, **form)
+        if start is not None:
+            checkpoints.load_weights(model, start, source, use_ema=not is_training and args.model_ema,
+                                     new_head=checkpoint is None)
+        teacher = Teacher(checkpoints.build_teacher(args.teacher_model, args.teacher_path, dataset_val.classes)) \
+            if is_training and args.distillation_type != 'none' else None
     model.to(device)
+    for module in frozen_parts(model, args.freeze_stages):
+        module.requires_grad_(False)
     loader_options = dict(
         num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == 'cuda', timeout=args.dist_timeout)
     loader_val = build_loader(
@@ -264,13 +256,16 @@ def main(args: argparse.Namespace) -> None:
     with usage_errors():
         if checkpoint is not None:
             if ema is not None:
-                load_weights(ema.module, checkpoint.get('model_ema') or checkpoint.get('model', checkpoint), source)
+                checkpoints.load_weights(ema.module, checkpoint, source, use_ema=True)
             saved = checkpoint.get('args')
             if isinstance(saved, dict) and saved.get('opt', args.opt) != args.opt:
                 raise ValueError(f"{source} was trained with --opt {saved['opt']}: go on with that")
-            if 'optimizer' in checkpoint:
+            own = 'samples_seen' in checkpoint
+            if own:
                 load_optimizer(optimizer, checkpoint['optimizer'], source)
-            if checkpoint.get('loss_scaler'):
+            elif 'optimizer' in checkpoint:  # parameters in another order
+                logger.warning("the optimizer's moments in %s are of another code: they start afresh", source)
+            if own and checkpoint.get('loss_scaler'):
                 try:
                     scaler.load_state_dict(checkpoint['loss_scaler'])
                 except (KeyError, RuntimeError):
@@ -313,10 +308,15 @@ def main(args: argparse.Namespace) -> None:
     erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) \
         if args.reprob > 0 else None
     skips = args.max_skips if args.on_nonfinite == 'skip' else 0
+    criterion = build_criterion(mixup_active, args.smoothing)
+    if teacher is not None:
+        teacher.to(device)
+        criterion = DistillationLoss(criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
     train_step = TrainStep(
-        model, build_criterion(mixup_active, args.smoothing), optimizer, Prepare(device, mixup, erasing), scaler,
-        train_autocast, ema=(ema, core) if ema else None, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
-        skip_nonfinite=skips > 0, seed=args.seed, rank=rank)
+        model, criterion, optimizer, Prepare(device, mixup, erasing), scaler, train_autocast,
+        ema=(ema, core) if ema else None, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
+        skip_nonfinite=skips > 0, seed=args.seed, rank=rank, teacher=teacher,
+        frozen=frozen_parts(core, args.freeze_stages))
     loader_train = build_loader(dataset_train, args.batch_size, sampler=sampler, **loader_options)
 
     # output

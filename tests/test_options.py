@@ -33,7 +33,7 @@ AUTHORS = """--batch-size 4 | --epochs 3 | --model cmt_ti | --input-size 64 | --
     --apex-amp | --apex-opt-level O2 | --throughput | --world_size 8 | --dist_url env:// | --init_method x |
     --local_rank 1"""
 REFUSED = {
-    '--drop-block', '--resplit', '--inat-category', '--debug', '--update_temperature', '--warmup-drop-path',
+    '--drop-block', '--resplit', '--debug', '--update_temperature', '--warmup-drop-path',
     '--warmup-drop-path-epochs', '--init_method', '--patience-epochs'}
 
 

@@ -1,0 +1,26 @@
+"""torch.hub.load(REPO, 'cmt_s', pretrained=True): the models, under their own names and MindCV's.
+
+    import torch
+    model = torch.hub.load('path/to/this/folder', 'cmt_s', source='local', pretrained=True)
+
+Each takes what timm.create_model takes: num_classes, img_size, in_chans, features_only, ...
+"""
+import timm as _timm
+
+import cmt as _cmt
+
+dependencies = ['torch', 'timm']
+
+
+def _entrypoint(alias: str, name: str):
+    def create(pretrained: bool = False, **kwargs):
+        return _timm.create_model(name, pretrained=pretrained, **kwargs)
+
+    create.__name__, create.__doc__ = alias, getattr(_cmt, name).__doc__
+    return create
+
+
+for _name in ('cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'):
+    globals()[_name] = _entrypoint(_name, _name)
+for _alias, _name in _cmt.ALIASES.items():
+    globals()[_alias] = _entrypoint(_alias, _name)

@@ -1,0 +1,100 @@
+"""Knowledge distillation: the losses by hand, the teacher, and a run."""
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+import nano
+import options
+import train
+from checkpoints import build_teacher
+from losses import DistillationLoss, Teacher
+
+
+def softmax(row):
+    total = sum(math.exp(v) for v in row)
+    return [math.exp(v) / total for v in row]
+
+
+def test_soft_loss_by_hand():
+    outputs, taught, targets = [[1., 2., 0.], [0., -1., 3.]], [[2., 0., 1.], [1., 1., -2.]], [1, 2]
+    alpha, tau = 0.3, 2.5
+    entropy = -sum(math.log(softmax(row)[t]) for row, t in zip(outputs, targets)) / 2
+    divergence = 0.
+    for row, teacher in zip(outputs, taught):
+        q, p = softmax([v / tau for v in row]), softmax([v / tau for v in teacher])
+        divergence += sum(b * math.log(b / a) for a, b in zip(q, p))
+    expected = 0.7 * entropy + 0.3 * tau ** 2 * divergence / 6  # 2 images x 3 classes
+    found = DistillationLoss(nn.CrossEntropyLoss(), 'soft', alpha, tau)(
+        torch.tensor(outputs), torch.tensor(targets), torch.tensor(taught))
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_hard_loss_by_hand():
+    outputs, taught, targets = [[1., 2., 0.], [0., -1., 3.]], [[2., 0., 1.], [1., 1.5, -2.]], [1, 2]
+    entropy, distillation = (
+        -sum(math.log(softmax(row)[t]) for row, t in zip(outputs, labels)) / 2 for labels in (targets, [0, 1]))
+    found = DistillationLoss(nn.CrossEntropyLoss(), 'hard', 0.25)(
+        torch.tensor(outputs), torch.tensor(targets), torch.tensor(taught))
+    assert found.item() == pytest.approx(0.75 * entropy + 0.25 * distillation, rel=1e-5)
+
+
+class Recorder(nn.Module):
+    pretrained_cfg = default_cfg = dict(input_size=(3, 8, 8), mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        self.seen = x
+        return x.mean((2, 3)) * self.scale
+
+
+def test_the_teacher_sees_its_own_normalisation_and_size():
+    model = Recorder()
+    teacher = Teacher(model).train()
+    pixels = torch.tensor([0.2, 0.6, 0.9]).view(1, 3, 1, 1).expand(2, 3, 16, 24)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    out = teacher((pixels - mean) / std)
+    own_mean, own_std = (torch.tensor(model.default_cfg[key]).view(1, 3, 1, 1) for key in ('mean', 'std'))
+    assert model.seen.shape == (2, 3, 8, 8)
+    assert torch.allclose(model.seen, ((pixels - own_mean) / own_std)[..., :8, :8], atol=1e-5)
+    assert not out.requires_grad and not model.training and not model.scale.requires_grad
+
+
+def test_a_run_with_a_teacher(flags, whole, tmp_path, monkeypatch):
+    steps = []
+    once = train.train_one_epoch
+    monkeypatch.setattr(train, 'train_one_epoch', lambda step, *a, **k: steps.append(step) or once(step, *a, **k))
+    argv = [*flags, '--epochs', 1, '--test-freq', 9]
+    losses = []
+    for kind in ('soft', 'hard'):
+        nano.train([*argv, '--distillation-type', kind, '--teacher-path', whole / 'checkpoint_last.pth',
+                    '--output-dir', tmp_path / kind])
+        losses.append(nano.log(tmp_path / kind)[0]['train_loss'])
+        teacher = steps[-1].teacher.model
+        assert nano.same(dict(teacher.state_dict()), dict(nano.read(whole)['model']))  # its statistics too
+        assert not any(m.training for m in teacher.modules())
+    assert len({*losses, nano.log(whole)[0]['train_loss']}) == 3
+
+
+def test_teachers_that_do_not_fit(whole, tmp_path):
+    with pytest.raises(ValueError, match='other classes'):
+        build_teacher(None, str(whole / 'checkpoint_last.pth'), ['a', 'b', 'c'])
+    torch.save(timm.create_model('resnet18', num_classes=2).state_dict(), tmp_path / 'resnet.pth')
+    assert Teacher(build_teacher('resnet18', str(tmp_path / 'resnet.pth'), ['a', 'b'])).size == (224, 224)
+    with pytest.raises(ValueError, match='does not fit'):
+        build_teacher('resnet18', str(tmp_path / 'resnet.pth'), ['a', 'b', 'c'])
+
+
+@pytest.mark.parametrize('line, words', [
+    ('--distillation-type soft', 'needs --teacher-model or --teacher-path'),
+    ('--teacher-model resnet18', 'a teacher needs --distillation-type')])
+def test_mistakes(capsys, line, words):
+    with pytest.raises(SystemExit):
+        options.parse_args(line.split())
+    assert words in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""Fine-tuning: other sizes, other classes, frozen stages, and where images come from."""
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cmt import cubic_matrix
+
+import datasets
+import nano
+import train
+
+PLAIN = ('--device cpu --num-workers 0 --batch-size 16 --cooldown-epochs 0 --warmup-epochs 0 --lr 0.1 --min-lr 1e-3 '
+         '--mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0 --hflip 0 --no-repeated-aug --drop-path 0 '
+         '--model-ema-decay 0.9').split()
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    """A model trained on DIGITS at 64 px for an epoch, and a folder with seven of the ten classes."""
+    root = tmp_path_factory.mktemp('digits')
+    nano.train([*PLAIN, '--batch-size', 8, '--model', 'cmt_nano', '--data-set', 'DIGITS', '--input-size', 64,
+                '--epochs', 1, '--output-dir', root / 'source'])
+    for part in ('train', 'val'):
+        data = datasets.Digits(part == 'train', 32)
+        for i in range(0, len(data), 4 if part == 'train' else 2):
+            image, label = data[i]
+            if label < 7:
+                folder = root / 'images' / part / str(label)
+                folder.mkdir(parents=True, exist_ok=True)
+                image.save(folder / f'{i}.png')
+    return root
+
+
+def test_64_to_96_px_and_10_to_7_classes(digits, tmp_path, capsys):
+    argv = [*PLAIN, '--data-path', digits / 'images', '--input-size', 96, '--epochs', 1]
+    source = digits / 'source' / 'checkpoint_last.pth'
+    nano.train([*argv, '--finetune', source, '--output-dir', tmp_path / 'tuned'])
+    out = capsys.readouterr().out
+    assert f'loaded {source}: weights (model)' in out and '4 position biases resampled from 64x64 to 96x96' in out
+    nano.train([*argv, '--model', 'cmt_nano', '--output-dir', tmp_path / 'scratch'])
+    tuned, scratch = (nano.log(tmp_path / name)[0] for name in ('tuned', 'scratch'))
+    assert tuned['test_acc1'] > scratch['test_acc1'] + 5 and tuned['train_loss'] < scratch['train_loss']
+    assert nano.read(tmp_path / 'tuned')['classes'] == list('0123456')
+
+
+def first_model(monkeypatch, *argv):
+    """The model as training begins with it."""
+    seen = []
+    monkeypatch.setattr(train, 'train_one_epoch', lambda step, *_, **__: seen.append(step.model) or iter(()))
+    monkeypatch.setattr(train, 'evaluate', lambda *_: dict(acc1=0, acc5=0, loss=0, count=0))
+    nano.train([*PLAIN, *argv, '--epochs', 1])
+    return seen[0]
+
+
+def test_the_bias_is_resampled_bicubic(digits, monkeypatch):
+    model = first_model(monkeypatch, '--data-path', digits / 'images', '--input-size', 96,
+                        '--finetune', digits / 'source' / 'checkpoint_last.pth')
+    source = nano.read(digits / 'source')['model']
+    for i, (stage, k) in enumerate(zip(model.stages, (8, 4, 2, 1))):
+        queries, keys = (cubic_matrix(64 // s, 96 // s) for s in (4 * 2 ** i, 4 * 2 ** i * k))
+        expected = np.einsum('nhwij,ah,bw,ci,dj->nabcd', source[f'stages.{i}.position_bias'].numpy(),
+                             queries, queries, keys, keys, optimize=True)
+        assert np.abs(stage.position_bias.detach().numpy() - expected).max() < 1e-5
+    assert torch.equal(model.state_dict()['stages.2.blocks.0.lmhsa.kv.weight'],
+                       source['stages.2.blocks.0.lmhsa.kv.weight'])
+    assert model.head.weight.shape == (7, 32) and model.head.weight.std() < 0.03
+
+
+def test_a_run_that_was_fine_tuning_goes_on(flags, whole, tmp_path):
+    argv = [*flags, '--finetune', whole / 'checkpoint_last.pth', '--output-dir', tmp_path / 'run']
+    nano.train([*argv, '--epochs', 1])
+    nano.train([*argv, '--epochs', 2, '--resume', 'auto'])
+    assert [line['epoch'] for line in nano.log(tmp_path / 'run')] == [0, 1]
+
+
+@pytest.mark.parametrize('stages', [1, 3])
+def test_frozen_stages_stay_as_they_are(flags, whole, tmp_path, stages):
+    nano.train([*flags, '--finetune', whole / 'checkpoint_last.pth', '--freeze-stages', stages, '--epochs', 1,
+                '--output-dir', tmp_path / 'run'])
+    before, after = nano.read(whole), nano.read(tmp_path / 'run')
+    frozen = ('stem.', *(f'stages.{i}.' for i in range(stages)))
+    for name, value in after['model'].items():
+        if name.startswith(frozen):  # the statistics of BatchNorm too
+            assert torch.equal(value, before['model'][name]), name
+        elif name.endswith(('lpu.dw.weight', 'irffn.expand.weight', 'running_mean', 'num_batches_tracked')):
+            assert not torch.equal(value, before['model'][name]), name
+    assert nano.log(tmp_path / 'run')[0]['n_parameters'] < nano.log(whole)[0]['n_parameters']
+
+
+def test_nothing_in_frozen_stages_is_random(flags, whole, monkeypatch):
+    steps = []
+    once = train.train_one_epoch
+    monkeypatch.setattr(train, 'train_one_epoch', lambda step, *a, **k: steps.append(step) or once(step, *a, **k))
+    nano.train([*flags, '--finetune', whole / 'checkpoint_last.pth', '--freeze-stages', 2, '--epochs', 1,
+                '--test-freq', 9])
+    model = steps[0].model
+    next(iter(once(steps[0], [], 0, 0, 0, 1, None, None)), None)
+    assert not any(m.training for part in (model.stem, model.stages[0], model.stages[1]) for m in part.modules())
+    assert all(m.training for part in (model.stages[2], model.stages[3], model.head_proj) for m in part.modules())
+
+
+# data
+
+def test_a_folder_without_val(images, tmp_path):
+    whole = datasets.ImageFolder(images / 'train')
+    for path in (images / 'train', tmp_path):
+        (tmp_path / 'train').is_symlink() or (tmp_path / 'train').symlink_to(images / 'train')
+        train_set, val = (datasets.build_dataset('IMNET', part, path, 32, val_split=0.25) for part in (True, False))
+        assert np.bincount(val.targets).tolist() == [10, 6, 9]
+        assert np.bincount(train_set.targets).tolist() == [30, 18, 27]
+        names = [{path.rsplit('/', 1)[-1] + str(label) for path, label in s.samples} for s in (train_set, val, whole)]
+        assert not names[0] & names[1] and names[0] | names[1] == names[2]
+
+
+def test_class_map(images, tmp_path):
+    (tmp_path / 'map.txt').write_text('class_2\nclass_0\nclass_1\nabsent\n')
+    data = datasets.build_dataset('IMNET', True, images, 32, class_map=tmp_path / 'map.txt')
+    assert data.classes == ['class_2', 'class_0', 'class_1', 'absent']
+    assert np.bincount(data.targets).tolist() == [36, 40, 24]
+
+
+def write_inat(root, year=2019):
+    """An iNaturalist of 16 training and 4 validation images of four species in two genera."""
+    categories = [{'id': i, 'name': f'genus{i // 2} species{i}', 'genus': f'genus{i // 2}'} for i in range(4)]
+    for part, count in (('train', 16), ('val', 4)):
+        names = [f'{part}/{i}.jpg' for i in range(count)]
+        (root / part).mkdir(parents=True)
+        for i, name in enumerate(names):
+            Image.fromarray(np.full((40, 40, 3), 20 * (i % 4), np.uint8)).save(root / name)
+        (root / f'{part}{year}.json').write_text(json.dumps({
+            'images': [{'id': 100 + i, 'file_name': name} for i, name in enumerate(names)],
+            'annotations': [{'image_id': 100 + i, 'category_id': i % 4} for i in range(count)],
+            'categories': categories}))
+
+
+def test_inaturalist(tmp_path):
+    write_inat(tmp_path)
+    data = datasets.build_dataset('INAT19', False, tmp_path, 32)
+    assert data.classes == [f'genus{i // 2} species{i}' for i in range(4)]
+    assert [data[i][1] for i in range(4)] == [0, 1, 2, 3]
+    data = datasets.build_dataset('INAT19', True, tmp_path, 32, category='genus')
+    assert data.classes == ['genus0', 'genus1'] and data[3][0].getpixel((0, 0))[0] == 60 and data[3][1] == 1
+    with pytest.raises(ValueError, match='have no kingdom'):
+        datasets.build_dataset('INAT19', True, tmp_path, 32, category='kingdom')
+
+
+def test_torch_readers(tmp_path):
+    raw = tmp_path / 'MNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for part in ('train', 't10k'):  # idx files: magic number, sizes, bytes
+        (raw / f'{part}-images-idx3-ubyte').write_bytes(b'\0\0\x08\x03' + b''.join(
+            n.to_bytes(4, 'big') for n in (2, 28, 28)) + bytes(2 * 28 * 28))
+        (raw / f'{part}-labels-idx1-ubyte').write_bytes(b'\0\0\x08\x01' + (2).to_bytes(4, 'big') + bytes([7, 3]))
+    data = datasets.build_dataset('torch/mnist', False, str(tmp_path), 32, datasets.build_transform(False, 32))
+    image, label = pickle.loads(pickle.dumps(data))[0]
+    assert image.shape == (3, 32, 32) and label == 7 and len(data.classes) == 10
+
+
+@pytest.mark.parametrize('name, words', [
+    ('CARS', 'CARS is not in'), ('INAT21', 'no .*train2021.json'), ('torch/nothing', 'torch/nothing is not in'),
+    ('IMNET', 'no folder')])
+def test_missing_data_is_named(tmp_path, name, words):
+    with pytest.raises(ValueError, match=rf'^[^\n]*{words}[^\n]*$'):
+        datasets.build_dataset(name, True, str(tmp_path), 32)

@@ -1,0 +1,366 @@
+"""Weights of every origin: MindSpore's files, the released ones, this project's, and files that are none of these."""
+import argparse
+import json
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+
+import checkpoints
+import cmt
+import nano
+import train
+
+MINDCV = Path(__file__).parent / 'mindcv_cmt_nano.ckpt'  # saved by MindSpore 2.7.1, see test_mindcv_file
+SMALL = dict(img_size=64, stem_chs=8, embed_dims=(8, 16, 32, 64), depths=(1, 1, 2, 1), num_features=64, num_classes=5)
+
+
+def small(seed=0, **kwargs):
+    """A CMT whose every tensor, running statistics too, is drawn anew."""
+    torch.manual_seed(seed)
+    model = cmt.CMT(**{**SMALL, **kwargs})
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(0.5 + torch.rand_like(value) if name.endswith('var') else value + 0.1 * torch.randn_like(value))
+    return model.eval()
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# MindSpore
+
+def test_mindcv_file():
+    """The logits are MindSpore's, of MindCV's CMT with stem_channel=8, fc_dim=64 and the sizes of SMALL, 10 classes."""
+    model, info = checkpoints.build_model(None, str(MINDCV), img_size=64)
+    assert info['kind'] == 'mindspore' and info['img_size'] == (64, 64) and not model.training
+    check_mindcv_logits(model)
+    check_mindcv_logits(torch.jit.script(model))
+    again = timm.create_model(info['name'], img_size=64, num_classes=10, **info['model_args']).eval()
+    again.load_state_dict(model.state_dict())
+    check_mindcv_logits(again)
+    saved = {'model': model.state_dict(), 'args': {'input_size': 64}}  # as a run saves it
+    check_mindcv_logits(checkpoints.build_model(saved, 'own')[0])
+    with pytest.raises(ValueError, match='no position bias'):
+        cmt.to_released(model.state_dict())
+
+
+def keep_in(seen):
+    return lambda model, *_: seen.append(model) or dict(acc1=0, acc5=0, loss=0, count=0)
+
+
+def check_mindcv_logits(model):
+    expected = np.loadtxt(MINDCV.with_name('mindcv_cmt_nano_logits.txt'))
+    x = np.random.RandomState(64).standard_normal((2, 3, 64, 64))
+    with torch.no_grad():
+        assert np.abs(model(torch.tensor(x, dtype=torch.float32)).numpy() - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize('asked', [[], ['--model', 'cmt_s']])
+def test_eval_builds_mindcvs_form_from_the_file(monkeypatch, asked):
+    seen = []
+    monkeypatch.setattr(train, 'evaluate', keep_in(seen))
+    nano.train(['--eval', '--resume', MINDCV, '--data-set', 'DIGITS', '--input-size', 64, '--device', 'cpu',
+                '--num-workers', 0, *asked])
+    check_mindcv_logits(seen[0].eval())
+
+
+def mindcv_tensors(stem, dims, depths, ratios, sr, features, classes):
+    """Weights of MindCV's CMT under MindSpore's names."""
+    rng, out = np.random.RandomState(0), {}
+
+    def layer(name, *shape):
+        out[f'{name}.weight'] = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+        out[f'{name}.bias'] = 0.1 * rng.standard_normal(shape[0])
+
+    def norm(name, dim, batch=True):
+        out[f'{name}.gamma'] = 1 + 0.1 * rng.standard_normal(dim)
+        out[f'{name}.beta'] = 0.1 * rng.standard_normal(dim)
+        if batch:
+            out[f'{name}.moving_mean'] = 0.1 * rng.standard_normal(dim)
+            out[f'{name}.moving_variance'] = 0.5 + rng.random_sample(dim)
+
+    for i in (1, 2, 3):
+        layer(f'stem_conv{i}', stem, 3 if i == 1 else stem, 3, 3)
+        norm(f'stem_norm{i}', stem)
+    for c, before, dim, depth, ratio, k in zip('abcd', (stem, *dims), dims, depths, ratios, sr):
+        layer(f'patch_embed_{c}.proj', dim, before, 2, 2)
+        norm(f'patch_embed_{c}.norm', dim, batch=False)
+        for i in range(depth):
+            block, hidden = f'blocks_{c}.{i}', int(dim * ratio)
+            layer(f'{block}.proj', dim, 1, 3, 3)
+            norm(f'{block}.norm1', dim, batch=False)
+            norm(f'{block}.norm2', dim, batch=False)
+            for part in ('q', 'k', 'v', 'proj'):
+                layer(f'{block}.attn.{part}', dim, dim)
+            if k > 1:
+                layer(f'{block}.attn.sr.0', dim, 1, k, k)
+                norm(f'{block}.attn.sr.1', dim)
+            layer(f'{block}.mlp.conv1.0', hidden, dim, 1, 1)
+            norm(f'{block}.mlp.conv1.2', hidden)
+            layer(f'{block}.mlp.proj', hidden, 1, 3, 3)
+            norm(f'{block}.mlp.proj_bn', hidden)
+            layer(f'{block}.mlp.conv2.0', dim, hidden, 1, 1)
+            norm(f'{block}.mlp.conv2.1', dim)
+    layer('_fc', features, dims[-1], 1, 1)
+    norm('_bn', features)
+    layer('head', classes, features)
+    return {name: value.astype(np.float32) for name, value in out.items()}
+
+
+def mindcv_logits(tensors, x, depths, sr):
+    """MindCV's forward pass, spelled out from its names."""
+    w = {name: torch.tensor(value) for name, value in tensors.items()}
+
+    def conv(x, name, **kwargs):
+        return F.conv2d(x, w[f'{name}.weight'], w[f'{name}.bias'], **kwargs)
+
+    def dw(x, name, **kwargs):
+        return conv(x, name, groups=x.shape[1], **kwargs)
+
+    def linear(x, name):
+        return x @ w[f'{name}.weight'].T + w[f'{name}.bias']
+
+    def bn(x, name):
+        mean, var, gamma, beta = (
+            w[f'{name}.{p}'].view(-1, 1, 1) for p in ('moving_mean', 'moving_variance', 'gamma', 'beta'))
+        return (x - mean) / torch.sqrt(var + 1e-5) * gamma + beta
+
+    def ln(x, name):  # over the last dimension
+        x = x - x.mean(-1, keepdim=True)
+        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-7) * w[f'{name}.gamma'] + w[f'{name}.beta']
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))
+
+    for i in (1, 2, 3):
+        x = bn(gelu(conv(x, f'stem_conv{i}', stride=2 if i == 1 else 1, padding=1)), f'stem_norm{i}')
+    for c, depth, k, heads in zip('abcd', depths, sr, (1, 2, 4, 8)):
+        x = conv(x, f'patch_embed_{c}.proj', stride=2)
+        B, C, H, W = x.shape
+        x = ln(x.flatten(2).mT, f'patch_embed_{c}.norm').mT.reshape(B, C, H, W)
+        for i in range(depth):
+            name = f'blocks_{c}.{i}'
+            x = x + dw(x, f'{name}.proj', padding=1)
+            tokens = x.flatten(2).mT  # (B, N, C)
+            y = ln(tokens, f'{name}.norm1')
+            reduced = y
+            if k > 1:
+                reduced = bn(dw(y.mT.reshape(B, C, H, W), f'{name}.attn.sr.0', stride=k), f'{name}.attn.sr.1')
+                reduced = reduced.flatten(2).mT
+            q, key, value = (linear(a, f'{name}.attn.{p}').unflatten(2, (heads, -1)).transpose(1, 2)
+                             for a, p in ((y, 'q'), (reduced, 'k'), (reduced, 'v')))
+            attention = torch.softmax(q @ key.mT / np.sqrt(C / heads), dim=-1) @ value
+            tokens = tokens + linear(attention.transpose(1, 2).flatten(2), f'{name}.attn.proj')
+            y = ln(tokens, f'{name}.norm2').mT.reshape(B, C, H, W)
+            y = bn(gelu(conv(y, f'{name}.mlp.conv1.0')), f'{name}.mlp.conv1.2')
+            y = bn(gelu(y + dw(y, f'{name}.mlp.proj', padding=1)), f'{name}.mlp.proj_bn')
+            y = bn(conv(y, f'{name}.mlp.conv2.0'), f'{name}.mlp.conv2.1')
+            x = tokens.mT.reshape(B, C, H, W) + y
+    x = bn(conv(x, '_fc'), '_bn')
+    return linear((x * torch.sigmoid(x)).mean((2, 3)), 'head')
+
+
+def varint(number):
+    out = b''
+    while number > 127:
+        number, out = number >> 7, out + bytes([number & 127 | 128])
+    return out + bytes([number])
+
+
+def field(number, content):
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def write_mindspore(path, tensors, packed=False, slices=1, crc=False):
+    """As protobuf and MindSpore write it: dims packed or not, a tensor in slices, a checksum at the end."""
+    out = b''
+    for name, value in tensors.items():
+        dims = field(1, b''.join(map(varint, value.shape))) if packed else \
+            b''.join(varint(1 << 3) + varint(dim) for dim in value.shape)
+        content = value.tobytes()
+        step = -(-len(content) // slices // 4) * 4
+        for at in range(0, len(content), step):
+            tensor = dims + field(2, b'Float32') + field(3, content[at:at + step])
+            out += field(1, field(1, name.encode()) + field(2, tensor))
+    path.write_bytes(out + (b'crc_num' + zlib.crc32(out).to_bytes(10, 'big') if crc else b''))
+
+
+@pytest.mark.parametrize('sizes, img_size, layout', [
+    ((4, (8, 16, 16, 24), (1, 2, 1, 1), (4, 4, 4, 4), (8, 4, 2, 1), 32, 3), (32, 32), {}),
+    ((6, (10, 12, 20, 40), (2, 1, 1, 3), (3.8, 3.8, 3.8, 3.8), (4, 2, 2, 1), 48, 1), (64, 96), dict(packed=True)),
+    ((8, (8, 8, 16, 32), (1, 1, 1, 1), (2.5, 3.6, 1, 4), (8, 4, 2, 1), 20, 300), (96, 32), dict(slices=3, crc=True)),
+])
+def test_mindspore_files_of_other_sizes(tmp_path, sizes, img_size, layout):
+    tensors = mindcv_tensors(*sizes)
+    write_mindspore(tmp_path / 'a.ckpt', tensors, **layout)
+    read = checkpoints.read_mindspore(tmp_path / 'a.ckpt')
+    assert {name: value.numpy().tobytes() for name, value in read.items()} == \
+        {name: value.tobytes() for name, value in tensors.items()}
+    model, _ = checkpoints.build_model(None, str(tmp_path / 'a.ckpt'), img_size=img_size)
+    x = torch.randn(2, 3, *img_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = mindcv_logits(tensors, x, sizes[2], sizes[4])
+        assert (model(x) - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize('name', checkpoints.VARIANTS.values())
+def test_mindcv_files_of_the_published_sizes_are_known_by_name(name):
+    ratios = {'mlp_ratios': (3.8,) * 4} if name == 'cmt_xs' else {}
+    form = dict(position_bias=False, act_layer='gelu_tanh', norm_eps=1e-7)
+    model = timm.create_model(name, device='meta', **form, **ratios)
+    found, args, _ = checkpoints.identify({'model': model.state_dict()}, 'x')
+    again = timm.create_model(found, device='meta', **args)
+    assert found == name and {key: args[key] for key in form} == form
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_damaged_mindspore_files(tmp_path):
+    tensors = mindcv_tensors(4, (8,) * 4, (1,) * 4, (2,) * 4, (8, 4, 2, 1), 8, 2)
+    write_mindspore(tmp_path / 'whole.ckpt', tensors, crc=True)
+    data, path = (tmp_path / 'whole.ckpt').read_bytes(), tmp_path / 'a.ckpt'
+    for end in (1, 2, 30, len(data) // 2, len(data) - 1, len(data) - 18):
+        path.write_bytes(data[:end])
+        with pytest.raises(ValueError, match=r'a\.ckpt'):
+            checkpoints.build_model(None, str(path), img_size=32)
+    path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    with pytest.raises(ValueError, match='checksum'):
+        checkpoints.read_checkpoint(path)
+
+
+# one loader
+
+@pytest.mark.parametrize('wrap, use_ema, kind', [
+    (lambda a, b: a, False, 'bare'),
+    (lambda a, b: {f'module.{name}': value for name, value in a.items()}, True, 'bare'),
+    (lambda a, b: {'model': a, 'model_ema': b, 'epoch': 3, 'args': argparse.Namespace(lr=1)}, False, 'model'),
+    (lambda a, b: {'model': b, 'model_ema': a, 'epoch': 3}, True, 'model_ema'),
+    (lambda a, b: {'model': a, 'model_ema': None}, True, 'model'),
+    (lambda a, b: {'state_dict': a, 'state_dict_ema': b}, False, 'state_dict'),
+])
+@pytest.mark.parametrize('released', [False, True])
+def test_every_nesting_is_loaded(tmp_path, wrap, use_ema, kind, released):
+    source, other = small(1), small(2)
+    states = [cmt.to_released(m.state_dict()) if released else m.state_dict() for m in (source, other)]
+    torch.save(wrap(*states), tmp_path / 'a.pth')
+    model, info = checkpoints.build_model(None, str(tmp_path / 'a.pth'), use_ema=use_ema)
+    assert same(model, source) and info['kind'] == kind and info['img_size'] == (64, 64)
+
+
+def test_safetensors(tmp_path):
+    source = small(1)
+    safetensors.torch.save_file(source.state_dict(), tmp_path / 'a.safetensors')
+    assert same(checkpoints.build_model(None, str(tmp_path / 'a.safetensors'))[0], source)
+
+
+def test_timm_names(tmp_path):
+    source = timm.create_model('cmt_nano', num_classes=4)
+    config = dict(architecture='cmt_nano', num_classes=4, pretrained_cfg=dict(
+        num_classes=4, input_size=[3, 32, 32], fixed_input_size=True, first_conv='stem.conv1', classifier='head'))
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    safetensors.torch.save_file(source.state_dict(), tmp_path / 'model.safetensors')
+    model, info = checkpoints.build_model(None, f'local-dir:{tmp_path}')
+    assert same(model, source) and info['name'] == 'cmt_nano' and model.num_classes == 4
+
+
+def test_what_was_loaded_is_told_in_one_line():
+    source, model = small(1), small(2, img_size=96, num_classes=7, in_chans=1)
+    fresh = model.head.weight.clone()
+    line = checkpoints.load_weights(model, {'model': source.state_dict()}, 'a.pth', new_head=True)
+    count = len(source.state_dict()) - 2
+    assert line == (f'a.pth: weights (model), {count} tensors; 4 position biases resampled from 64x64 to 96x96; '
+                    'newly initialised: head.weight, head.bias; '
+                    'stem.conv1.weight adapted from 3 to 1 input channels')
+    assert torch.equal(model.head.weight, fresh)
+    assert torch.allclose(model.stem.conv1.weight, source.stem.conv1.weight.sum(1, keepdim=True))
+    assert torch.equal(model.head_proj.proj.weight, source.head_proj.proj.weight)
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda s: s.pop('stages.0.blocks.0.lmhsa.q.weight'), 'stages.0.blocks.0.lmhsa.q.weight missing'),
+    (lambda s: s.update(spare=torch.zeros(1)), 'spare left over'),
+    (lambda s: s.update({'_fc.bias': torch.zeros(1)}), '_fc.bias left over'),
+    (lambda s: s.update({'head.bias': torch.zeros(2)}), r'head.bias \(2,\) for \(5,\)'),
+    (lambda s: [s.pop(name) for name in list(s) if 'position_bias' in name], 'position_bias missing'),
+])
+def test_nothing_is_half_loaded(change, words):
+    state, model, before = small(1).state_dict(), small(2), small(2)
+    change(state)
+    with pytest.raises(ValueError, match=rf'a\.pth does not fit[^\n]*{words}'):
+        checkpoints.load_weights(model, state, 'a.pth')
+    assert same(model, before)
+
+
+# through the command line
+
+def refused(capsys, monkeypatch, words, *argv):
+    monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, argv), '--data-set', 'DIGITS', '--device', 'cpu',
+                                      '--num-workers', '0', '--input-size', '32'])
+    assert train.cli() == 2
+    err = capsys.readouterr().err
+    assert err.startswith('train.py: error: ') and err.count('\n') == 1 and words in err, err
+
+
+@pytest.mark.parametrize('flag', [('--eval', '--resume'), ('--finetune',)])
+def test_files_that_are_no_weights(tmp_path, capsys, monkeypatch, flag):
+    torch.save({'model': timm.create_model('cmt_nano').state_dict()}, tmp_path / 'whole.pth')
+    for name, content in {
+            'empty.pth': b'', 'text.pth': b'hello world\n' * 50, 'empty.ckpt': b'', 'text.ckpt': b'hello world\n' * 50,
+            'short.pth': (tmp_path / 'whole.pth').read_bytes()[:20000], 'short.ckpt': MINDCV.read_bytes()[:200000],
+            'empty.safetensors': b''}.items():
+        (tmp_path / name).write_bytes(content)
+        refused(capsys, monkeypatch, f'{name} is cut short, damaged or no checkpoint', *flag, tmp_path / name)
+    torch.save(timm.create_model('resnet18', num_classes=1).state_dict(), tmp_path / 'resnet.pth')
+    refused(capsys, monkeypatch, 'resnet.pth holds no CMT', *flag, tmp_path / 'resnet.pth')
+    refused(capsys, monkeypatch, 'no checkpoint at nowhere.pth', *flag, 'nowhere.pth')
+
+
+def test_weights_of_another_model(tmp_path, capsys, monkeypatch):
+    state = timm.create_model('cmt_s', img_size=32, num_classes=10, dtype=torch.bfloat16).state_dict()
+    torch.save({'model': cmt.to_released(state)}, tmp_path / 's.pth')
+    refused(capsys, monkeypatch, 'it holds cmt_s', '--model', 'cmt_ti', '--eval', '--resume', tmp_path / 's.pth')
+
+
+@pytest.fixture(scope='module')
+def released(tmp_path_factory):
+    """A file as the authors' code writes it."""
+    path = tmp_path_factory.mktemp('released') / 'released.pth'
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(timm.create_model('cmt_nano', num_classes=3).state_dict())
+    model, ema = (cmt.to_released(state) for state in states)
+    moments = {i: dict(step=7, exp_avg=torch.ones(1), exp_avg_sq=torch.ones(1)) for i in range(3)}
+    torch.save({'model': model, 'model_ema': ema, 'epoch': 0, 'args': argparse.Namespace(model='cmt_nano', lr=1.),
+                'optimizer': {'state': moments, 'param_groups': [{'lr': 1., 'params': [0]}, {'params': [1, 2]}]}}, path)
+    return path, states
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_released_files_go_on(released, flags, tmp_path, capsys, monkeypatch):
+    path, states = released
+    seen = []
+    monkeypatch.setattr(train, 'train_one_epoch', lambda step, *_, **__: seen.append(step) or iter(()))
+    nano.train([*flags, '--resume', path, '--output-dir', tmp_path / 'run', '--epochs', 2, '--test-freq', 5])
+    assert [line['epoch'] for line in nano.log(tmp_path / 'run')] == [1]
+    assert seen[0].optimizer.state_dict()['state'] == {}
+    assert 'are of another code: they start afresh' in capsys.readouterr().out
+    last = nano.read(tmp_path / 'run')
+    assert nano.same(last['model'], dict(states[0])) and nano.same(last['model_ema'], dict(states[1]))
+
+
+@pytest.mark.parametrize('ema', [True, False])
+def test_released_files_are_evaluated(released, flags, monkeypatch, ema):
+    path, states = released
+    seen = []
+    monkeypatch.setattr(train, 'evaluate', keep_in(seen))
+    nano.train([*flags, '--eval', '--resume', path, *([] if ema else ['--no-model-ema'])])
+    assert nano.same(dict(seen[0].state_dict()), dict(states[ema]))
