@@ -11,6 +11,7 @@ convolutions (stored as linear layers) work on costs nothing, and nothing is cop
 """
 import argparse
 import contextlib
+import copy
 import math
 import re
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -213,6 +214,63 @@ class IRFFN(nn.Module):
         x = self.norm2(self.act(x + self.dw(x)))
         x = self.norm3(self.project(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return self.drop(x)
+
+
+class Affine(nn.Module):
+    """x * scale + shift by channel: what is left of a BatchNorm in evaluation."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        scale, shift = _scale_and_shift(norm)
+        self.register_buffer('scale', scale.to(norm.weight.dtype)[:, None, None])
+        self.register_buffer('shift', shift.to(norm.weight.dtype)[:, None, None])
+
+    def forward(self, x):
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+class FusedIRFFN(nn.Module):
+    """An IRFFN in inference form. Its first BatchNorm stays, as an affine map: the zeros that pad the 3x3 convolution
+    come after it, so that its shift could only go into that convolution with another bias at each border.
+    """
+
+    def __init__(self, irffn: IRFFN):
+        super().__init__()
+        self.expand, self.act, self.affine, self.dw = irffn.expand, irffn.act, Affine(irffn.norm1), irffn.dw
+        _add_identity(self.dw)
+        self.project = irffn.project
+        _fold_before(irffn.norm2, self.project)
+        _fold_after(self.project, irffn.norm3)
+
+    def forward(self, x):
+        x = self.affine(self.act(self.expand(x)).permute(0, 3, 1, 2))
+        x = self.act(self.dw(x))
+        return self.project(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
+    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def _fold_after(conv: Union[nn.Conv2d, nn.Linear], norm: nn.BatchNorm2d) -> None:
+    """conv, then norm, as conv."""
+    scale, shift = _scale_and_shift(norm)
+    conv.weight.copy_((conv.weight.double().transpose(0, -1) * scale).transpose(0, -1))
+    conv.bias.copy_(conv.bias.double() * scale + shift)
+
+
+def _fold_before(norm: nn.BatchNorm2d, conv: Union[nn.Conv2d, nn.Linear]) -> None:
+    """norm, then conv, as conv; one without padding and groups."""
+    scale, shift = _scale_and_shift(norm)
+    weight = conv.weight.double().flatten(2) if conv.weight.ndim == 4 else conv.weight.double()[:, :, None]
+    conv.bias.copy_(conv.bias.double() + torch.einsum('oit,i->o', weight, shift))
+    conv.weight.copy_((weight * scale[:, None]).view_as(conv.weight))
+
+
+def _add_identity(conv: nn.Conv2d) -> None:
+    """x + conv(x) of a depthwise 3x3 convolution, as conv."""
+    conv.weight[:, 0, 1, 1] += 1
 
 
 class CMTBlock(nn.Module):
@@ -446,6 +504,32 @@ class CMT(nn.Module):
             resampled = resample_position_bias(bias.detach(), height, width, stage.sr_ratio)
             stage.position_bias = nn.Parameter(resampled, requires_grad=bias.requires_grad)
         update_model_input_size(self, self.img_size)
+
+    @torch.no_grad()
+    @torch.jit.ignore
+    def fuse(self) -> 'CMT':
+        """A copy in inference form: residuals of depthwise convolutions inside them, BatchNorm inside its neighbours.
+
+        The algebra is exact, done in float64. The copy is in eval mode, is not for training, and has a state dict of
+        its own.
+        """
+        model = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, SpatialReduction):
+                _fold_after(module.dw, module.norm)
+                module.norm = nn.Identity()
+            elif isinstance(module, CMTBlock):
+                _add_identity(module.lpu.dw)
+                module.lpu = module.lpu.dw
+                module.irffn = FusedIRFFN(module.irffn)
+        stem = model.stem
+        stem.norm1, stem.norm2 = Affine(stem.norm1), Affine(stem.norm2)  # before padded convolutions
+        _fold_before(stem.norm3, model.stages[0].aggregation.proj)
+        stem.norm3 = nn.Identity()
+        if isinstance(model.head_proj, HeadProjection):
+            _fold_after(model.head_proj.proj, model.head_proj.norm)
+            model.head_proj.norm = nn.Identity()
+        return model
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

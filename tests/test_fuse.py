@@ -1,0 +1,48 @@
+"""The inference form computes what the model does."""
+import cmt  # noqa: F401
+import pytest
+import timm
+import torch
+import torch.nn as nn
+
+
+def with_statistics(name: str, **kwargs) -> nn.Module:
+    """A model whose every BatchNorm does something, borders included."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, dtype=torch.float64, **kwargs).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 1.5)
+                module.weight.normal_(1, 0.3)
+                module.bias.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize('size', [(32, 32), (64, 96)])
+@pytest.mark.parametrize('name', ['cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'])
+@torch.no_grad()
+def test_fused_equals_plain(name, size):
+    model = with_statistics(name, img_size=size)
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    before = model(images)
+    fused = model.fuse()
+    difference = (fused(images) - before).abs().max() / before.abs().max()
+    assert difference < 1e-9
+    assert torch.equal(model(images), before)  # the model itself is as it was
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+
+
+@torch.no_grad()
+def test_fused_takes_what_the_model_takes():
+    model = with_statistics('cmt_ti', img_size=64, dynamic_img_size=True, num_classes=7)
+    fused = model.fuse()
+    for size in ((64, 64), (96, 32)):
+        images = torch.randn(2, 3, *size, dtype=torch.float64)
+        assert (fused(images) - model(images)).abs().max() < 1e-9
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    scripted = torch.jit.script(fused)
+    assert (scripted(images) - model(images)).abs().max() < 1e-9
+    for a, b in zip(fused.forward_intermediates(images)[1], model.forward_intermediates(images)[1]):
+        assert (a - b).abs().max() < 1e-9
