@@ -1,9 +1,10 @@
 """The inference form computes what the model does."""
-import cmt  # noqa: F401
 import pytest
 import timm
 import torch
 import torch.nn as nn
+
+import cmt  # noqa: F401
 
 
 def with_statistics(name: str, **kwargs) -> nn.Module:
