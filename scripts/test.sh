@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 prepare_environment
 install_requirements
-install test-tools 'pytest>=8.2' 'ruff>=0.17,<0.18'  # ruff's rules change with its minor releases
+install test-tools 'pytest>=8.2' 'ruff>=0.17,<0.18' onnx onnxruntime onnxscript  # ruff's rules change often
 release_lock
 
 # two-rank tests start two processes: with a thread each, they do not fight over two cores
