@@ -470,7 +470,8 @@ def identify(
         raise ValueError(f'{source}: {error}') from None
     args = model_args_of(weights)
     if not args:
-        raise ValueError(f'{source} holds no CMT')
+        names = ', '.join(list(weights)[:3])
+        raise ValueError(f'{source} does not fit the model: it holds no CMT ({names}, ...)')
     saved, variant = saved_args(checkpoint).get('model'), variant_of(args)
     own = saved if isinstance(saved, str) and timm.is_model(saved) else None
     if own or variant or (model and args.get('position_bias', True)):

@@ -319,7 +319,7 @@ def test_files_that_are_no_weights(tmp_path, capsys, monkeypatch, flag):
         (tmp_path / name).write_bytes(content)
         refused(capsys, monkeypatch, f'{name} is cut short, damaged or no checkpoint', *flag, tmp_path / name)
     torch.save(timm.create_model('resnet18', num_classes=1).state_dict(), tmp_path / 'resnet.pth')
-    refused(capsys, monkeypatch, 'resnet.pth holds no CMT', *flag, tmp_path / 'resnet.pth')
+    refused(capsys, monkeypatch, 'resnet.pth does not fit the model: it holds no CMT', *flag, tmp_path / 'resnet.pth')
     refused(capsys, monkeypatch, 'no checkpoint at nowhere.pth', *flag, 'nowhere.pth')
 
 
