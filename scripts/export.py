@@ -111,7 +111,7 @@ def export(model: nn.Module, info: dict[str, Any], suffix: str, fuse: bool = Fal
     if fuse:
         if not hasattr(model, 'fuse'):
             raise ValueError('--fuse: this model has no fuse(), which folds its normalisation into its convolutions')
-        model.fuse()
+        model = model.fuse()
     cfg = getattr(model, 'pretrained_cfg', cmt.default_cfgs['cmt_s'].default.to_dict())
     metadata = json.dumps({
         'model': info['name'], 'input_size': [model.in_chans, *info['img_size']],
