@@ -81,14 +81,16 @@ class ApexScaler(NativeScaler):
     def __init__(self, amp):
         super().__init__(enabled=False)
         self.amp = amp
-        self.state_dict, self.load_state_dict = amp.state_dict, amp.load_state_dict
 
     def backward(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, last: bool) -> None:
-        with self.amp.scale_loss(loss, optimizer, delay_unscale=not last) as scaled:
+        with self.amp.scale_loss(loss, optimizer, **({} if last else {'delay_unscale': True})) as scaled:
             scaled.backward()
 
-    def parameters(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-        return [p for p in self.amp.master_params(optimizer) if p.grad is not None]
+    def state_dict(self) -> dict:
+        return self.amp.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.amp.load_state_dict(state_dict)
 
 
 class Meters:

@@ -354,7 +354,7 @@ def fake_apex(record):
         return net, optimizer
 
     @contextlib.contextmanager
-    def scale_loss(loss, optimizer, delay_unscale):
+    def scale_loss(loss, optimizer, delay_unscale=False):
         record('scale_loss', delay_unscale)
         yield loss * 1024
         for group in optimizer.param_groups:
