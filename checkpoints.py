@@ -26,6 +26,7 @@ import torch.nn as nn
 from timm.models import adapt_input_conv
 
 import cmt
+from utils import WANDB_ID
 
 logger = logging.getLogger(__name__)
 
@@ -659,7 +660,7 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
 
 def run_files(folder: Path) -> list[Path]:
     """What a run leaves in its folder, without the settings."""
-    return [*folder.glob('checkpoint_*.pth'), *folder.glob(LOG), *folder.glob('wandb_id.txt')]
+    return [*folder.glob('checkpoint_*.pth'), *folder.glob(LOG), *folder.glob(WANDB_ID)]
 
 
 def remove_run(folder: Path) -> None:

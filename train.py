@@ -415,8 +415,8 @@ def main(args: argparse.Namespace) -> None:
             scores = {}
             for prefix, module in (('', core), ('ema_', ema and ema.module)):
                 if module is not None and not stopping():
-                    on_device = copy.deepcopy(module).to(device) if args.model_ema_force_cpu else module
-                    scores[prefix] = score(on_device)
+                    away = next(module.parameters()).device != device  # --model-ema-force-cpu
+                    scores[prefix] = score(copy.deepcopy(module).to(device) if away else module)
             if stopping():
                 save(meters.of_all_ranks())
                 wish = STOP
