@@ -1,4 +1,4 @@
-"""What a batch is: data sets, transforms and loaders.
+"""What a batch is: data sets and loaders.
 
 A loader hands out uint8 images (B, 3, H, W) and class indices (B,); normalisation, random erasing and mixup happen on
 the device, to the whole batch (engine.py).
@@ -6,81 +6,35 @@ the device, to the whole batch (engine.py).
 import json
 import logging
 import os
+import random
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import timm.data.auto_augment as auto_augment
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset
 from timm.data.loader import fast_collate
-from timm.utils import random_seed
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from samplers import TrainSampler, eval_indices
+from sources import EncodedImages, ImageFolder, Samples, find_part, open_cache
+from transforms import build_transform, open_image
+
+__all__ = ['ImageFolder', 'build_dataset', 'build_loader', 'build_transform', 'open_cache']
 
 logger = logging.getLogger(__name__)
 
 DATA_SETS = ('IMNET', 'CIFAR10', 'CIFAR100', 'CARS', 'FLOWERS102', 'PETS', 'INAT18', 'INAT19', 'INAT21', 'DIGITS')
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
-SMALL = 32  # inputs up to here are treated as CIFAR is: padded random crops, no resizing for evaluation
 BAD_IMAGES_IN_A_ROW = 10
 
 
-def _posterize(img: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    # Pillow >= 13 refuses 0 bits, which rand-m9-mstd0.5-inc1 draws now and then; before, 0 bits gave a black image
-    if bits_to_keep <= 0:
-        return Image.new(img.mode, img.size)
-    return auto_augment.posterize(img, bits_to_keep)
-
-
-for _name in ('Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'):
-    auto_augment.NAME_TO_OP[_name] = _posterize
-
-
-class ImageFolder(tv_datasets.DatasetFolder):
-    """torchvision's ImageFolder, but able to use the class index of another folder and to lack some of its classes.
-
-    Args:
-        root: folder with one sub-folder a class.
-        transform: applied to each RGB image.
-        classes: names of the classes in the order of their index; those of `root`, sorted, where None.
-
-    Raises:
-        ValueError: no such folder, no classes, a class without images, or one that `classes` lacks.
-    """
-
-    def __init__(self, root: str | Path, transform: Callable | None = None, classes: list[str] | None = None):
-        self.known_classes = classes
-        super().__init__(
-            str(root), default_loader, IMG_EXTENSIONS, transform=transform, allow_empty=True)
-        counts = np.bincount(self.targets, minlength=len(self.classes))
-        empty = [name for name, n in zip(self.classes, counts) if n == 0 and (Path(root) / name).is_dir()]
-        if empty:
-            raise ValueError(f'no images in {Path(root) / empty[0]}'
-                             f'{f" and {len(empty) - 1} other class folders" if empty[1:] else ""}: '
-                             'add images or remove the folder')
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        if not os.path.isdir(directory):
-            raise ValueError(f'no folder {directory}: --data-path takes a folder that holds train/ and val/')
-        found = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
-        if not found:
-            raise ValueError(f'no class folders in {directory}: images belong into {directory}/CLASS/')
-        unknown = sorted(set(found) - set(self.known_classes or found))
-        if unknown:
-            raise ValueError(f'{directory} has classes that the training set lacks: {", ".join(unknown[:5])}')
-        classes = self.known_classes or found
-        return classes, {name: i for i, name in enumerate(classes)}
-
-
-class INaturalist(Dataset):
+class INaturalist(EncodedImages):
     """iNaturalist 2018, 2019 or 2021 as its JSON files tell it, of which torchvision's class knows no validation part.
 
     Args:
@@ -89,7 +43,7 @@ class INaturalist(Dataset):
         year: of the competition.
         train: training or validation part.
         category: rank of the classes, one of INAT_CATEGORIES.
-        transform: applied to each RGB image.
+        transform: as of EncodedImages.
 
     Raises:
         ValueError: no such file, or one without that category.
@@ -107,8 +61,8 @@ class INaturalist(Dataset):
         self.classes = sorted(set(names.values()))
         index = {name: i for i, name in enumerate(self.classes)}
         files = {image['id']: str(root / image['file_name']) for image in part['images']}
-        self.samples = [(files[a['image_id']], index[names[a['category_id']]]) for a in part['annotations']]
-        self.transform = transform
+        super().__init__(Samples([files[a['image_id']] for a in part['annotations']],
+                                 [index[names[a['category_id']]] for a in part['annotations']]), transform)
 
     @staticmethod
     def _read(root: Path, part: str, year: int) -> dict:
@@ -118,14 +72,6 @@ class INaturalist(Dataset):
             raise ValueError(f'no {paths[0]}: --data-path takes the folder that iNaturalist {year} was unpacked to, '
                              'https://github.com/visipedia/inat_comp')
         return json.loads(path.read_text())
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int):
-        path, target = self.samples[index]
-        image = default_loader(path)
-        return self.transform(image) if self.transform else image, target
 
 
 class Digits(Dataset):
@@ -165,8 +111,9 @@ class Digits(Dataset):
 class KeyedDataset(Dataset):
     """Training samples by (index, seed): the augmentation of a sample follows from its seed alone.
 
-    timm and torchvision draw from `random`, NumPy and torch, so all three are seeded for each sample. An image that
-    can't be read is reported and the next one taken instead; ten in a row end the run.
+    timm and torchvision draw from `random`, NumPy and torch, so all three are seeded for each sample, torch on the CPU
+    alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An image that can't be read is reported
+    and the next one taken instead; ten in a row end the run.
     """
 
     def __init__(self, dataset: Dataset):
@@ -178,7 +125,9 @@ class KeyedDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]):
         index, seed = key
         for attempt in range(BAD_IMAGES_IN_A_ROW):
-            random_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
             current = (index + attempt) % len(self)
             try:
                 return self.dataset[current]
@@ -212,49 +161,6 @@ def image_name(dataset: Dataset, index: int) -> str:
     return samples[index][0] if samples else f'image {index} of {type(dataset).__name__}'
 
 
-def build_transform(
-        is_train: bool,
-        input_size: int,
-        *,
-        auto_augment: str | None = 'rand-m9-mstd0.5-inc1',
-        color_jitter: float | None = 0.4,
-        interpolation: str = 'bicubic',
-        hflip: float = 0.5,
-        scale: tuple[float, float] | None = None,
-        ratio: tuple[float, float] | None = None,
-) -> Callable:
-    """PIL image to uint8 tensor (3, input_size, input_size).
-
-    Evaluation resizes the short side to int(256 / 224 * input_size), bicubic, and crops the centre. Inputs up to 32 px
-    are trained on random crops of the image padded by 4 and evaluated whole, as CIFAR is.
-    """
-    if not is_train:
-        if input_size > SMALL:
-            return create_transform(
-                input_size, interpolation='bicubic', crop_pct=0.875, normalize=False)
-        return tv_transforms.Compose([_fit(input_size), tv_transforms.PILToTensor()])
-    transform = create_transform(
-        input_size,
-        is_training=True,
-        color_jitter=color_jitter,
-        auto_augment=auto_augment,
-        interpolation=interpolation,
-        hflip=hflip,
-        scale=scale,
-        ratio=ratio,
-        normalize=False,
-    )
-    if input_size <= SMALL:
-        transform.transforms[0:1] = [_fit(input_size), tv_transforms.RandomCrop(input_size, padding=4)]
-    return transform
-
-
-def _fit(size: int) -> Callable:
-    """Nothing to an image that has `size` already; others, which have no business here, are made to fit a batch."""
-    return tv_transforms.Compose([
-        tv_transforms.Resize(size, tv_transforms.InterpolationMode.BICUBIC), tv_transforms.CenterCrop(size)])
-
-
 def build_dataset(
         name: str,
         is_train: bool,
@@ -269,11 +175,12 @@ def build_dataset(
     """A data set with `classes` (names in the order of their index) and (image, class index) samples.
 
     Args:
-        name: one of DATA_SETS, or 'torch/NAME' for timm's readers of torchvision's data sets.
+        name: one of DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, 'wds/NAME' for tar shards.
         is_train: training or validation part.
-        data_path: for IMNET the folder that holds train/ and val/, for others where it lies or is downloaded to.
+        data_path: for IMNET the folder or tar that holds train/ and val/ (sources.find_part), for others where it lies
+            or is downloaded to.
         input_size: height and width that DIGITS are drawn at.
-        transform: applied to each PIL image.
+        transform: applied to each PIL image, or to the bytes of its file (sources.EncodedImages).
         classes: class names in the order of their index, for a validation folder; those of the folder where None.
         val_split: share of each class of an IMNET folder without val/ that is the validation part.
         class_map: file with the class folders of IMNET in the order of their index, one a line.
@@ -282,6 +189,8 @@ def build_dataset(
     Raises:
         ValueError: data that is not there or not as it should be.
     """
+    if name.startswith('wds/'):
+        name = 'IMNET'  # which knows shards by what is in them
     if name != 'IMNET' and (val_split or class_map):
         raise ValueError(f'--val-split and --class-map are for folders of images, not for --data-set {name}')
     if name == 'DIGITS':
@@ -304,14 +213,17 @@ def build_dataset(
         if len(set(classes)) != len(classes) or not classes:
             raise ValueError(f'--class-map {class_map}: {"a class is there twice" if classes else "no classes in it"}')
     if not val_split:
-        return ImageFolder(root / ('train' if is_train else 'val'), transform, classes)
+        return find_part(data_path, 'train' if is_train else 'val', transform, classes)
     if (root / 'val').is_dir():
         raise ValueError(f'{root} has a val folder: leave --val-split out')
-    dataset = ImageFolder(root / 'train' if (root / 'train').is_dir() else root, transform, classes)
+    if root.is_file() or (root / 'train').is_dir():
+        dataset = find_part(data_path, 'train', transform, classes)
+    else:
+        dataset = ImageFolder(root, transform, classes)
     return _split(dataset, val_split, is_train)
 
 
-def _split(dataset: ImageFolder, val_split: float, is_train: bool) -> ImageFolder:
+def _split(dataset: EncodedImages, val_split: float, is_train: bool) -> EncodedImages:
     """Leave a folder's training or validation part: the same images whatever the seed of the run."""
     targets, kept = np.array(dataset.targets), []
     for label in np.unique(targets):
@@ -320,8 +232,7 @@ def _split(dataset: ImageFolder, val_split: float, is_train: bool) -> ImageFolde
         kept += (order[held_out:] if is_train else order[:held_out]).tolist()
     if not kept:
         raise ValueError(f'--val-split {val_split} leaves no images for {"training" if is_train else "validation"}')
-    dataset.samples = dataset.imgs = [dataset.samples[i] for i in sorted(kept)]
-    dataset.targets = [target for _, target in dataset.samples]
+    dataset.keep(sorted(kept))
     return dataset
 
 
@@ -336,16 +247,12 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
         dataset.classes = list(tv_datasets.Flowers102.classes)
         return dataset
     if name.startswith('torch/'):
-        transform = tv_transforms.Compose([_to_rgb, *([transform] if transform else [])])
+        transform = tv_transforms.Compose([open_image, *([transform] if transform else [])])  # MNIST and such are grey
         dataset = create_dataset(name, root, 'train' if is_train else 'validation', download=True, transform=transform)
         if not hasattr(dataset, 'classes'):
             raise ValueError(f'--data-set {name} does not name its classes')
         return dataset
     return getattr(tv_datasets, name)(root, train=is_train, transform=transform, download=True)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    return image.convert('RGB')  # MNIST and its like are grey
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -367,6 +274,14 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     threading.Thread(target=wait, daemon=True).start()
+
+
+def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uint8 images (B, 3, H, W) in the memory format that they come in, and class indices (B,)."""
+    if samples[0][0].is_contiguous():
+        return fast_collate(samples)
+    images = torch.stack([image.permute(1, 2, 0) for image, _ in samples])  # timm's makes them channels-first
+    return images.permute(0, 3, 1, 2), torch.tensor([target for _, target in samples])
 
 
 def build_loader(
@@ -391,7 +306,7 @@ def build_loader(
         sampler=order,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=fast_collate,
+        collate_fn=collate,
         timeout=timeout if num_workers else 0,
         worker_init_fn=_leave_signals_to_the_run,
         persistent_workers=num_workers > 0,

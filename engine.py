@@ -42,19 +42,30 @@ class Prepare:
         self.device = device
         self.mixup = mixup
         self.erasing = erasing
-        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255
-        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1) * 255
+        self.mean = torch.tensor(mean, device=device) * 255
+        self.std = torch.tensor(std, device=device) * 255
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, H, W) uint8 and (B,) indices to float32 in channels-last memory, and (B,) or (B, classes) targets."""
         images = images.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
-        images = images.to(torch.float32, memory_format=torch.channels_last).sub_(self.mean).div_(self.std)
+        images = self.normalise(images)
         if self.erasing is not None:
             images = self.erasing(images)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         return images, targets
+
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = images.shape
+        rows = images.permute(0, 2, 3, 1)
+        if not rows.is_contiguous() or C != len(self.mean):
+            return images.to(torch.float32, memory_format=torch.channels_last).sub_(
+                self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
+        # a row of W pixels at a time: over the channels of each pixel, the innermost loop would have three steps
+        rows = rows.reshape(B, H, W * C).float().sub_(self.mean.repeat(W)).div_(self.std.repeat(W))
+        return rows.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class NativeScaler(torch.amp.GradScaler):
@@ -279,7 +290,10 @@ def train_one_epoch(
     batches = iter(loader)
     images, began = 0, time.monotonic()
     for step in range(first_step, first_step + updates):
+        asked = time.monotonic()
         group = list(islice(batches, accum_steps))
+        if step > first_step:  # for the first one loaders have to start
+            progress.waited += time.monotonic() - asked
         train_step(group, epoch, step, meters)
         images += sum(len(targets) for _, targets in group)
 
@@ -294,6 +308,8 @@ def train_one_epoch(
                     'lr': f'{max(group["lr"] for group in train_step.optimizer.param_groups):.2e}',
                     'images/s': f'{rate:.0f}',
                 }
+                if progress.wait_share() >= 0.1:
+                    figures['waits for data'] = f'{progress.wait_share():.0%}'
         progress.step(figures)
         yield step + 1
 

@@ -50,9 +50,16 @@ def number(kind: type, low: float, high: float = float('inf'), above: bool = Fal
 
 
 def data_set(name: str) -> str:
-    if name not in DATA_SETS and not name.startswith('torch/'):
-        raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from {', '.join(DATA_SETS)}, torch/NAME)")
+    if name not in DATA_SETS and not name.startswith(('torch/', 'wds/')):
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: '{name}' (choose from {', '.join(DATA_SETS)}, torch/NAME, wds/NAME)")
     return name
+
+
+def size(text: str) -> int:
+    units = {'K': 2 ** 10, 'M': 2 ** 20, 'G': 2 ** 30, 'T': 2 ** 40}
+    unit = units.get(text[-1:].upper())
+    return int(amount(text[:-1] if unit else text) * (unit or 1))
 
 
 count, positive = number(int, 0), number(int, 1)
@@ -91,9 +98,10 @@ def get_parser() -> argparse.ArgumentParser:
 
     g = parser.add_argument_group('data')
     g.add_argument('--data-set', default='IMNET', type=data_set, metavar='NAME',
-                   help=f"{', '.join(DATA_SETS)}, or torch/NAME for one of timm's torchvision readers")
-    g.add_argument('--data-path', help='IMNET: folder with train/ and val/; INAT: where its JSON files are; '
-                   'others: where it lies or is downloaded to')
+                   help=f"{', '.join(DATA_SETS)}, torch/NAME for one of timm's torchvision readers, "
+                   'wds/NAME for WebDataset shards')
+    g.add_argument('--data-path', help='IMNET: folder with train/ and val/, or tars of them; INAT: where its JSON '
+                   'files are; others: where it lies or is downloaded to')
     g.add_argument('--class-map', metavar='FILE', help='IMNET: class folders in the order of their index, one a line')
     g.add_argument('--val-split', type=share, metavar='FRACTION',
                    help='IMNET without val/: hold out this share of each class, the same images in every run')
@@ -101,6 +109,14 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--input-size', type=positive, default=224, help='pixels, a multiple of 32')
     g.add_argument('--batch-size', type=positive, default=64, help='of one process')
     g.add_argument('--num-workers', type=count, default=4, help='loader processes of each process')
+    g.add_argument('--loader', default='fast', choices=('fast', 'reference'),
+                   help='decode and augment training images by libjpeg-turbo, torch and OpenCV, or by Pillow; '
+                   'both make the same draws')
+    g.add_argument('--cache', default='none', choices=('none', 'ram', 'disk'),
+                   help='keep training files, as they are read first, in memory or on a local disk')
+    g.add_argument('--cache-dir', metavar='FOLDER', help='where (default: /dev/shm, or ~/.cache/cmt)')
+    g.add_argument('--cache-size', type=size, metavar='BYTES',
+                   help='as 64G or 500M, for all processes of a machine (default: half of what is free there)')
     g.add_argument('--pin-mem', action=toggle, default=True)
     g.add_argument('--repeated-aug', action=toggle, default=True, help='each image three times in a third of an epoch')
 

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -29,7 +30,7 @@ from timm.utils.distributed import world_info_from_env
 import checkpoints
 import cmt
 import utils
-from datasets import build_dataset, build_loader, build_transform
+from datasets import build_dataset, build_loader, build_transform, open_cache
 from engine import (
     ApexScaler,
     Meters,
@@ -45,6 +46,7 @@ from engine import (
 from losses import DistillationLoss, Teacher, build_criterion
 from options import parse_args
 from samplers import TrainSampler
+from sources import has_part
 from utils import Progress, UsageError, usage_errors
 
 logger = logging.getLogger(__name__)
@@ -56,17 +58,24 @@ def build_data(args: argparse.Namespace):
     """Training and validation set; the first is None for --eval where there is only a validation folder."""
     train_transform = build_transform(
         True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
-        interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
+        interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio,
+        fast=args.loader == 'fast',
+        # three copies are in a row over all ranks: from three ranks on, none has two
+        keep_decoded=args.repeated_aug and utils.get_world_size() < 3)
     build = functools.partial(
         build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
         val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category)
-    lacks_train = args.data_set == 'IMNET' and args.data_path and not args.val_split and \
-        not (Path(args.data_path) / 'train').is_dir()
-    downloads = args.data_set not in ('IMNET', 'DIGITS') and not args.data_set.startswith('INAT')
-    with utils.first_on_each_node() if downloads else contextlib.nullcontext():
+    lacks_train = args.data_set.startswith(('IMNET', 'wds/')) and args.data_path and not args.val_split and \
+        not has_part(args.data_path, 'train')
+    folder = args.data_set == 'IMNET' and args.data_path and (Path(args.data_path) / 'train').is_dir()
+    # downloads, and indices of tars; each process lists a folder by itself
+    with contextlib.nullcontext() if folder or args.data_set == 'DIGITS' else utils.first_on_each_node():
         train = None if args.eval and lacks_train else build(is_train=True, transform=train_transform)
         val = build(
             is_train=False, transform=build_transform(False, args.input_size), classes=train.classes if train else None)
+    if args.cache != 'none' and not (args.eval or args.throughput):
+        with utils.first_on_each_node():
+            train.cache = open_cache(args.cache, args.cache_dir, args.cache_size, train)
     return train, val
 
 
@@ -393,6 +402,7 @@ def main(args: argparse.Namespace) -> None:
         progress.close()
         if wish in (STOP, FAILED):
             break
+        wait_share = progress.wait_share()
         train_seconds = time.monotonic() - began
 
         # figures of all ranks
@@ -437,6 +447,8 @@ def main(args: argparse.Namespace) -> None:
         logger.info('epoch %d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s', epoch, record['train_loss'],
                     learning_rate, record['train_images_per_s'], record['epoch_seconds'],
                     f"  best {best['acc1']:.3f}%" if best else '')
+        if wait_share >= 0.1:
+            logger.info(waiting(args, wait_share))
         step, samples_seen, sums = 0, 0, None
         if stopping():
             wish = STOP
@@ -455,6 +467,21 @@ def main(args: argparse.Namespace) -> None:
         number = utils.largest(stop.signal)  # one rank may have had the signal alone
         goes_on = args.resume == 'auto' and number != signal.SIGINT
         raise SystemExit(0 if goes_on else 128 + number)
+
+
+def waiting(args: argparse.Namespace, share: float) -> str:
+    """A line for a run whose data come too slowly."""
+    cores, processes = utils.cores(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    changes = []
+    if args.loader == 'reference':
+        changes.append('--loader fast')
+    if args.num_workers * processes < cores:
+        changes.append(f'more --num-workers ({args.num_workers} now, {cores} cores for {processes} '
+                       f'process{"es" if processes > 1 else ""})')
+    if args.cache == 'none':
+        changes.append('--cache ram where the files come from a slow disk')
+    return (f'{share:.0%} of the time went to waiting for data: '
+            + ', '.join(changes or ['more cores, or a larger --model']) + ' (scripts/benchmark_data.py measures)')
 
 
 def report(stats: dict[str, float], title: str = '') -> None:

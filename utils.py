@@ -179,6 +179,11 @@ def setup_logging(level: int = logging.INFO) -> None:
     logging.captureWarnings(True)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # macOS has none
+
+
 def memory_mb(device: torch.device) -> float:
     """Peak memory of this process so far (MiB): of the device on CUDA, else resident."""
     if device.type == 'cuda':
@@ -279,11 +284,16 @@ class Progress:
         self.every = every
         self.enabled = enabled
         self.began = time.monotonic()
+        self.waited = 0.  # seconds for data
         self.bar = None
         if enabled and sys.stdout.isatty():
             self.bar = tqdm(
                 total=total, initial=start, desc=title, file=sys.stdout, dynamic_ncols=True, leave=False,
                 bar_format='{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]')
+
+    def wait_share(self) -> float:
+        """Share of the time so far that went to waiting for data."""
+        return self.waited / max(time.monotonic() - self.began, 1e-9)
 
     def due(self) -> bool:
         """Whether the step now done is one to show figures at."""

@@ -1,0 +1,396 @@
+"""Where encoded images lie: in folders, in tar files that are read in place, in a cache of either."""
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from torch.utils.data import Dataset
+from torchvision import datasets as tv_datasets
+from torchvision.datasets import imagenet
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from transforms import open_image
+
+logger = logging.getLogger(__name__)
+
+
+class Samples(Sequence):
+    """(name, class index) pairs in three blocks of memory.
+
+    A list of 1.3 million tuples would be copied into every loader process page by page, as Python counts references.
+    """
+
+    def __init__(self, names: list[str], targets: list[int]):
+        encoded = [os.fsencode(name) for name in names]
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.names = b''.join(encoded)
+        self.targets = np.array(targets, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        index = range(len(self))[index]
+        return os.fsdecode(self.names[self.ends[index]:self.ends[index + 1]]), int(self.targets[index])
+
+
+class EncodedImages(Dataset):
+    """Images as the bytes of their files.
+
+    Args:
+        samples: (name, class index) pairs.
+        transform: applied to the RGB image, or to the bytes where it has `takes_bytes`.
+    """
+    cache: 'Cache | None' = None
+
+    def __init__(self, samples: Samples, transform: Callable | None):
+        self.samples = samples
+        self.transform = transform
+        self.last = (-1, b'')  # copies of repeated augmentation come in a row
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        if self.last[0] != index:
+            self.last = index, self.cache.get(index, self.read) if self.cache else self.read(index)
+        image = self.last[1] if getattr(self.transform, 'takes_bytes', False) else open_image(self.last[1])
+        return self.transform(image) if self.transform else image, self.samples[index][1]
+
+    def read(self, index: int) -> bytes:
+        with open(self.samples[index][0], 'rb') as file:
+            return file.read()
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Be these samples only."""
+        pairs = [self.samples[i] for i in kept]
+        self.samples = Samples([name for name, _ in pairs], [target for _, target in pairs])
+
+    @property
+    def targets(self) -> list[int]:
+        return self.samples.targets.tolist()
+
+
+def index_of(classes: list[str], found: list[str], where: str | Path) -> dict[str, int]:
+    """Index of each class by its name, once `found` are known to be among `classes`."""
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise ValueError(f'{where} has classes that the training set lacks: {", ".join(unknown[:5])}')
+    return {name: i for i, name in enumerate(classes)}
+
+
+class ImageFolder(EncodedImages):
+    """torchvision's ImageFolder, but able to use the class index of another folder and to lack some of its classes.
+
+    Args:
+        root: folder with one sub-folder a class.
+        transform: as of EncodedImages.
+        classes: names of the classes in the order of their index; those of `root`, sorted, where None.
+
+    Raises:
+        ValueError: no such folder, no classes, a class without images, or one that `classes` lacks.
+    """
+
+    def __init__(self, root: str | Path, transform: Callable | None = None, classes: list[str] | None = None):
+        if not os.path.isdir(root):
+            raise ValueError(f'no folder {root}: --data-path takes a folder that holds train/ and val/')
+        found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        if not found:
+            raise ValueError(f'no class folders in {root}: images belong into {root}/CLASS/')
+        self.classes = classes or found
+        index = index_of(self.classes, found, root)
+        pairs = tv_datasets.folder.make_dataset(
+            str(root), {name: index[name] for name in found}, IMG_EXTENSIONS, allow_empty=True)
+        counts = np.bincount([target for _, target in pairs], minlength=len(self.classes))
+        empty = [name for name in found if counts[index[name]] == 0]
+        if empty:
+            raise ValueError(f'no images in {Path(root) / empty[0]}'
+                             f'{f" and {len(empty) - 1} other class folders" if empty[1:] else ""}: '
+                             'add images or remove the folder')
+        super().__init__(Samples([name for name, _ in pairs], [target for _, target in pairs]), transform)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tar files: torchvision has none, and the webdataset library streams them, which can't be resumed in mid-epoch
+
+class TarImages(EncodedImages):
+    """Images in tar files, read where they lie: one tar or many, of class folders, of class tars (as ImageNet's
+    training images are published), or WebDataset shards (KEY.jpg beside KEY.cls).
+
+    Samples of class folders come in the order of ImageFolder, those of shards in the order of the tars.
+
+    Args:
+        paths: the tars.
+        part: 'train' or 'val', where they hold folders of both names.
+        transform: as of EncodedImages.
+        classes: names of the classes in the order of their index; those found, sorted, where None.
+
+    Raises:
+        ValueError: a tar that is damaged, compressed, or holds no images with classes.
+    """
+
+    def __init__(
+            self, paths: list[Path], part: str, transform: Callable | None = None, classes: list[str] | None = None):
+        self.paths = [str(path) for path in paths]
+        members = []  # (tar, name, offset, size)
+        for tar, path in enumerate(paths):
+            members += [(tar, *member) for member in tar_index(path)]
+        images = [m for m in members if PurePosixPath(m[1]).suffix.lower() in IMG_EXTENSIONS]
+        both = {'train', 'val'} <= {folder for m in images for folder in PurePosixPath(m[1]).parts[:-1]}
+        if both:
+            images = [m for m in images if part in PurePosixPath(m[1]).parts[:-1]]
+        where = self.paths[0] + (f' and {len(paths) - 1} more' if paths[1:] else '')
+        if not images:
+            raise ValueError(f'no images in {where}')
+        labels = self._labels(members)
+        if labels:
+            names = [labels.get((m[0], _key(m[1]))) for m in images]
+        else:
+            images.sort(key=lambda m: (PurePosixPath(m[1]).parent.name, *os.path.split(m[1])))
+            names = [PurePosixPath(m[1]).parent.name for m in images]
+            if not any(names):
+                names = published_val_classes(paths[0], [m[1] for m in images])
+        unlabelled = [m[1] for m, name in zip(images, names) if not name]
+        if unlabelled:
+            raise ValueError(f'{where} does not say the class of {unlabelled[0]}: images belong into class folders, '
+                             'or beside a KEY.cls file each')
+        found = sorted(set(names), key=lambda name: (int(name), name) if labels else name)
+        if labels and classes is None:  # shards number their classes
+            found = [str(i) for i in range(int(found[-1]) + 1)]
+        self.classes = classes or found
+        index = index_of(self.classes, names, where)
+        self.tars, self.offsets, self.sizes = (np.array([m[i] for m in images], np.int64) for i in (0, 2, 3))
+        super().__init__(
+            Samples([f'{self.paths[m[0]]}/{m[1]}' for m in images], [index[name] for name in names]), transform)
+
+    def _labels(self, members: list[tuple[int, str, int, int]]) -> dict[tuple[int, str], str]:
+        """Class number by tar and key, where there are .cls files."""
+        labels = {}
+        for tar, name, offset, size in members:
+            if name.endswith('.cls'):
+                text = self._bytes(tar, offset, size).decode('ascii', 'replace').strip()
+                if not text.isdecimal():
+                    raise ValueError(f'{self.paths[tar]}/{name} holds {text[:20]!r}, not the number of a class')
+                labels[tar, _key(name)] = str(int(text))
+        return labels
+
+    def _bytes(self, tar: int, offset: int, size: int) -> bytes:
+        with open(self.paths[tar], 'rb') as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def read(self, index: int) -> bytes:
+        return self._bytes(self.tars[index], self.offsets[index], self.sizes[index])
+
+    def keep(self, kept: Sequence[int]) -> None:
+        super().keep(kept)
+        self.tars, self.offsets, self.sizes = (array[kept] for array in (self.tars, self.offsets, self.sizes))
+
+
+def _key(name: str) -> str:
+    """WebDataset's: the path up to the first dot of the file's name."""
+    folder, _, file = name.rpartition('/')
+    return f'{folder}/{file.split(".", 1)[0]}'
+
+
+def tar_index(path: Path) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of each file in a tar, and in the tars in it, in their order.
+
+    Kept beside the tar, or where that can't be written in ~/.cache/cmt, for as long as the tar does not change.
+    """
+    stat = path.stat()
+    beside = path.with_name(f'.{path.name}.index.npz')
+    elsewhere = Path.home() / '.cache' / 'cmt' / (str(path.resolve()).replace('/', '%')[-200:] + '.index.npz')
+    stamp = np.array([stat.st_size, stat.st_mtime_ns])
+    for file in (beside, elsewhere):
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as saved:
+            if (saved['stamp'] == stamp).all():
+                names = os.fsdecode(saved['names'].tobytes()).split('\0')
+                return list(zip(names, saved['offsets'].tolist(), saved['sizes'].tolist()))
+    logger.info('reading the index of %s', path)
+    members = _scan(path)
+    if not members:
+        raise ValueError(f'{path} is empty')
+    names, offsets, sizes = zip(*members)
+    for file in (beside, elsewhere):
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
+                np.savez(temporary, stamp=stamp, names=np.frombuffer(os.fsencode('\0'.join(names)), np.uint8),
+                         offsets=offsets, sizes=sizes)
+            os.replace(temporary.name, file)
+            break
+    return members
+
+
+def _scan(path: Path, start: int = 0, end: int | None = None, name: str | None = None) -> list[tuple[str, int, int]]:
+    """Members of the tar that lies at bytes start to end of a file; tarfile takes damage for the end of a tar."""
+    name = name or str(path)
+    end = path.stat().st_size if end is None else end
+    members, last = [], 'its first byte'
+    with open(path, 'rb') as file:
+        if file.read(6)[:2] in (b'\x1f\x8b', b'BZ', b'\xfd7', b'\x28\xb5') and not start:
+            raise ValueError(f'{path} is compressed: unpack it to a plain .tar, whose images can be read in place')
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode='r:') as tar:
+                for member in tar:
+                    behind = member.offset_data + member.size
+                    if behind > end:
+                        raise ValueError(f'{name} is truncated in {member.name}, at byte {end - start} of at least '
+                                         f'{behind - start}: copy it again')
+                    if member.isfile() and member.name.endswith('.tar'):
+                        position = file.tell()
+                        folder = member.name.removesuffix('.tar')
+                        members += [(f'{folder}/{inner}', offset, size) for inner, offset, size in _scan(
+                            path, member.offset_data, behind, f'{name}/{member.name}')]
+                        file.seek(position)
+                    elif member.isfile():
+                        members.append((member.name.removeprefix('./'), member.offset_data, member.size))
+                    last = member.name
+                at = tar.offset
+        except tarfile.TarError as error:
+            raise ValueError(f'{name} is no tar, or damaged behind {last} ({error}): copy it again') from None
+        file.seek(at)
+        if at + 512 > end or any(file.read(512)):
+            raise ValueError(f'{name} is damaged at byte {at - start}, behind {last}: copy it again')
+    return members
+
+
+def published_val_classes(path: Path, names: list[str]) -> list[str]:
+    """WordNet ids of ImageNet's validation images, whose published tar has no folders, from the development kit."""
+    kit = path.parent / imagenet.ARCHIVE_META['devkit'][0]
+    if not kit.is_file():
+        raise ValueError(f'{path} has no class folders: put {kit.name} beside it, which says the classes of '
+                         "ImageNet's validation images")
+    with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks into the folder that the kit is in
+        (Path(folder) / kit.name).symlink_to(kit.resolve())
+        try:
+            imagenet.parse_devkit_archive(folder)
+            ids = imagenet.load_meta_file(folder)[1]
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f'{kit}: {error}') from None
+    try:  # ILSVRC2012_val_00000001.JPEG is the first
+        return [ids[int(PurePosixPath(name).stem.split('_')[-1]) - 1] for name in names]
+    except (ValueError, IndexError):
+        raise ValueError(f'{path} has no class folders, and other names than the published validation images') from None
+
+
+def find_part(data_path: str, part: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
+    """The part 'train' or 'val' of what lies at `data_path`.
+
+    A folder with folders train/ and val/, of class folders or of tars; a folder with train*.tar and val*.tar, whatever
+    stands before these words; a tar that holds folders train/ and val/; or a tar whose name has 'train' in it, beside
+    one with 'val' instead.
+
+    Raises:
+        ValueError: nothing of that kind.
+    """
+    path = Path(data_path)
+    if path.is_file() or path.suffix == '.tar':
+        if not path.is_file():
+            raise ValueError(f'no file {path}')
+        sibling = path.with_name(path.name.replace('train', part))
+        if sibling == path or not sibling.is_file():
+            sibling = path  # both are in it, or --val-split divides it
+        return TarImages([sibling], part, transform, classes)
+    tars = _tars(path, part)
+    return TarImages(tars, part, transform, classes) if tars else ImageFolder(path / part, transform, classes)
+
+
+def has_part(data_path: str, part: str) -> bool:
+    path = Path(data_path)
+    return path.is_file() or (path / part).is_dir() or bool(_tars(path, part))
+
+
+def _tars(path: Path, part: str) -> list[Path]:
+    if (path / part).is_dir():
+        return sorted((path / part).glob('*.tar'))
+    return sorted(tar for tar in path.glob('*.tar') if part in tar.name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Cache:
+    """Files of a data set, kept as they are read, where reading is faster: in memory (a tmpfs) or on a local disk.
+
+    All processes of a machine share it: a file a sample, and a count of bytes that stops at the limit.
+
+    Args:
+        folder: made where it is not there; what an earlier run of the same data left in it is used.
+        limit: bytes that may lie there.
+    """
+
+    def __init__(self, folder: Path, limit: int):
+        self.folder = folder
+        self.limit = limit
+        self.full = False
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, index: int, read: Callable[[int], bytes]) -> bytes:
+        path = self.folder / str(index // 1000) / str(index)
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            if data:  # a power cut leaves empty files
+                return data
+        data = read(index)
+        if not self.full:
+            try:
+                self._keep(path, data)
+            except OSError as error:
+                self.full = True
+                logger.warning('no more is cached in %s (%s)', self.folder, error)
+        return data
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / 'bytes', 'a+b') as counter:
+            fcntl.flock(counter, fcntl.LOCK_EX)
+            counter.seek(0)
+            used = struct.unpack('q', counter.read(8) or bytes(8))[0] + len(data)
+            if used > self.limit:
+                self.full = True
+                return
+            counter.truncate(0)
+            counter.write(struct.pack('q', used))
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
+            temporary.write(data)
+        os.replace(temporary.name, path)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_cache(kind: str, folder: str | None, size: int | None, dataset: EncodedImages) -> Cache:
+    """The cache of `dataset` in memory ('ram') or on disk.
+
+    Args:
+        folder: that it is made in; /dev/shm, or the user's cache folder.
+        size: bytes; half of what is free where None.
+
+    Raises:
+        ValueError: less room than `size`, or a data set that is not made of files.
+    """
+    if not isinstance(dataset, EncodedImages):
+        raise ValueError('--cache keeps files, and this --data-set is not read from files')
+    root = Path(folder or ('/dev/shm' if kind == 'ram' else Path.home() / '.cache' / 'cmt'))
+    if kind == 'ram' and not folder and not root.is_dir():
+        raise ValueError('--cache ram needs /dev/shm: give a folder in memory by --cache-dir')
+    first, last = dataset.samples[0][0], dataset.samples[-1][0]
+    name = hashlib.sha256(json.dumps([first, last, len(dataset)]).encode()).hexdigest()[:16]
+    cache = Cache(root / f'cmt-cache-{name}', 0)
+    free = shutil.disk_usage(root).free + sum(f.stat().st_size for f in cache.folder.rglob('*') if f.is_file())
+    if size is not None and size > free:
+        raise ValueError(f'--cache-size {size / 2 ** 30:.1f}G: {root} has {free / 2 ** 30:.1f}G free')
+    cache.limit = free // 2 if size is None else size
+    return cache
