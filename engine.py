@@ -64,8 +64,12 @@ class Prepare:
             return images.to(torch.float32, memory_format=torch.channels_last).sub_(
                 self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
         # a row of W pixels at a time: over the channels of each pixel, the innermost loop would have three steps
-        rows = rows.reshape(B, H, W * C).float().sub_(self.mean.repeat(W)).div_(self.std.repeat(W))
-        return rows.view(B, H, W, C).permute(0, 3, 1, 2)
+        rows, mean, std = rows.reshape(B, H, W * C), self.mean.repeat(W), self.std.repeat(W)
+        out = torch.empty_like(rows, dtype=torch.float32)
+        # a CPU takes image by image: its cache holds one
+        for source, result in zip(rows, out) if images.device.type == 'cpu' else [(rows, out)]:
+            result.copy_(source).sub_(mean).div_(std)
+        return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class NativeScaler(torch.amp.GradScaler):

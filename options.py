@@ -109,9 +109,9 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--input-size', type=positive, default=224, help='pixels, a multiple of 32')
     g.add_argument('--batch-size', type=positive, default=64, help='of one process')
     g.add_argument('--num-workers', type=count, default=4, help='loader processes of each process')
-    g.add_argument('--loader', default='fast', choices=('fast', 'reference'),
-                   help='decode and augment training images by libjpeg-turbo, torch and OpenCV, or by Pillow; '
-                   'both make the same draws')
+    g.add_argument('--loader', choices=('fast', 'reference'),
+                   help='decode and augment training images by libjpeg-turbo, torch and OpenCV, or by Pillow, with '
+                   'the same draws (default: fast where simplejpeg and OpenCV are installed)')
     g.add_argument('--cache', default='none', choices=('none', 'ram', 'disk'),
                    help='keep training files, as they are read first, in memory or on a local disk')
     g.add_argument('--cache-dir', metavar='FOLDER', help='where (default: /dev/shm, or ~/.cache/cmt)')

@@ -47,6 +47,7 @@ from losses import DistillationLoss, Teacher, build_criterion
 from options import parse_args
 from samplers import TrainSampler
 from sources import has_part
+from transforms import HAS_FAST
 from utils import Progress, UsageError, usage_errors
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,10 @@ GO_ON, SAVE, STOP, FAILED = range(4)  # what ranks agree on at a step's border, 
 
 def build_data(args: argparse.Namespace):
     """Training and validation set; the first is None for --eval where there is only a validation folder."""
+    if args.loader is None:
+        args.loader = 'fast' if HAS_FAST else 'reference'
+        if not HAS_FAST and not (args.eval or args.throughput):
+            logger.info('no simplejpeg or OpenCV here: going on with --loader reference')
     train_transform = build_transform(
         True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
         interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio,
