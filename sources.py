@@ -237,7 +237,7 @@ def _scan(path: Path, start: int = 0, end: int | None = None, name: str | None =
     """Members of the tar that lies at bytes start to end of a file; tarfile takes damage for the end of a tar."""
     name = name or str(path)
     end = path.stat().st_size if end is None else end
-    members, last = [], 'its first byte'
+    members, where = [], 'at its start'
     with open(path, 'rb') as file:
         if file.read(6)[:2] in (b'\x1f\x8b', b'BZ', b'\xfd7', b'\x28\xb5') and not start:
             raise ValueError(f'{path} is compressed: unpack it to a plain .tar, whose images can be read in place')
@@ -257,13 +257,13 @@ def _scan(path: Path, start: int = 0, end: int | None = None, name: str | None =
                         file.seek(position)
                     elif member.isfile():
                         members.append((member.name.removeprefix('./'), member.offset_data, member.size))
-                    last = member.name
+                    where = f'behind {member.name}'
                 at = tar.offset
         except tarfile.TarError as error:
-            raise ValueError(f'{name} is no tar, or damaged behind {last} ({error}): copy it again') from None
+            raise ValueError(f'{name} is no tar, or damaged {where} ({error}): copy it again') from None
         file.seek(at)
         if at + 512 > end or any(file.read(512)):
-            raise ValueError(f'{name} is damaged at byte {at - start}, behind {last}: copy it again')
+            raise ValueError(f'{name} is no tar, or damaged {where}, at byte {at - start}: copy it again')
     return members
 
 
@@ -371,6 +371,9 @@ class Cache:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+in_memory: list[Cache] = []  # to be removed when the run ends
+
+
 def open_cache(kind: str, folder: str | None, size: int | None, dataset: EncodedImages) -> Cache:
     """The cache of `dataset` in memory ('ram') or on disk.
 
@@ -393,4 +396,6 @@ def open_cache(kind: str, folder: str | None, size: int | None, dataset: Encoded
     if size is not None and size > free:
         raise ValueError(f'--cache-size {size / 2 ** 30:.1f}G: {root} has {free / 2 ** 30:.1f}G free')
     cache.limit = free // 2 if size is None else size
+    if kind == 'ram' and os.environ.get('LOCAL_RANK', '0') == '0':
+        in_memory.append(cache)
     return cache

@@ -29,6 +29,7 @@ from timm.utils.distributed import world_info_from_env
 
 import checkpoints
 import cmt
+import sources
 import utils
 from datasets import build_dataset, build_loader, build_transform, open_cache
 from engine import (
@@ -46,7 +47,6 @@ from engine import (
 from losses import DistillationLoss, Teacher, build_criterion
 from options import parse_args
 from samplers import TrainSampler
-from sources import has_part
 from transforms import HAS_FAST
 from utils import Progress, UsageError, usage_errors
 
@@ -71,7 +71,7 @@ def build_data(args: argparse.Namespace):
         build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
         val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category)
     lacks_train = args.data_set.startswith(('IMNET', 'wds/')) and args.data_path and not args.val_split and \
-        not has_part(args.data_path, 'train')
+        not sources.has_part(args.data_path, 'train')
     folder = args.data_set == 'IMNET' and args.data_path and (Path(args.data_path) / 'train').is_dir()
     # downloads, and indices of tars; each process lists a folder by itself
     with contextlib.nullcontext() if folder or args.data_set == 'DIGITS' else utils.first_on_each_node():
@@ -499,7 +499,11 @@ def cli() -> int:
     """Exit status: 0 done or stopped under --resume auto, 1 a fault, 2 a mistake, 128 + n stopped by signal n."""
     args = parse_args()
     try:
-        main(args)
+        try:
+            main(args)
+        finally:  # only a run that is killed leaves it, to the next one on the same data
+            for cache in sources.in_memory:
+                cache.remove()
         status = 0
     except (UsageError, TrainingFault) as error:
         if world_info_from_env()[1] == 0:

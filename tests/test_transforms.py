@@ -175,7 +175,7 @@ def odd_files() -> dict[str, bytes]:
     twelve[offset - 1] = 12
     return {
         'grey': jpeg(image.convert('L')), 'cmyk': jpeg(image.convert('CMYK')), 'exif': jpeg(image, exif=exif),
-        'one pixel wide': jpeg(pixels[:, :1]), 'one pixel high': jpeg(pixels[:1]), 'one pixel': jpeg(pixels[:1, :1]),
+        'one pixel wide': jpeg(pixels[:, :1]), 'one pixel high': jpeg(pixels[:1]),
         'png': saved(image, 'PNG'), 'palette': saved(image.convert('P'), 'PNG'), 'gif': saved(image, 'GIF'),
         'transparent': saved(image.convert('RGBA'), 'PNG'), 'webp': saved(image, 'WEBP'),
         '16 bits': saved(Image.fromarray(pixels[..., 0].astype(np.uint16) * 200), 'PNG'),
@@ -198,6 +198,11 @@ def test_odd_files_are_read_as_the_reference_reads_them(kind):
     limit = 12 if kind == 'noise inside' else 4
     for a, b in both(data, 64, range(6), **OFF):
         assert np.abs(a - b).mean() < limit
+
+
+def test_a_single_pixel_is_read_though_a_crop_of_it_may_have_none():
+    images = [a for a, b in both(jpeg(PHOTOGRAPHS[0][:1, :1]), 64, range(30), **OFF) if np.abs(a - b).max() <= 1]
+    assert len(images) == 30 and {image.max() == 0 for image in images} == {False, True}
 
 
 def recorded(monkeypatch, fast, draws, size):

@@ -1,0 +1,358 @@
+"""Tars that are read in place, WebDataset shards, ImageNet's own tars, and the cache: real files, really damaged."""
+import io
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+from torchvision.datasets import imagenet
+
+import datasets
+import nano
+import sources
+from datasets import build_dataset, build_loader
+from samplers import TrainSampler
+from sources import Cache, ImageFolder, Samples, open_cache, tar_index
+from transforms import build_transform
+
+
+def pack(path: Path, folder: Path, names=None, prefix='') -> Path:
+    """A tar of the files in `folder`, in no order."""
+    names = names or [str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()]
+    random.Random(0).shuffle(names)
+    with tarfile.open(path, 'w', format=tarfile.GNU_FORMAT) as tar:  # no headers beside the files' own
+        for name in names:
+            tar.add(folder / name, prefix + name)
+    return path
+
+
+def same_samples(a, b) -> None:
+    assert a.classes == b.classes and a.targets == b.targets and len(a) == len(b) > 0
+    for i in range(len(a)):
+        assert a.read(i) == b.read(i)
+        (image, target), (other, label) = a[i], b[i]
+        assert target == label and image.tobytes() == other.tobytes()
+
+
+@pytest.fixture
+def tars(images, tmp_path):
+    """A folder with train.tar and val.tar."""
+    for part in ('train', 'val'):
+        pack(tmp_path / f'{part}.tar', images / part, prefix='./' if part == 'val' else '')
+    return tmp_path
+
+
+@pytest.mark.parametrize('form', ['folder of tars', 'train.tar', 'one tar', 'class tars', 'folders of tars'])
+def test_a_tar_gives_the_samples_of_the_folder(images, tars, form, tmp_path):
+    path = tars
+    if form == 'train.tar':
+        path = tars / 'train.tar'
+    if form == 'one tar':
+        path = pack(tmp_path / 'everything.tar', images, prefix='data/')
+    if form == 'class tars':  # as ImageNet's training images are published
+        for part in ('train', 'val'):
+            folder = tmp_path / f'{part} classes'
+            folder.mkdir()
+            for label in os.listdir(images / part):
+                pack(folder / f'{label}.tar', images / part / label)
+            pack(tmp_path / f'my_{part}.tar', folder)
+            (tmp_path / f'{part}.tar').unlink()
+        path = tmp_path / 'my_train.tar'
+    if form == 'folders of tars':
+        for part in ('train', 'val'):
+            (tmp_path / part).mkdir()
+            names = sorted(str(p.relative_to(images / part)) for p in (images / part).rglob('*.*'))
+            for i in range(3):
+                pack(tmp_path / part / f'{i}.tar', images / part, names[i::3])
+    for is_train in (True, False):
+        expected = build_dataset('IMNET', is_train, str(images), 32)
+        for _ in range(2):  # the second time from the index
+            same_samples(build_dataset('IMNET', is_train, str(path), 32), expected)
+
+
+def test_batches_and_split_of_a_tar_are_those_of_the_folder(images, tars):
+    (tars / 'val.tar').unlink()
+    batches = []
+    for path in (images / 'train', tars / 'train.tar'):
+        dataset = build_dataset('IMNET', True, str(path), 64, build_transform(True, 64, fast=True), val_split=0.2)
+        sampler = TrainSampler(len(dataset), 16, repeats=3, seed=5)
+        batches.append([tuple(batch) for batch in build_loader(dataset, 16, sampler=sampler, num_workers=2)])
+    assert nano.same(*batches) and len(dataset) == 80
+
+
+def test_a_run_on_tars_is_that_on_folders(flags, whole, tars, tmp_path):
+    argv = [*flags, '--data-path', tars / 'train.tar', '--output-dir', tmp_path / 'out', '--cache', 'disk',
+            '--cache-dir', tmp_path / 'cache', '--cache-size', '1M', '--num-workers', 2]
+    nano.finish(nano.start(argv))
+    nano.assert_same_run(whole, tmp_path / 'out')
+    # three epochs of repeated augmentation see 34 images each
+    assert len([p for p in (tmp_path / 'cache').rglob('*') if p.name.isdecimal() and p.is_file()]) > 50
+
+
+def test_shards(images, tmp_path):
+    files = sorted((images / 'train').rglob('*.*'))
+    for shard in range(3):
+        with tarfile.open(tmp_path / f'my-train-{shard:03d}.tar', 'w') as tar:
+            for i in range(shard, len(files), 3):
+                label = files[i].parent.name[-1]
+                for suffix, data in ((files[i].suffix, files[i].read_bytes()), ('.cls', f'{label}\n'.encode()),
+                                     ('.json', b'{}')):
+                    info = tarfile.TarInfo(f'{i:06d}{suffix}')
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    shutil.copy(tmp_path / 'my-train-001.tar', tmp_path / 'my-validation-000.tar')
+    for name in ('IMNET', 'wds/imagenet'):
+        train = build_dataset(name, True, str(tmp_path), 32)
+        assert len(train) == 100 and train.classes == ['0', '1', '2']
+        order = [i for shard in range(3) for i in range(shard, 100, 3)]
+        assert train.targets == [int(files[i].parent.name[-1]) for i in order]
+        assert [train.read(k) for k in range(100)] == [files[i].read_bytes() for i in order]
+        val = build_dataset(name, False, str(tmp_path), 32, classes=train.classes)
+        assert [val.read(k) for k in range(len(val))] == [files[i].read_bytes() for i in range(1, 100, 3)]
+    with tarfile.open(tmp_path / 'my-train-000.tar', 'a') as tar:
+        info = tarfile.TarInfo('000000x.cls')
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b'cat'))
+    with pytest.raises(ValueError, match=r"000000x.cls holds 'cat', not the number"):
+        build_dataset('IMNET', True, str(tmp_path), 32)
+
+
+def test_the_published_validation_tar_finds_its_classes_in_the_development_kit(images, tmp_path, monkeypatch):
+    files = sorted((images / 'val').rglob('*.*'))
+    random.Random(0).shuffle(files)
+    with tarfile.open(tmp_path / 'ILSVRC2012_img_val.tar', 'w') as tar:
+        for i, file in enumerate(files):
+            tar.add(file, f'ILSVRC2012_val_{i + 1:08d}.JPEG')
+    with pytest.raises(ValueError, match='put ILSVRC2012_devkit_t12.tar.gz beside it'):
+        build_dataset('IMNET', False, str(tmp_path), 32)
+    classes = ['class_2', 'class_0', 'class_1']  # the kit numbers them in an order of its own, from 1
+    kit = tmp_path / 'kit' / 'ILSVRC2012_devkit_t12' / 'data'
+    kit.mkdir(parents=True)
+    synsets = np.array(
+        [(i + 1, name, 'words, more', '', 0) for i, name in enumerate(classes)],
+        dtype=[('ILSVRC2012_ID', int), ('WNID', object), ('words', object), ('gloss', object), ('num_children', int)])
+    scipy.io.savemat(kit / 'meta.mat', {'synsets': synsets})
+    (kit / 'ILSVRC2012_validation_ground_truth.txt').write_text(
+        ''.join(f'{classes.index(file.parent.name) + 1}\n' for file in files))
+    with tarfile.open(tmp_path / 'ILSVRC2012_devkit_t12.tar.gz', 'w:gz') as tar:
+        tar.add(tmp_path / 'kit' / 'ILSVRC2012_devkit_t12', 'ILSVRC2012_devkit_t12')
+    shutil.rmtree(tmp_path / 'kit')
+    monkeypatch.setattr(imagenet, '_verify_archive', lambda *a: None)  # of the real kit
+    before = sorted(os.listdir(tmp_path))
+    val = build_dataset('IMNET', False, str(tmp_path), 32, classes=['class_0', 'class_1', 'class_2'])
+    assert val.targets == [int(file.parent.name[-1]) for file in files]
+    assert [val.read(i) for i in range(len(val))] == [file.read_bytes() for file in files]
+    assert sorted(os.listdir(tmp_path)) in (before, sorted([*before, '.ILSVRC2012_img_val.tar.index.npz']))
+
+
+def damage(data: bytes, kind: str) -> bytes:
+    headers = [i for i in range(0, len(data), 512) if data[i + 257:i + 262] == b'ustar']
+    at = headers[len(headers) // 2]
+    return {
+        'truncated in an image': data[:at + 600], 'truncated in a header': data[:at + 200],
+        'truncated before a header': data[:at], 'zeros': data[:at - 512] + bytes(1024) + data[at + 512:],
+        'a bit': data[:at + 20] + bytes([data[at + 20] ^ 4]) + data[at + 21:], 'empty': b'', 'text': b'no tar ' * 200,
+        'compressed': b'\x1f\x8b' + data, 'zip': b'PK\x03\x04' + data}[kind]
+
+
+@pytest.mark.parametrize('kind, words', [
+    ('truncated in an image', 'truncated in class_.*, at byte .* copy it again'),
+    ('truncated in a header', 'damaged behind class_.*: copy it again'),
+    ('truncated before a header', 'damaged behind class_.*: copy it again'),
+    ('a bit', 'damaged behind class_.*: copy it again'),
+    ('empty', 'is no tar'), ('text', 'is no tar, or damaged'), ('zip', 'is no tar, or damaged'),
+    ('compressed', 'compressed: unpack it')])
+@pytest.mark.parametrize('nested', [False, True])
+def test_a_damaged_tar_names_its_fault(tars, kind, words, nested):
+    path = tars / 'train.tar'
+    data = damage(path.read_bytes(), kind)
+    path.write_bytes(data)
+    if nested:
+        if kind == 'compressed':
+            pytest.skip('a file that is no .tar is no class tar')
+        (tars / 'class_a.tar').write_bytes(data)
+        pack(path, tars, ['class_a.tar'])
+    with pytest.raises(ValueError, match=words) as error:
+        build_dataset('IMNET', True, str(path), 32)
+    assert str(path) in str(error.value) and '\n' not in str(error.value)
+    assert nested is False or 'class_a.tar' in str(error.value)
+
+
+def test_a_damaged_tar_ends_a_run_with_one_line(tars, capfd):
+    path = tars / 'train.tar'
+    path.write_bytes(damage(path.read_bytes(), 'truncated in an image'))
+    nano.finish(nano.start([*nano.FLAGS, '--data-path', path, '--output-dir', tars / 'out'],
+                           output=tars / 'said'), status=2)
+    said = (tars / 'said').read_text().strip().splitlines()
+    assert len([line for line in said if 'error' in line]) == 1 and 'truncated' in said[-1]
+    assert not (tars / 'out').exists()
+
+
+def test_tars_that_say_no_classes(tmp_path, images):
+    flat = tmp_path / 'flat_train.tar'
+    with tarfile.open(flat, 'w') as tar:
+        for i, file in enumerate(sorted(images.rglob('*.png'))[:5]):
+            tar.add(file, f'{i}.png')
+    with pytest.raises(ValueError, match='put ILSVRC2012_devkit'):
+        build_dataset('IMNET', True, str(flat), 32)
+    with pytest.raises(ValueError, match='no file .*nowhere.tar'):
+        build_dataset('IMNET', True, str(tmp_path / 'nowhere.tar'), 32)
+    text = tmp_path / 'text_train.tar'
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'b.txt').write_text('none')
+    pack(text, tmp_path, ['a/b.txt'])
+    with pytest.raises(ValueError, match='no images in .*text_train.tar'):
+        build_dataset('IMNET', True, str(text), 32)
+
+
+def test_the_index_follows_the_tar_and_survives_damage(tars, monkeypatch):
+    path, scans = tars / 'train.tar', []
+    scan = sources._scan
+    monkeypatch.setattr(sources, '_scan', lambda path, *a: scans.append(path) or scan(path, *a))
+    first = tar_index(path)
+    assert tar_index(path) == first and len(scans) == 1
+    index = tars / '.train.tar.index.npz'
+    index.write_bytes(index.read_bytes()[:100])
+    assert tar_index(path) == first and len(scans) == 2
+    with tarfile.open(path, 'a') as tar:
+        tar.add(tars / 'val.tar', 'class_0/more.png')
+    assert len(tar_index(path)) == len(first) + 1 and len(scans) == 3
+
+
+def test_an_index_goes_elsewhere_where_the_tar_cannot_be_written_beside(tars, monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    replace = os.replace
+
+    def read_only(source, target):
+        if Path(target).parent == tars:
+            raise PermissionError('read-only')
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', read_only)
+    first = tar_index(tars / 'train.tar')
+    assert len(list((tmp_path / 'home').rglob('*.npz'))) == 1
+    monkeypatch.setattr(sources, '_scan', None)
+    assert tar_index(tars / 'train.tar') == first
+
+
+def test_samples_keep_names_and_classes():
+    names = ['a.png', 'ü/b.png', os.fsdecode(b'\xff.png'), '']
+    samples = Samples(names, [3, 1, 2, 0])
+    assert list(samples) == list(zip(names, [3, 1, 2, 0])) and samples[-1] == ('', 0) and len(samples) == 4
+    with pytest.raises(IndexError):
+        samples[4]
+    assert all(not isinstance(value, (list, tuple)) for value in vars(samples).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def fill(cache, indices, sizes):
+    for i in indices:
+        assert cache.get(i, lambda i: bytes([i % 251]) * sizes) == bytes([i % 251]) * sizes
+
+
+def used(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob('*') if p.is_file() and p.name.isdecimal())
+
+
+def test_the_cache_keeps_what_was_read_up_to_its_budget_in_all_processes(tmp_path):
+    cache, reads = Cache(tmp_path / 'c', 10_000), []
+    for _ in range(3):
+        for i in range(8):
+            assert cache.get(i, lambda i: reads.append(i) or b'x' * 1000) == b'x' * 1000
+    assert reads == list(range(8)) and used(tmp_path) == 8000
+    context = multiprocessing.get_context('fork')
+    processes = [context.Process(target=fill, args=(Cache(tmp_path / 'd', 50_000), range(k, 400, 3), 1000))
+                 for k in range(4)]
+    for process in processes:
+        process.start()
+    nano.finish(processes)
+    assert 45_000 <= used(tmp_path / 'd') <= 50_000
+
+
+def test_a_cache_that_was_damaged_or_taken_away_reads_again(tmp_path, caplog):
+    cache = Cache(tmp_path / 'c', 10_000)
+    fill(cache, [1], 100)
+    (tmp_path / 'c' / '0' / '1').write_bytes(b'')
+    fill(cache, [1], 100)
+    cache.remove()
+    fill(cache, [1, 2], 100)
+    assert not caplog.records
+    cache.remove()
+    (tmp_path / 'c').write_text('in the way')
+    fill(cache, [1, 2], 100)
+    assert len(caplog.records) == 1 and 'no more is cached' in caplog.text
+
+
+def test_caches_are_for_files_and_for_what_is_free(images, tmp_path):
+    folder = build_dataset('IMNET', True, str(images), 32)
+    with pytest.raises(ValueError, match='--cache-size 8589934592.0G: .* free'):
+        open_cache('disk', str(tmp_path), 2 ** 63, folder)
+    with pytest.raises(ValueError, match='not read from files'):
+        open_cache('ram', None, None, build_dataset('DIGITS', True, None, 32))
+    cache = open_cache('disk', str(tmp_path), None, folder)
+    assert cache.limit > 2 ** 20
+    other = open_cache('disk', str(tmp_path), None, build_dataset('IMNET', False, str(images), 32))
+    assert other.folder != cache.folder  # another data set has a folder of its own
+
+
+def test_memory_is_given_back_after_a_run(flags, whole, tmp_path):
+    nano.finish(nano.start([*flags, '--cache', 'ram', '--cache-dir', tmp_path / 'ram', '--output-dir', tmp_path / 'a']))
+    nano.assert_same_run(whole, tmp_path / 'a')
+    assert list((tmp_path / 'ram').iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    """48 JPEGs of 60 to 200 pixels in two classes."""
+    root, rng = tmp_path_factory.mktemp('photographs'), np.random.default_rng(1)
+    for label in 'ab':
+        (root / label).mkdir()
+        for i in range(24):
+            small = rng.integers(0, 256, (12, 15, 3), dtype=np.uint8)
+            size = rng.integers(60, 200, 2).tolist()
+            Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(
+                root / label / f'{i}.jpg', quality=92, subsampling=i % 3)
+    return root
+
+
+@pytest.mark.parametrize('repeats', [1, 3])
+def test_batches_do_not_depend_on_workers_ranks_or_where_an_epoch_is_entered(photographs, repeats):
+    def batches(workers, seen=0, batch=8, rank=0, world_size=1):
+        transform = build_transform(True, 64, fast=True, keep_decoded=repeats > 1 and world_size < 3)
+        dataset = ImageFolder(photographs, transform)
+        sampler = TrainSampler(
+            len(dataset), batch, repeats=repeats, seed=3, rank=rank, world_size=world_size)
+        sampler.set_position(2, seen)
+        loaded = list(build_loader(dataset, batch, sampler=sampler, num_workers=workers))
+        assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in loaded)
+        return [torch.cat(parts) for parts in zip(*loaded)]
+
+    images, targets = batches(0)
+    assert len(images) == 48
+    for workers in (1, 3):
+        assert nano.same(batches(workers), [images, targets])
+    assert nano.same(batches(2, seen=24), [images[24:], targets[24:]])
+    assert nano.same(batches(0, batch=6), [images, targets])  # copies fall into other batches
+    for rank in range(4):
+        assert nano.same(batches(0, batch=4, rank=rank, world_size=4), [images[rank::4], targets[rank::4]])
+
+
+def test_a_bad_file_is_reported_by_name_and_the_next_one_taken(photographs, tmp_path, caplog):
+    root = shutil.copytree(photographs, tmp_path / 'p')
+    bad = root / 'a' / '5.jpg'
+    bad.write_bytes(bad.read_bytes()[:300])
+    dataset = datasets.KeyedDataset(ImageFolder(root, build_transform(True, 64, fast=True)))
+    names = [name for name, _ in dataset.dataset.samples]
+    at = names.index(str(bad))
+    assert torch.equal(dataset[at, 7][0], dataset[at + 1, 7][0])
+    assert len(caplog.records) == 1 and re.search(r'cannot read .*/a/5.jpg .*taking the next', caplog.text)
