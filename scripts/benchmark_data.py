@@ -47,7 +47,7 @@ def make_images(folder: Path, count: int) -> Path:
         pixels = sum(
             np.asarray(Image.fromarray(rng.integers(0, 256, (375 // cell, 500 // cell, 3), dtype=np.uint8)).resize(
                 (500, 375), Image.Resampling.BICUBIC), np.float32) * share
-            for cell, share in ((75, 0.55), (25, 0.2), (5, 0.13), (1, 0.12)))
+            for cell, share in ((75, 0.5), (25, 0.18), (5, 0.12), (1, 0.2)))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / 'train' / 'made' / f'{i:03d}.jpg', quality=92)
     return folder
 

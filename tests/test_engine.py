@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, random_seed
 from timm.utils.agc import adaptive_clip_grad
 
 import engine
@@ -65,6 +65,17 @@ def half_nan(criterion, at):
 
 
 # preparing
+
+@pytest.mark.parametrize('erasing', [None, RandomErasing(1., mode='pixel', device='cpu')])
+def test_both_memory_formats_are_prepared_to_the_same_bits(erasing):
+    images = torch.randint(256, (3, 3, 20, 28), dtype=torch.uint8)
+    out = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        random_seed(0)
+        out.append(Prepare(CPU, erasing=erasing)(images.contiguous(memory_format=memory_format), torch.zeros(3))[0])
+        assert out[-1].is_contiguous(memory_format=torch.channels_last) and out[-1].dtype == torch.float32
+    assert torch.equal(*out)
+
 
 def test_prepare_normalises_into_channels_last():
     images, targets = batch()

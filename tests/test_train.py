@@ -20,6 +20,7 @@ import checkpoints
 import engine
 import nano
 import options
+import sources
 import train
 import utils
 
@@ -592,6 +593,20 @@ def test_keep_checkpoints_keeps_the_last(flags, tmp_path):
         'checkpoint_0001.pth', 'checkpoint_0002.pth']
     name, state = checkpoints.newest_checkpoint(tmp_path / 'run')
     assert nano.same(nano.read(tmp_path / 'run', 'checkpoint_0002.pth'), state)
+
+
+@pytest.mark.parametrize('pause, workers', [(0.05, 0), (0.05, 1), (0., 1)])
+def test_a_run_that_waits_for_data_says_so(flags, monkeypatch, capsys, pause, workers):
+    def slow(self, index, read=sources.EncodedImages.read):
+        time.sleep(pause)
+        return read(self, index)
+    monkeypatch.setattr(sources.EncodedImages, 'read', slow)
+    once = train.TrainStep.__call__
+    monkeypatch.setattr(train.TrainStep, '__call__', lambda *a: time.sleep(0.2) or once(*a))
+    nano.train([*flags, '--epochs', 1, '--num-workers', workers, '--no-repeated-aug'])
+    said = capsys.readouterr().out
+    assert ('of the time went to waiting for data: more --num-workers' in said) == (pause > 0)
+    assert ('waits for data ' in said) == (pause > 0)
 
 
 def test_digits_need_no_data(tmp_path):
