@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset
-from timm.data.loader import fast_collate
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
@@ -277,11 +276,15 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uint8 images (B, 3, H, W) in the memory format that they come in, and class indices (B,)."""
-    if samples[0][0].is_contiguous():
-        return fast_collate(samples)
-    images = torch.stack([image.permute(1, 2, 0) for image, _ in samples])  # timm's makes them channels-first
-    return images.permute(0, 3, 1, 2), torch.tensor([target for _, target in samples])
+    """Uint8 images (B, 3, H, W) in the memory format that they come in, and class indices (B,).
+
+    By torch's default_collate, which makes a batch in shared memory: timm's fast_collate makes it on the heap of a
+    loader process, from where it is copied, and which grows without end by the holes that batches leave.
+    """
+    images, targets = zip(*samples)
+    if images[0].is_contiguous():
+        return default_collate(images), torch.tensor(targets)
+    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), torch.tensor(targets)
 
 
 def build_loader(

@@ -356,3 +356,21 @@ def test_a_bad_file_is_reported_by_name_and_the_next_one_taken(photographs, tmp_
     at = names.index(str(bad))
     assert torch.equal(dataset[at, 7][0], dataset[at + 1, 7][0])
     assert len(caplog.records) == 1 and re.search(r'cannot read .*/a/5.jpg .*taking the next', caplog.text)
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads /proc')
+@pytest.mark.parametrize('fast', [False, True])
+def test_loaders_do_not_grow(photographs, fast):
+    dataset = ImageFolder(photographs, build_transform(True, 160, fast=fast))
+    sampler = TrainSampler(len(dataset), 8, repeats=3)
+    loader, resident = build_loader(dataset, 8, sampler=sampler, num_workers=2), []
+    for epoch in range(12):
+        sampler.set_position(epoch)
+        for _ in loader:
+            pass
+        resident.append([int(re.search(r'VmRSS:\s+(\d+)', Path(f'/proc/{process.pid}/status').read_text())[1])
+                         for process in sorted(multiprocessing.active_children(), key=lambda p: p.pid)])
+    assert len(resident[0]) == len(resident[-1]) == 2
+    print(f'resident kB of the loader processes by epoch: {resident}')
+    for first, last in zip(resident[3], resident[-1]):
+        assert last < 1.05 * first
