@@ -11,6 +11,7 @@ RetinaNet with CMT-S. That is pycocotools' mean over ten IoUs; the AP here is at
 that the demonstration needs no package besides torchvision.
 """
 import argparse
+import colorsys
 import functools
 import math
 import sys
@@ -122,13 +123,13 @@ def build_detector(
 
 
 def draw_shapes(rng: np.random.Generator, height: int, width: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """An image (3, height, width) in [0, 1] of one to four shapes on noise, and torchvision's target for it."""
+    """An image (3, height, width) in [0, 1] of one to four bright shapes on dull noise, and torchvision's target."""
     noise = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).point(lambda v: 90 + v // 4)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).point(lambda v: 40 + v // 4)
     draw = ImageDraw.Draw(image)
     boxes, labels, masks = [], [], []
     for _ in range(rng.integers(1, 5)):
-        radius = rng.integers(min(height, width) // 10, min(height, width) // 5 + 1)
+        radius = rng.integers(min(height, width) // 9, min(height, width) // 5 + 1)
         x, y = rng.integers(radius, width - radius), rng.integers(radius, height - radius)
         box = [x - radius, y - radius, x + radius, y + radius]
         reach = torch.tensor([[box[0], box[1], box[2] + 1, box[3] + 1]])
@@ -137,7 +138,8 @@ def draw_shapes(rng: np.random.Generator, height: int, width: int) -> tuple[torc
         label = int(rng.integers(1, 4))
         mask = Image.new('1', (width, height))
         turn = (math.pi / 4 if label == 2 else -math.pi / 2) + rng.uniform(-0.3, 0.3)  # about upright
-        for canvas, fill in ((draw, tuple(map(int, rng.integers(0, 256, 3)))), (ImageDraw.Draw(mask), 1)):
+        color = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.2, 0.8), rng.uniform(0.8, 1))  # of any class
+        for canvas, fill in ((draw, tuple(int(255 * c) for c in color)), (ImageDraw.Draw(mask), 1)):
             if label == 1:
                 canvas.ellipse(box, fill)
             else:
