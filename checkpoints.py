@@ -475,6 +475,8 @@ def identify(
         raise ValueError(f'{source} does not fit the model: it holds no CMT ({names}, ...)')
     saved, variant = saved_args(checkpoint).get('model'), variant_of(args)
     own = saved if isinstance(saved, str) and timm.is_model(saved) else None
+    if variant is None and cmt.ALIASES.get(own, own) in VARIANTS.values():
+        own = None  # a run from weights of no published size has the name that stood in for one
     if own or variant or (model and args.get('position_bias', True)):
         return model or own or variant, form_of(args), args
     # no published size: any entry, all of whose arguments are replaced
