@@ -116,7 +116,7 @@ def few_digits(root, per_class=10):
 
 
 # a hundred images, and crops that often hold little of their digit: the label tells a student less than a teacher does
-SEEDS = os.environ.get('SEEDS', '1 2 3').split()
+SEEDS = os.environ.get('SEEDS', '1 2 3 4 5 6').split()
 KINDS = os.environ.get('KINDS', 'none soft').split()
 STUDENT = (
     '--model cmt_nano --device cpu --input-size 64 --num-workers 0 --drop-path 0 --no-model-ema --no-repeated-aug '
@@ -126,9 +126,10 @@ STUDENT = (
 
 @pytest.mark.soak
 def test_students_of_a_teacher_are_better(tmp_path):
-    """Students of 100 digits, each with and without a teacher that has seen 1,437: means of three seeds.
+    """Students of 100 digits, each with and without a teacher that has seen 1,437: means of six seeds.
 
-    SEEDS='4 5 6' and KINDS='none soft hard' run others; -s prints the figures.
+    The difference seen, 79.7 to 78.5 %, is smaller than its noise: seeds 4 to 6 alone go the other way. A setting in
+    which a teacher helps beyond doubt is still to be found. SEEDS='1 2 3' and KINDS='none soft hard' run others; -s prints the figures.
     """
     nano.train([*STUDENT, '--data-set', 'DIGITS', '--epochs', 20, '--batch-size', 64, '--lr', 0.04, '--smoothing', 0,
                 '--output-dir', tmp_path / 'teacher'])
