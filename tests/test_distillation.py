@@ -129,8 +129,8 @@ def test_students_of_a_teacher_are_better(tmp_path):
     """Students of 100 digits, each with and without a teacher that has seen 1,437: means of six seeds.
 
     The difference seen, 79.7 to 78.5 %, is smaller than its noise: seeds 4 to 6 alone go the other way. A setting in
-    which a teacher helps beyond doubt is still to be found. SEEDS='1 2 3' and KINDS='none soft hard' run others; -s prints
-    the figures.
+    which a teacher helps beyond doubt is still to be found. SEEDS='1 2 3' and KINDS='none soft hard' choose others;
+    -s prints the figures.
     """
     nano.train([*STUDENT, '--data-set', 'DIGITS', '--epochs', 20, '--batch-size', 64, '--lr', 0.04, '--smoothing', 0,
                 '--output-dir', tmp_path / 'teacher'])
