@@ -475,6 +475,8 @@ def identify(
         raise ValueError(f'{source} does not fit the model: it holds no CMT ({names}, ...)')
     saved, variant = saved_args(checkpoint).get('model'), variant_of(args)
     own = saved if isinstance(saved, str) and timm.is_model(saved) else None
+    if variant is None and cmt.ALIASES.get(own, own) in VARIANTS.values():
+        own = None  # a run from weights of no published size has the name that stood in for one
     if own or variant or (model and args.get('position_bias', True)):
         return model or own or variant, form_of(args), args
     # no published size: any entry, all of whose arguments are replaced
@@ -579,9 +581,14 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
 def read_weights(source: str) -> dict[str, Any]:
     """The checkpoint in a file, or the pretrained weights of a timm model ('cmt_s', 'hf-hub:...', 'local-dir:...').
 
+    A folder that scripts/convert_checkpoint.py wrote needs no 'local-dir:'; its class names come along.
+
     Raises:
         ValueError: no such file or model, or it could not be fetched.
     """
+    config = Path(source.removeprefix('local-dir:')) / 'config.json'
+    if config.is_file():
+        source = f'local-dir:{config.parent}'
     is_name = source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(source.split('.')[0])
     if os.path.isfile(source) or not is_name:
         return read_checkpoint(source)
@@ -591,7 +598,8 @@ def read_weights(source: str) -> dict[str, Any]:
         raise ValueError(f'{source} could not be fetched: {(str(error).strip() or repr(error)).splitlines()[0]}') \
             from None
     args = {'model': model.pretrained_cfg.get('architecture'), 'input_size': getattr(model, 'img_size', None)}
-    return {'model': model.state_dict(), 'args': args}
+    classes = json.loads(config.read_text()).get('label_names') if config.is_file() else None
+    return {'model': model.state_dict(), 'args': args, 'classes': classes}
 
 
 def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, None]:
@@ -646,7 +654,7 @@ def find_checkpoint(
         return newest_checkpoint(output_dir)
     if fall_back and Path(resume).name == LAST and Path(resume).is_file():
         return newest_checkpoint(Path(resume).parent)
-    return resume, read_checkpoint(resume)
+    return resume, read_weights(resume) if os.path.isdir(resume) else read_checkpoint(resume)
 
 
 def check_output_dir(folder: Path, may_hold_run: bool) -> None:

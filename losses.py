@@ -27,7 +27,8 @@ class DistillationLoss(nn.Module):
         criterion: loss of outputs and targets.
         kind: 'soft', tau^2 times the KL divergence from the teacher's distribution to the model's, both at temperature
             tau, mean over batch and classes as in DeiT's code; or 'hard', cross-entropy against the teacher's decision.
-        alpha: share of the teacher's part.
+        alpha: share of the teacher's part. With K classes the soft one is 1 / K of an image's divergence: both parts
+            weigh the same at K / (K + 1).
         tau: temperature.
     """
 

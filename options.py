@@ -159,7 +159,9 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'))
     g.add_argument('--teacher-model', help="any of timm's, or a name of the hub's; with its pretrained weights, unless")
     g.add_argument('--teacher-path', metavar='FILE', help="... the teacher's weights are in this file")
-    g.add_argument('--distillation-alpha', type=share, default=0.5, help="share of the teacher's part in the loss")
+    g.add_argument('--distillation-alpha', type=share, default=0.5,
+                   help="share of the teacher's part in the loss; as DeiT's code divides the soft loss by the number K "
+                   'of classes, both parts weigh the same at K / (K + 1): 0.91 for 10 classes')
     g.add_argument('--distillation-tau', type=rate, default=1.0, help='temperature of soft distillation')
 
     g = parser.add_argument_group('optimizer')

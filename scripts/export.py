@@ -167,11 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             model = timm.create_model(args.source, **options, **({'img_size': size} if size else {})).eval()
             info = dict(name=args.source, classes=None, img_size=model.img_size)
         else:
-            config = Path(args.source) / 'config.json'  # of a folder that scripts/convert_checkpoint.py wrote
-            source = f'local-dir:{args.source}' if config.is_file() else args.source
-            model, info = build_model(None, source, img_size=size, use_ema=not args.model_weights, **options)
-            if config.is_file():
-                info['classes'] = json.loads(config.read_text()).get('label_names')
+            model, info = build_model(None, args.source, img_size=size, use_ema=not args.model_weights, **options)
         content, worst = export(model, info, args.output.suffix, args.fuse)
         with replacing(args.output) as file:
             file.write(content)

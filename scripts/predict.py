@@ -240,10 +240,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
         torch.manual_seed(0)
         model, known = timm.create_model(args.model, **size).eval(), None
     else:
-        config = Path(args.model) / 'config.json'  # of a folder that scripts/convert_checkpoint.py wrote
-        source = f'local-dir:{args.model}' if config.is_file() else args.model
-        model, info = build_model(None, source, use_ema=not args.model_weights, **size)
-        known = json.loads(config.read_text()).get('label_names') if config.is_file() else info['classes']
+        model, info = build_model(None, args.model, use_ema=not args.model_weights, **size)
+        known = info['classes']
     if model.img_size[0] != model.img_size[1]:
         raise ValueError(f'{args.model} is for {model.img_size[0]}x{model.img_size[1]} images; evaluation crops '
                          'squares: give an --input-size')

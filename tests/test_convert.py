@@ -16,7 +16,7 @@ from test_cmt import FIGURES, drawn
 import checkpoints
 import cmt
 import convert_checkpoint
-import nano  # noqa: F401
+import nano
 
 SCRIPT = Path(convert_checkpoint.__file__)
 MINDCV = Path(__file__).parent / 'mindcv_cmt_nano.ckpt'  # see test_weights.py
@@ -80,6 +80,18 @@ def test_a_folder_that_timm_opens(run_file, tmp_path, capsys):
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert 'origin_url' not in config['pretrained_cfg']
 
+    # the folder is read as any file is
+    for source in (str(tmp_path / 'out'), f'local-dir:{tmp_path / "out"}'):
+        again, info = checkpoints.build_model(None, source)
+        assert torch.equal(again(x), reference(x)) and info['classes'] == ['cat', 'dog', 'eel']
+    assert nano.same(checkpoints.find_checkpoint(str(tmp_path / 'out'), None, False)[1]['model'],
+                     checkpoints.read_weights(str(tmp_path / 'out'))['model'])
+    with pytest.raises(ValueError, match='other classes'):
+        checkpoints.build_teacher(None, str(tmp_path / 'out'), ['cat', 'dog', 'fox'])
+    assert checkpoints.build_teacher('cmt_nano', str(tmp_path / 'out'), ['cat', 'dog', 'eel']).num_classes == 3
+    with pytest.raises(ValueError, match='no checkpoint at'):
+        checkpoints.read_weights(str(tmp_path))
+
     # other classes, channels and size, as from any folder of timm
     other = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, num_classes=5, img_size=96, in_chans=1)
     assert other(torch.randn(1, 1, 96, 96)).shape == (1, 5)
@@ -114,7 +126,8 @@ def test_mindcv_form(tmp_path, capsys):
     opened = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     x = torch.randn(2, 3, *opened.img_size)
     reference, _ = checkpoints.build_model(None, str(tmp_path / 'mindcv.pth'))
-    assert torch.equal(opened(x), reference(x))
+    again, _ = checkpoints.build_model(None, str(tmp_path / 'out'))
+    assert torch.equal(opened(x), reference(x)) and torch.equal(again(x), reference(x))
     assert opened.stages[0].position_bias is None and opened.num_classes == model.num_classes
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

@@ -165,3 +165,12 @@ def test_cmt_ti_at_256_by_320(detector):
         with torch.no_grad():
             output = model([torch.rand(3, *size)])[0]
         assert output['boxes'].shape[1] == 4
+
+
+def test_one_answer_an_object_is_drawn():
+    image = torch.zeros(3, 32, 32)
+    boxes = torch.tensor([[8., 16, 24, 30], [8, 16, 24, 29], [2, 2, 6, 6]])
+    output = {'boxes': boxes, 'labels': torch.tensor([1, 2, 3]), 'scores': torch.tensor([0.5, 0.9, 0.2])}
+    sheet = detect_demo.draw_detections([image], [output], [{'boxes': torch.zeros(0, 4)}])
+    colors = {color for _, color in sheet.getcolors(1 << 16)}
+    assert [color in colors for color in detect_demo.COLORS] == [False, True, False]

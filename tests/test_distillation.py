@@ -1,6 +1,8 @@
 """Knowledge distillation: the losses by hand, the teacher, and a run."""
 import math
+import os
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ import nano
 import options
 import train
 from checkpoints import build_teacher
+from datasets import Digits
 from losses import DistillationLoss, Teacher
 
 
@@ -98,3 +101,49 @@ def test_mistakes(capsys, line, words):
     with pytest.raises(SystemExit):
         options.parse_args(line.split())
     assert words in capsys.readouterr().err
+
+
+def few_digits(root, per_class=10):
+    """A folder of the first scanned digits of each class for training, and all of the held-out ones."""
+    for part in ('train', 'val'):
+        digits, count = Digits(part == 'train', 64), {}
+        for image, label in zip(digits.images, digits.targets):
+            count[label] = number = count.get(label, 0) + 1
+            if part == 'val' or number <= per_class:
+                (root / part / str(label)).mkdir(parents=True, exist_ok=True)
+                image.save(root / part / str(label) / f'{number:03d}.png')
+    return root
+
+
+# a hundred images, and crops that often hold little of their digit: the label tells a student less than a teacher does
+SEEDS = os.environ.get('SEEDS', '1 2 3 4 5 6').split()
+KINDS = os.environ.get('KINDS', 'none soft').split()
+STUDENT = (
+    '--model cmt_nano --device cpu --input-size 64 --num-workers 0 --drop-path 0 --no-model-ema --no-repeated-aug '
+    '--aa none --color-jitter 0 --reprob 0 --hflip 0 --mixup 0 --cutmix 0 --warmup-epochs 0 --cooldown-epochs 0 '
+    '--sched-on-updates --test-freq 1000 --test-epoch 1000 --print-freq 1000').split()
+
+
+@pytest.mark.soak
+def test_students_of_a_teacher_are_better(tmp_path):
+    """Students of 100 digits, each with and without a teacher that has seen 1,437: means of six seeds.
+
+    The difference seen, 79.7 to 78.5 %, is smaller than its noise: seeds 4 to 6 alone go the other way. A setting in
+    which a teacher helps beyond doubt is still to be found. SEEDS='1 2 3' and KINDS='none soft hard' choose others;
+    -s prints the figures.
+    """
+    nano.train([*STUDENT, '--data-set', 'DIGITS', '--epochs', 20, '--batch-size', 64, '--lr', 0.04, '--smoothing', 0,
+                '--output-dir', tmp_path / 'teacher'])
+    argv = [*STUDENT, '--data-path', few_digits(tmp_path / 'few'), '--epochs', 60, '--batch-size', 32, '--lr', 0.08]
+    taught = ['--distillation-alpha', 0.95, '--teacher-path', tmp_path / 'teacher' / 'checkpoint_last.pth']
+    mean = {}
+    for kind in KINDS:
+        found = []
+        for seed in SEEDS:
+            out = tmp_path / f'{kind}_{seed}'
+            nano.train([*argv, '--distillation-type', kind, *(taught if kind != 'none' else []),
+                        '--seed', seed, '--output-dir', out])
+            found.append(nano.log(out)[-1]['test_acc1'])
+        mean[kind] = np.mean(found)
+        print(f'{kind}: {mean[kind]:.2f} %, standard deviation {np.std(found, ddof=1):.2f}', found, flush=True)
+    assert mean['soft'] > mean['none']

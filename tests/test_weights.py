@@ -364,3 +364,16 @@ def test_released_files_are_evaluated(released, flags, monkeypatch, ema):
     monkeypatch.setattr(train, 'evaluate', keep_in(seen))
     nano.train([*flags, '--eval', '--resume', path, *([] if ema else ['--no-model-ema'])])
     assert nano.same(dict(seen[0].state_dict()), dict(states[ema]))
+
+
+def test_a_run_that_began_from_a_size_of_no_name(tmp_path):
+    """Its arguments hold the name that stood in for one; all that reads checkpoints goes by the tensors."""
+    tensors = mindcv_tensors(4, (8, 16, 16, 24), (1, 2, 1, 1), (4,) * 4, (8, 4, 2, 1), 32, 3)
+    write_mindspore(tmp_path / 'a.ckpt', tensors)
+    model, info = checkpoints.build_model(None, str(tmp_path / 'a.ckpt'), img_size=64)
+    for saved in info['name'], 'cmt_small':
+        run = {'model': model.state_dict(), 'args': {'model': saved, 'input_size': 64}}
+        again, found = checkpoints.build_model(run, 'run')
+        assert nano.same(again.state_dict(), model.state_dict()) and found['model_args'] == info['model_args']
+    with pytest.raises(ValueError, match='does not fit'):
+        checkpoints.build_model({'model': timm.create_model('cmt_ti', img_size=32).state_dict()}, 'run', 'cmt_xs')
