@@ -22,6 +22,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch._inductor.config
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -188,13 +189,13 @@ class Case:
         return counter.get_total_flops() * self.batch * (3 if self.mode == 'train' else 1)
 
     def compile(self) -> None:
-        options = None
-        if self.mode == 'infer' and self.device.type == 'cpu':
-            options = {'freezing': True}  # packs weights for the CPU's matrix products
         mode = 'reduce-overhead' if self.device.type == 'cuda' and self.mode == 'infer' and self.batch <= 8 else None
-        self.model = torch.compile(self.model, fullgraph=True, mode=mode, options=options)
+        self.model = torch.compile(self.model, fullgraph=True, mode=mode)
         began = time.perf_counter()
-        self.step()
+        # packs weights for the CPU's matrix products; as an option of torch.compile it would come too late, after the
+        # weights have become inputs of the graph
+        with torch._inductor.config.patch(freezing=self.mode == 'infer' and self.device.type == 'cpu'):
+            self.step()
         self.wait()
         self.compile_seconds = time.perf_counter() - began
 
