@@ -319,6 +319,9 @@ def main() -> None:
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         parser.exit(2, f'error: unknown model {unknown[0]}\n')
+    wrong = [size for size in args.sizes or [] if size < 32 or size % 32]
+    if wrong:
+        parser.exit(2, f'error: --sizes {wrong[0]}: sizes are multiples of 32\n')
     if 'cuda' in args.devices and not torch.cuda.is_available():
         parser.exit(2, 'error: --devices cuda: no CUDA device here\n')
 
