@@ -87,7 +87,9 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     """
     if not torch.jit.is_scripting():
         device = x.device.type
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        # autocast does not know meta tensors
+        if device != 'meta' and torch.is_autocast_enabled(device) and \
+                torch.get_autocast_dtype(device) == torch.bfloat16:
             with torch.autocast(device, enabled=False):
                 return F.layer_norm(x.bfloat16(), weight.shape, weight.bfloat16(), bias.bfloat16(), eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -122,14 +124,14 @@ def attend(
 
 @register_notrace_function
 @torch.fx.wrap
-def add_depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def add_depthwise(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """x + DW3x3(x), the identity as a centre tap of the kernel where that is exact: a pass over memory less each way.
 
     Under autocast the tap would round the weights away: bfloat16 has eight bits for 1 + w.
     """
     if not torch.jit.is_scripting():
         wide = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-        if wide and not torch.is_autocast_enabled(x.device.type):
+        if wide and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
             identity = F.pad(weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
             return F.conv2d(x, weight + identity, bias, padding=1, groups=weight.shape[0])
     return x + F.conv2d(x, weight, bias, padding=1, groups=weight.shape[0])
