@@ -77,10 +77,75 @@ def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio
     return x.reshape(heads, height, width, kh, kw).to(bias.dtype)
 
 
+@register_notrace_function  # dtype and device are not known to torch.fx either
+@torch.fx.wrap
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """F.layer_norm over the last dimension that stays in bfloat16 under autocast to it.
+
+    On CUDA autocast would have it return float32, and with it the residual stream, which starts at one. The kernel
+    computes in float32 in either case. float16 is left as it is: its range may be too small for the stream.
+    """
+    if not torch.jit.is_scripting():
+        device = x.device.type
+        # autocast does not know meta tensors
+        if device != 'meta' and torch.is_autocast_enabled(device) and \
+                torch.get_autocast_dtype(device) == torch.bfloat16:
+            with torch.autocast(device, enabled=False):
+                return F.layer_norm(x.bfloat16(), weight.shape, weight.bfloat16(), bias.bfloat16(), eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+@register_notrace_function
+@torch.fx.wrap
+def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Optional[torch.Tensor], scale: float, drop: float,
+        fused: bool) -> torch.Tensor:
+    """Softmax(Q K^T * scale + B) V.
+
+    Args:
+        q: (B, heads, N, d).
+        k, v: (B, heads, N_kv, d).
+        bias: (heads, N, N_kv).
+        scale: of the scores.
+        drop: rate of dropout on attention.
+        fused: use scaled_dot_product_attention, but on CPU, where it is the slower one (docs/performance.md).
+    """
+    if fused and not q.is_cpu:
+        mask = None if bias is None else bias.unsqueeze(0)  # with three dimensions no fused kernel takes it
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=scale)
+    attn = q @ (k * scale).transpose(-2, -1)  # (B, heads, N, N_kv); K is the smaller one to scale
+    if bias is not None:
+        attn = attn + bias.to(attn.dtype)  # a float32 table would make float32 scores under autocast
+    attn = attn.softmax(dim=-1)
+    if drop > 0.:
+        attn = F.dropout(attn, drop)
+    return attn @ v
+
+
+@register_notrace_function
+@torch.fx.wrap
+def add_depthwise(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """x + DW3x3(x), the identity as a centre tap of the kernel where that is exact: a pass over memory less each way.
+
+    Under autocast the tap would round the weights away: bfloat16 has eight bits for 1 + w.
+    """
+    if not torch.jit.is_scripting():
+        wide = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+        if wide and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+            identity = F.pad(weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+            return F.conv2d(x, weight + identity, bias, padding=1, groups=weight.shape[0])
+    return x + F.conv2d(x, weight, bias, padding=1, groups=weight.shape[0])
+
+
 def build_act(name: str) -> nn.GELU:
     if name not in ('gelu', 'gelu_tanh'):
         raise ValueError(f"act_layer {name!r}: 'gelu' or 'gelu_tanh'")
     return nn.GELU(approximate='tanh' if name == 'gelu_tanh' else 'none')
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class Conv1x1(nn.Linear):
@@ -121,7 +186,7 @@ class PatchAggregation(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.proj = nn.Conv2d(in_chs, dim, 2, stride=2, **dd)
-        self.norm = nn.LayerNorm(dim, eps=1e-5 if norm_eps is None else norm_eps, **dd)
+        self.norm = LayerNorm(dim, eps=1e-5 if norm_eps is None else norm_eps, **dd)
 
     def forward(self, x):
         return self.norm(self.proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -135,7 +200,7 @@ class LocalPerceptionUnit(nn.Module):
         self.dw = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x):
-        return x + self.dw(x)
+        return add_depthwise(x, self.dw.weight, self.dw.bias)
 
 
 class SpatialReduction(nn.Module):
@@ -178,15 +243,8 @@ class LMHSA(nn.Module):
         kv = self.kv(self.sr(x)).reshape(B, -1, 2, self.num_heads, self.head_dim)
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N_kv, d) each
 
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=position_bias, dropout_p=self.attn_drop.p if self.training else 0.)
-        else:
-            attn = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, N, N_kv)
-            if position_bias is not None:
-                attn = attn + position_bias
-            attn = self.attn_drop(attn.softmax(dim=-1))
-            x = attn @ v
+        drop = self.attn_drop.p if self.training else 0.
+        x = attend(q, k, v, position_bias, self.scale, drop, self.fused_attn)
         x = x.transpose(1, 2).reshape(B, H, W, C)
         return self.proj_drop(self.proj(x))
 
@@ -211,7 +269,7 @@ class IRFFN(nn.Module):
         # (B, H, W, C) in, (B, C, H, W) out
         x = self.norm1(self.act(self.expand(x)).permute(0, 3, 1, 2))
         x = self.drop(x)
-        x = self.norm2(self.act(x + self.dw(x)))
+        x = self.norm2(self.act(add_depthwise(x, self.dw.weight, self.dw.bias)))
         x = self.norm3(self.project(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return self.drop(x)
 
@@ -284,9 +342,9 @@ class CMTBlock(nn.Module):
         super().__init__()
         eps = 1e-6 if norm_eps is None else norm_eps
         self.lpu = LocalPerceptionUnit(dim, **dd)
-        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.norm1 = LayerNorm(dim, eps=eps, **dd)
         self.lmhsa = LMHSA(dim, num_heads, sr_ratio, qkv_bias, proj_drop, attn_drop, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.norm2 = LayerNorm(dim, eps=eps, **dd)
         self.irffn = IRFFN(dim, int(dim * mlp_ratio), proj_drop, act_layer, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch._inductor.config
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -175,6 +176,7 @@ class Case:
             model.parameters(), lr=1e-6, fused=form != 'reference') if mode == 'train' else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=kind == torch.float16)
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.flops = self.count_flops()
         self.compile_seconds = None
         if form == 'compiled':
@@ -188,13 +190,13 @@ class Case:
         return counter.get_total_flops() * self.batch * (3 if self.mode == 'train' else 1)
 
     def compile(self) -> None:
-        options = None
-        if self.mode == 'infer' and self.device.type == 'cpu':
-            options = {'freezing': True}  # packs weights for the CPU's matrix products
         mode = 'reduce-overhead' if self.device.type == 'cuda' and self.mode == 'infer' and self.batch <= 8 else None
-        self.model = torch.compile(self.model, fullgraph=True, mode=mode, options=options)
+        self.model = torch.compile(self.model, fullgraph=True, mode=mode)
         began = time.perf_counter()
-        self.step()
+        # packs weights for the CPU's matrix products; as an option of torch.compile it would come too late, after the
+        # weights have become inputs of the graph
+        with torch._inductor.config.patch(freezing=self.mode == 'infer' and self.device.type == 'cpu'):
+            self.step()
         self.wait()
         self.compile_seconds = time.perf_counter() - began
 
@@ -216,12 +218,13 @@ class Case:
 
     def time(self, least_seconds: float) -> None:
         """One more figure: steps for at least so long."""
-        steps, began = 0, time.perf_counter()
+        steps, began, cpu_began = 0, time.perf_counter(), time.process_time()
         while steps == 0 or time.perf_counter() - began < least_seconds:
             self.step()
             self.wait()
             steps += 1
         self.seconds.append((time.perf_counter() - began) / steps)
+        self.cpu_seconds.append((time.process_time() - cpu_began) / steps)
 
     def peak_memory(self) -> int | None:
         """Bytes allocated on the device at the most during a step; not known of a CPU."""
@@ -239,7 +242,8 @@ class Case:
             'batch': self.batch, 'size': self.size, 'images_per_s': self.batch / median, 'latency_ms': 1000 * median,
             'images_per_s_min': self.batch / max(self.seconds), 'images_per_s_max': self.batch / min(self.seconds),
             'repeats': len(self.seconds), 'peak_memory_bytes': self.peak_memory(), 'flops': self.flops,
-            'share_of_peak': self.flops / median / peak, 'compile_s': self.compile_seconds,
+            'cpu_ms': 1000 * statistics.median(self.cpu_seconds), 'share_of_peak': self.flops / median / peak,
+            'compile_s': self.compile_seconds,
         }
 
 
@@ -264,13 +268,16 @@ def add_ratios(records: list[dict]) -> None:
             r[key] == record[key] for key in ('model', 'mode', 'device', 'batch', 'size'))]
         same.sort(key=lambda r: r['dtype'] not in ('float16', record['dtype']))
         record['ratio'] = record['images_per_s'] / same[0]['images_per_s'] if same else None
+        # processor time, all threads: what other jobs on the machine disturb less
+        record['cpu_ratio'] = same[0]['cpu_ms'] / record['cpu_ms'] if same and record['device'] == 'cpu' else None
 
 
 def markdown(records: list[dict]) -> str:
     lines = ['| model | mode | device | precision | batch | size | form | images/s (smallest to largest) | ms a step '
-             '| x reference | of peak | memory |', '|---' * 12 + '|']
+             '| x reference (by processor time) | of peak | memory |', '|---' * 12 + '|']
     for r in records:
         ratio = f"{r['ratio']:.2f}" if r['ratio'] else ''
+        ratio += f" ({r['cpu_ratio']:.2f})" if r['cpu_ratio'] else ''
         memory = f"{r['peak_memory_bytes'] / 2 ** 30:.2f} GiB" if r['peak_memory_bytes'] else ''
         lines.append(
             f"| {r['model']} | {r['mode']} | {r['device']} | {r['dtype']} | {r['batch']} | {r['size']} | {r['form']} "
@@ -318,6 +325,9 @@ def main() -> None:
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         parser.exit(2, f'error: unknown model {unknown[0]}\n')
+    wrong = [size for size in args.sizes or [] if size < 32 or size % 32]
+    if wrong:
+        parser.exit(2, f'error: --sizes {wrong[0]}: sizes are multiples of 32\n')
     if 'cuda' in args.devices and not torch.cuda.is_available():
         parser.exit(2, 'error: --devices cuda: no CUDA device here\n')
 
@@ -361,6 +371,7 @@ def main() -> None:
         return
     for r in records:
         ratio = f"  {r['ratio']:.2f} x reference" if r['ratio'] else ''
+        ratio += f" ({r['cpu_ratio']:.2f} by processor time)" if r['cpu_ratio'] else ''
         compiled = f"  compiled in {r['compile_s']:.0f} s" if r['compile_s'] else ''
         print(f"{r['model']:<14} {r['mode']:<6}{r['form']:<10} {r['dtype']:<9} batch {r['batch']:<4} {r['size']} px  "
               f"{r['images_per_s']:9.1f} images/s ({r['images_per_s_min']:.1f} to {r['images_per_s_max']:.1f})"

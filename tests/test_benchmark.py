@@ -36,14 +36,21 @@ def test_ratios_are_against_the_reference_of_the_same_run(tmp_path, monkeypatch,
     for record in result['records']:
         reference = result['records'][0 if record['mode'] == 'infer' else 3]
         assert record['ratio'] == record['images_per_s'] / reference['images_per_s']
+        assert record['cpu_ratio'] == reference['cpu_ms'] / record['cpu_ms']
         assert record['repeats'] == 2
         assert record['images_per_s_min'] <= record['images_per_s'] <= record['images_per_s_max']
     assert capsys.readouterr().out.count('| cmt_ti |') == 5
 
 
-def test_unknown_models_get_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--models', 'cmt_q'])
+@pytest.mark.parametrize('argv, message', [
+    (['--models', 'cmt_q'], 'error: unknown model cmt_q\n'),
+    (['--sizes', '64', '48'], 'error: --sizes 48: sizes are multiples of 32\n'),
+    (['--devices', 'cuda'], 'error: --devices cuda: no CUDA device here\n'),
+])
+def test_mistakes_get_one_line(argv, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *argv])
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == 'error: unknown model cmt_q\n'
+    assert capsys.readouterr().err == message

@@ -21,7 +21,7 @@ def with_statistics(name: str, **kwargs) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize('size', [(32, 32), (64, 96)])
+@pytest.mark.parametrize('size', [(32, 32), (64, 64), (64, 96)])
 @pytest.mark.parametrize('name', ['cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'])
 @torch.no_grad()
 def test_fused_equals_plain(name, size):

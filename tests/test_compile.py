@@ -1,0 +1,128 @@
+"""torch.compile: one graph, compiled once, that computes what the model does; and what train.py --compile writes."""
+import copy
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import cmt
+import nano
+
+MODELS = ['cmt_nano', *(pytest.param(name, marks=pytest.mark.soak) for name in ('cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'))]
+ONE_STAGE = dict(
+    stem_chs=4, embed_dims=(8,), depths=(1,), num_heads=(1,), sr_ratios=(8,), mlp_ratios=(2,), num_features=16)
+
+
+@pytest.fixture(autouse=True)
+def _afresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+@pytest.mark.parametrize('name', MODELS)
+def test_one_graph(name, mode, checkpointing):
+    """No graph break, with all that draws random numbers, and nothing compiled anew for the second batch."""
+    model = timm.create_model(name, img_size=32, drop_path_rate=0.2, proj_drop_rate=0.1).train(mode == 'train')
+    model.set_grad_checkpointing(checkpointing)
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(3):
+        out = compiled(torch.randn(2, 3, 32, 32))
+        if mode == 'train':
+            out.sum().backward()
+            model.zero_grad()
+    assert counter.frame_count == 1
+
+
+def results(model, images, targets, autocast=False):
+    """Logits and gradients of a training-mode step, and logits in eval mode after it, all in float64."""
+    model.train()
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        logits = model(images)
+    F.cross_entropy(logits.to(images.dtype), targets).backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.eval()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        scores = model(images)
+    return [value.detach().double() for value in (logits, gradients, scores)]
+
+
+@pytest.mark.parametrize('name', [
+    None, *(pytest.param(name, marks=pytest.mark.soak) for name in ('cmt_nano', 'cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'))])
+def test_parity(name):
+    """Inductor's float32 against float64 eager; None is a model of one stage, the only one that compiles in seconds."""
+    torch.manual_seed(0)
+    settings = dict(img_size=64, num_classes=10, drop_rate=0.)
+    model = timm.create_model(name, **settings) if name else cmt.CMT(**settings, **ONE_STAGE)
+    images, targets = torch.randn(4, 3, 64, 64), torch.randint(10, (4,))
+    expected = results(copy.deepcopy(model).double(), images.double(), targets)
+    found = results(torch.compile(model, fullgraph=True), images, targets)
+    for a, b in zip(found, expected):
+        assert (a - b).norm() < 1e-4 * b.norm()
+
+
+@pytest.mark.soak
+def test_bfloat16_parity():
+    """Compiled under autocast, as near to float32 as eager is under it (tests/test_precision.py)."""
+    torch.manual_seed(0)
+    model = timm.create_model('cmt_nano', img_size=64, num_classes=10, drop_rate=0.)
+    images, targets = torch.randn(32, 3, 64, 64), torch.randint(10, (32,))
+    expected = results(copy.deepcopy(model), images, targets)
+    found = results(torch.compile(model, fullgraph=True), images, targets, autocast=True)
+    for a, b, tolerance in zip(found, expected, (2e-2, 5e-2, 2e-2)):
+        assert (a - b).norm() < tolerance * b.norm()
+
+
+@pytest.mark.soak
+def test_train_writes_what_it_writes_without(flags, whole, tmp_path):
+    """--compile with EMA, dropout and stochastic depth: the same names in checkpoint and log, and near figures."""
+    nano.finish(nano.start([*flags, '--compile', '--output-dir', tmp_path]), timeout=500)
+    plain, compiled = nano.read(whole), nano.read(tmp_path)
+    for key in ('model', 'model_ema'):
+        assert list(compiled[key]) == list(plain[key])
+    assert [list(line) for line in nano.log(tmp_path)] == [list(line) for line in nano.log(whole)]
+    assert json.loads((tmp_path / 'log.txt').read_text().splitlines()[-1])['epoch'] == 2
+    assert nano.log(tmp_path)[0]['train_loss'] == pytest.approx(nano.log(whole)[0]['train_loss'], rel=0.1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('more', [['--grad-checkpointing'], ['--sync-bn']])
+def test_train_in_two_ranks(flags, tmp_path, more):
+    log = tmp_path / 'out'
+    nano.finish(nano.start([*flags, '--compile', *more, '--output-dir', tmp_path], ranks=2, output=log), timeout=900)
+    assert [line['epoch'] for line in nano.log(tmp_path)] == [0, 1, 2]
+    assert not any(name.startswith(('module.', '_orig_mod.')) for name in nano.read(tmp_path)['model'])
+
+
+@pytest.mark.soak
+def test_a_compiled_run_goes_on_with_the_same_bits(flags, tmp_path):
+    """Stopped after its second epoch and taken up: the same as one that never was."""
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    nano.finish(nano.start([*flags, '--compile', '--output-dir', whole]), timeout=900)
+    (parts).mkdir()
+    nano.finish(nano.start([*flags, '--compile', '--output-dir', parts, '--save-every-steps', 4],
+                           before=stop_in_second_epoch), status=143, timeout=900)
+    nano.finish(nano.start([*flags, '--compile', '--output-dir', parts, '--resume', parts / 'checkpoint_last.pth']),
+                timeout=900)
+    nano.assert_same_run(whole, parts)
+
+
+def stop_in_second_epoch(rank):
+    """The process asks itself to stop at step 3 of epoch 1."""
+    import os
+    import signal
+
+    import engine
+    step = engine.TrainStep.__call__
+
+    def stopping(self, batches, epoch, number, meters):
+        step(self, batches, epoch, number, meters)
+        if (epoch, number) == (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+    engine.TrainStep.__call__ = stopping
