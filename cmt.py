@@ -173,9 +173,10 @@ class Stem(nn.Module):
     def forward(self, x):
         x = check_image_size(x, self.img_size, self.dynamic_img_size)
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.norm1(self.act(self.conv1(x)))
-        x = self.norm2(self.act(self.conv2(x)))
-        x = self.norm3(self.act(self.conv3(x)))
+        # here and below GELU sees maps as (B, H, W, C): the CPU's takes twice as long on the other view
+        x = self.norm1(self.act(self.conv1(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        x = self.norm2(self.act(self.conv2(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        x = self.norm3(self.act(self.conv3(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return x
 
 
@@ -269,7 +270,8 @@ class IRFFN(nn.Module):
         # (B, H, W, C) in, (B, C, H, W) out
         x = self.norm1(self.act(self.expand(x)).permute(0, 3, 1, 2))
         x = self.drop(x)
-        x = self.norm2(self.act(add_depthwise(x, self.dw.weight, self.dw.bias)))
+        x = add_depthwise(x, self.dw.weight, self.dw.bias).permute(0, 2, 3, 1)
+        x = self.norm2(self.act(x).permute(0, 3, 1, 2))
         x = self.norm3(self.project(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return self.drop(x)
 
@@ -302,8 +304,8 @@ class FusedIRFFN(nn.Module):
 
     def forward(self, x):
         x = self.affine(self.act(self.expand(x)).permute(0, 3, 1, 2))
-        x = self.act(self.dw(x))
-        return self.project(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.act(self.dw(x).permute(0, 2, 3, 1))
+        return self.project(x).permute(0, 3, 1, 2)
 
 
 def _scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:

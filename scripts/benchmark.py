@@ -307,6 +307,16 @@ def plot(records: list[dict], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def case_group(text: str) -> tuple[str, str, int, int, list[str]]:
+    name, mode, size, batch, forms = text.split(':')  # argparse tells of a ValueError
+    if mode not in ('infer', 'train') or int(batch) < 1 or not set(forms.split(',')) <= set(FORMS):
+        raise ValueError
+    return name, mode, int(size), int(batch), forms.split(',')
+
+
+case_group.__name__ = 'case'  # what argparse calls it in its line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[1])
     parser.add_argument('--models', nargs='+', default=['cmt_s'], help='CMT models and others of timm')
@@ -316,29 +326,33 @@ def main() -> None:
     parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=DTYPES)
     parser.add_argument('--batches', nargs='+', type=int, default=[8])
     parser.add_argument('--sizes', nargs='+', type=int, help="pixels (default: each model's own)")
+    parser.add_argument('--cases', nargs='+', type=case_group, metavar='MODEL:MODE:SIZE:BATCH:FORM,FORM',
+                        help='these in the place of all combinations of the above, for lines that differ in more')
     parser.add_argument('--repeats', type=int, default=7)
     parser.add_argument('--seconds', type=float, default=1.0, help='at least, of each of the repeats')
     parser.add_argument('--json', metavar='FILE')
     parser.add_argument('--markdown', action='store_true')
     parser.add_argument('--plot', metavar='PNG')
     args = parser.parse_args()
-    unknown = [name for name in args.models if not timm.is_model(name)]
+    groups = [(mode, batch, size, [name], forms) for name, mode, size, batch, forms in args.cases or []] or [
+        (mode, batch, size, args.models, args.forms)
+        for mode, batch, size in itertools.product(args.modes, args.batches, args.sizes or [None])]
+    unknown = [name for group in groups for name in group[3] if not timm.is_model(name)]
     if unknown:
         parser.exit(2, f'error: unknown model {unknown[0]}\n')
-    wrong = [size for size in args.sizes or [] if size < 32 or size % 32]
+    wrong = [size for _, _, size, _, _ in groups if size is not None and (size < 32 or size % 32)]
     if wrong:
-        parser.exit(2, f'error: --sizes {wrong[0]}: sizes are multiples of 32\n')
+        parser.exit(2, f'error: size {wrong[0]}: sizes are multiples of 32\n')
     if 'cuda' in args.devices and not torch.cuda.is_available():
         parser.exit(2, 'error: --devices cuda: no CUDA device here\n')
 
     records = []
-    groups = itertools.product(args.devices, args.modes, args.dtypes, args.batches, args.sizes or [None])
-    for device, mode, dtype, batch, size in groups:
+    for device, dtype, (mode, batch, size, models, forms) in itertools.product(args.devices, args.dtypes, groups):
         device = torch.device(device)
         cases = []
-        for name in args.models:
+        for name in models:
             own = is_own(name)
-            for form in args.forms:
+            for form in forms:
                 if own and (mode, form) != ('train', 'fused') or not own and form in ('eager', 'compiled'):
                     print(f'{name} {mode} {form} {dtype} batch {batch} on {device}', file=sys.stderr, flush=True)
                     cases.append(Case(name, mode, form, device, dtype, batch, size))

@@ -42,9 +42,21 @@ def test_ratios_are_against_the_reference_of_the_same_run(tmp_path, monkeypatch,
     assert capsys.readouterr().out.count('| cmt_ti |') == 5
 
 
+def test_cases_that_have_not_all_in_common(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [
+        'benchmark.py', '--devices', 'cpu', '--repeats', '1', '--seconds', '0', '--json', str(tmp_path / 'b.json'),
+        '--cases', 'cmt_ti:infer:64:3:reference,fused', 'cmt_ti:train:32:2:eager'])
+    benchmark.main()
+    found = [(r['model'], r['mode'], r['size'], r['batch'], r['form'])
+             for r in json.loads((tmp_path / 'b.json').read_text())['records']]
+    assert found == [('cmt_ti', 'infer', 64, 3, 'reference'), ('cmt_ti', 'infer', 64, 3, 'fused'),
+                     ('cmt_ti', 'train', 32, 2, 'eager')]
+
+
 @pytest.mark.parametrize('argv, message', [
+    (['--cases', 'cmt_q:infer:64:2:eager'], 'error: unknown model cmt_q\n'),
     (['--models', 'cmt_q'], 'error: unknown model cmt_q\n'),
-    (['--sizes', '64', '48'], 'error: --sizes 48: sizes are multiples of 32\n'),
+    (['--sizes', '64', '48'], 'error: size 48: sizes are multiples of 32\n'),
     (['--devices', 'cuda'], 'error: --devices cuda: no CUDA device here\n'),
 ])
 def test_mistakes_get_one_line(argv, message, monkeypatch, capsys):

@@ -103,10 +103,10 @@ def test_mistakes(capsys, line, words):
     assert words in capsys.readouterr().err
 
 
-def few_digits(root, per_class=10):
+def few_digits(root, per_class=20):
     """A folder of the first scanned digits of each class for training, and all of the held-out ones."""
     for part in ('train', 'val'):
-        digits, count = Digits(part == 'train', 64), {}
+        digits, count = Digits(part == 'train', 32), {}
         for image, label in zip(digits.images, digits.targets):
             count[label] = number = count.get(label, 0) + 1
             if part == 'val' or number <= per_class:
@@ -115,35 +115,38 @@ def few_digits(root, per_class=10):
     return root
 
 
-# a hundred images, and crops that often hold little of their digit: the label tells a student less than a teacher does
-SEEDS = os.environ.get('SEEDS', '1 2 3 4 5 6').split()
+# mixed images show a student what its few images do not, and a teacher knows what is on them better than their mixed
+# labels do
+SEEDS = os.environ.get('SEEDS', '1 2 3').split()
 KINDS = os.environ.get('KINDS', 'none soft').split()
 STUDENT = (
-    '--model cmt_nano --device cpu --input-size 64 --num-workers 0 --drop-path 0 --no-model-ema --no-repeated-aug '
-    '--aa none --color-jitter 0 --reprob 0 --hflip 0 --mixup 0 --cutmix 0 --warmup-epochs 0 --cooldown-epochs 0 '
-    '--sched-on-updates --test-freq 1000 --test-epoch 1000 --print-freq 1000').split()
+    '--model cmt_nano --device cpu --input-size 32 --batch-size 32 --num-workers 0 --lr 0.064 --drop-path 0 '
+    '--head-drop 0 --no-model-ema --no-repeated-aug --aa none --color-jitter 0 --reprob 0 --hflip 0 --smoothing 0 '
+    '--warmup-epochs 0 --cooldown-epochs 0 --sched-on-updates --test-freq 1000 --test-epoch 1000 '
+    '--print-freq 1000').split()
 
 
 @pytest.mark.soak
 def test_students_of_a_teacher_are_better(tmp_path):
-    """Students of 100 digits, each with and without a teacher that has seen 1,437: means of six seeds.
+    """Students of 200 digits, 100 epochs of mixup and cutmix, each with and without a teacher that has seen 1,437.
 
-    The difference seen, 79.7 to 78.5 %, is smaller than its noise: seeds 4 to 6 alone go the other way. A setting in
-    which a teacher helps beyond doubt is still to be found. SEEDS='1 2 3' and KINDS='none soft hard' choose others;
-    -s prints the figures.
+    SEEDS='4 5 6' and KINDS='none soft hard' choose others; -s prints the figures.
     """
-    nano.train([*STUDENT, '--data-set', 'DIGITS', '--epochs', 20, '--batch-size', 64, '--lr', 0.04, '--smoothing', 0,
+    nano.train([*STUDENT, '--data-set', 'DIGITS', '--mixup', 0, '--cutmix', 0, '--epochs', 30, '--seed', 0,
                 '--output-dir', tmp_path / 'teacher'])
-    argv = [*STUDENT, '--data-path', few_digits(tmp_path / 'few'), '--epochs', 60, '--batch-size', 32, '--lr', 0.08]
-    taught = ['--distillation-alpha', 0.95, '--teacher-path', tmp_path / 'teacher' / 'checkpoint_last.pth']
-    mean = {}
+    print('teacher', nano.log(tmp_path / 'teacher')[-1]['test_acc1'])
+    teacher = ['--teacher-path', tmp_path / 'teacher' / 'checkpoint_last.pth']
+    settings = {
+        'none': [], 'soft': ['--distillation-alpha', 0.9, '--distillation-tau', 3, *teacher],
+        'hard': ['--distillation-alpha', 1, *teacher]}
+    argv, mean = [*STUDENT, '--data-path', few_digits(tmp_path / 'few'), '--epochs', 100], {}
     for kind in KINDS:
         found = []
         for seed in SEEDS:
             out = tmp_path / f'{kind}_{seed}'
-            nano.train([*argv, '--distillation-type', kind, *(taught if kind != 'none' else []),
-                        '--seed', seed, '--output-dir', out])
+            nano.train([*argv, '--distillation-type', kind, *settings[kind], '--seed', seed, '--output-dir', out])
             found.append(nano.log(out)[-1]['test_acc1'])
         mean[kind] = np.mean(found)
         print(f'{kind}: {mean[kind]:.2f} %, standard deviation {np.std(found, ddof=1):.2f}', found, flush=True)
-    assert mean['soft'] > mean['none']
+    for kind in set(KINDS) - {'none'}:
+        assert mean[kind] > mean['none'] + 0.5
