@@ -203,6 +203,9 @@ def _key(name: str) -> str:
     return f'{folder}/{file.split(".", 1)[0]}'
 
 
+BLOCKING = 2 ** 20  # bytes that tar fills up to with zeros at the most, by its usual blocking factors
+
+
 def tar_index(path: Path) -> list[tuple[str, int, int]]:
     """(name, offset, size) of each file in a tar, and in the tars in it, in their order.
 
@@ -262,7 +265,9 @@ def _scan(path: Path, start: int = 0, end: int | None = None, name: str | None =
         except tarfile.TarError as error:
             raise ValueError(f'{name} is no tar, or damaged {where} ({error}): copy it again') from None
         file.seek(at)
-        if at + 512 > end or any(file.read(512)):
+        rest = file.read(min(end - at, BLOCKING + 1))
+        # an interrupted download may leave zeros, which are the end of a tar, in the place of the rest
+        if len(rest) < 512 or any(rest) or len(rest) > BLOCKING:
             raise ValueError(f'{name} is no tar, or damaged {where}, at byte {at - start}: copy it again')
     return members
 

@@ -158,16 +158,19 @@ def damage(data: bytes, kind: str) -> bytes:
     at = headers[len(headers) // 2]
     return {
         'truncated in an image': data[:at + 600], 'truncated in a header': data[:at + 200],
-        'truncated before a header': data[:at], 'zeros': data[:at - 512] + bytes(1024) + data[at + 512:],
+        'truncated before a header': data[:at], 'zeros': data[:at] + bytes(1024) + data[at + 1024:],
+        'a hole': data[:at] + bytes(2 ** 21),
         'a bit': data[:at + 20] + bytes([data[at + 20] ^ 4]) + data[at + 21:], 'empty': b'', 'text': b'no tar ' * 200,
         'compressed': b'\x1f\x8b' + data, 'zip': b'PK\x03\x04' + data}[kind]
 
 
 @pytest.mark.parametrize('kind, words', [
     ('truncated in an image', 'truncated in class_.*, at byte .* copy it again'),
-    ('truncated in a header', 'damaged behind class_.*: copy it again'),
-    ('truncated before a header', 'damaged behind class_.*: copy it again'),
-    ('a bit', 'damaged behind class_.*: copy it again'),
+    ('truncated in a header', 'damaged behind class_.*at byte .*: copy it again'),
+    ('truncated before a header', 'damaged behind class_.*at byte .*: copy it again'),
+    ('a bit', 'damaged behind class_.*at byte .*: copy it again'),
+    ('zeros', 'damaged behind class_.*at byte .*: copy it again'),
+    ('a hole', 'damaged behind class_.*at byte .*: copy it again'),
     ('empty', 'is no tar'), ('text', 'is no tar, or damaged'), ('zip', 'is no tar, or damaged'),
     ('compressed', 'compressed: unpack it')])
 @pytest.mark.parametrize('nested', [False, True])
