@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -182,6 +183,14 @@ def setup_logging(level: int = logging.INFO) -> None:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # macOS has none
+
+
+def processor() -> str:
+    """What the machine calls its processor."""
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def memory_mb(device: torch.device) -> float:

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cmt  # noqa: E402
+import utils  # noqa: E402
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 FORMS = ('reference', 'eager', 'fused', 'compiled')
@@ -366,14 +367,10 @@ def main() -> None:
     add_ratios(records)
 
     if args.json:
-        machine = platform.processor() or platform.machine()
-        cpuinfo = Path('/proc/cpuinfo')
-        if cpuinfo.exists():
-            machine = next((line.split(':')[1].strip() for line in cpuinfo.read_text().splitlines()
-                            if line.startswith('model name')), machine)
         Path(args.json).write_text(json.dumps({
             'command': 'python scripts/benchmark.py ' + shlex.join(sys.argv[1:]),
-            'date': datetime.date.today().isoformat(), 'processor': machine, 'threads': torch.get_num_threads(),
+            'date': datetime.date.today().isoformat(), 'processor': utils.processor(),
+            'threads': torch.get_num_threads(),
             'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__},
             'records': records,

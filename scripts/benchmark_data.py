@@ -3,19 +3,19 @@
 Images per second of the training loader under the published augmentation, in all, a core and stage by stage, up to the
 normalised float batch on the device.
 
-Both loaders take turns, round by round, so that a machine that slows down slows both; figures are medians. A core's
-figure is images per second of processor time, which other jobs of the machine do not count in.
+Both loaders take turns, batch by batch, so that a machine that slows down slows both; figures are medians of epochs. A
+core's figure is images per second of processor time, which other jobs of the machine do not count in.
 """
 import argparse
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -83,19 +83,23 @@ class Case:
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
 
-    def run(self, epoch: int) -> None:
-        """One more figure: an epoch."""
+    def run(self, epoch: int) -> Iterator[None]:
+        """One more figure: an epoch, yielding at each batch."""
         self.sampler.set_position(epoch)
-        images, began, busy = 0, time.perf_counter(), time.process_time()
-        for step, batch in enumerate(self.batches):
+        images, seconds, busy, batches = 0, 0., 0., iter(self.batches)
+        for step in range(len(self.batches)):
+            began, used = time.perf_counter(), time.process_time()
+            batch = next(batches)
             random_seed(step)
             self.prepare(*batch)
+            self.wait()
+            seconds += time.perf_counter() - began
+            busy += time.process_time() - used
             images += len(batch[1])
-        self.wait()
-        rate = images / (time.perf_counter() - began)
-        self.per_s.append(rate)
-        self.per_s_per_core.append(
-            rate / min(self.workers, utils.cores()) if self.workers else images / (time.process_time() - busy))
+            yield
+        self.per_s.append(images / seconds)
+        cores = min(self.workers, utils.cores())
+        self.per_s_per_core.append(images / seconds / cores if cores else images / busy)
 
     def run_stages(self, epoch: int) -> None:
         """Milliseconds of processor time an image of each stage, over one epoch in this process."""
@@ -161,6 +165,12 @@ class Clock:
         now = time.process_time()
         self.spent[stage] += now - self.began
         self.began = now
+
+
+def turns(cases: list[Case]) -> list[list[Case]]:
+    """Cases that take turns batch by batch: those without workers, which would go on while it is another's turn."""
+    groups = [[case for case in cases if not case.workers], *([case] for case in cases if case.workers)]
+    return [group for group in groups if group]
 
 
 def add_ratios(records: list[dict], cases: list[Case]) -> None:
@@ -262,11 +272,15 @@ def main() -> None:
         except ValueError as error:
             parser.error(str(error))
         for round_ in range(-1, args.repeats):
-            for case in cases:
-                case.run(round_ + 1)
-                if args.stages and case.workers == 0:
-                    case.run_stages(round_ + 1)
-                if round_ < 0:  # caches fill, workers start
+            for group in turns(cases):
+                running = [case.run(round_ + 1) for case in group]
+                while running:  # a batch each
+                    running = [run for run in running if next(run, run) is None]
+                for case in group:
+                    if args.stages and not case.workers:
+                        case.run_stages(round_ + 1)
+            if round_ < 0:  # caches fill, workers start
+                for case in cases:
                     case.forget()
         records = [case.record() for case in cases]
         add_ratios(records, cases)
@@ -283,7 +297,7 @@ def main() -> None:
                       f"{r['size']} px")
     if args.json:
         report = {
-            'command': f'python {shlex.join(sys.argv)}', 'machine': platform.processor() or platform.machine(),
+            'command': f'python {shlex.join(sys.argv)}', 'processor': utils.processor(),
             'cores': utils.cores(), 'device': torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu',
             'load': os.getloadavg(),
             'versions': {name: version(name) for name in (
