@@ -244,7 +244,7 @@ class Case:
             'images_per_s_min': self.batch / max(self.seconds), 'images_per_s_max': self.batch / min(self.seconds),
             'repeats': len(self.seconds), 'peak_memory_bytes': self.peak_memory(), 'flops': self.flops,
             'cpu_ms': 1000 * statistics.median(self.cpu_seconds), 'share_of_peak': self.flops / median / peak,
-            'compile_s': self.compile_seconds,
+            'compile_s': self.compile_seconds, 'seconds': self.seconds, 'cpu_seconds': self.cpu_seconds,
         }
 
 
@@ -263,14 +263,20 @@ def peak_flops(device: torch.device, dtype: str) -> float:
 
 
 def add_ratios(records: list[dict]) -> None:
-    """Against the reference form of the same model: in float32, and in float16 where CUDA trains in bfloat16."""
+    """Against the reference form of the same model: in float32, and in float16 where CUDA trains in bfloat16.
+
+    Medians of the rounds' ratios: what slows a round down slows both.
+    """
     for record in records:
         same = [r for r in records if r['form'] == 'reference' and all(
             r[key] == record[key] for key in ('model', 'mode', 'device', 'batch', 'size'))]
         same.sort(key=lambda r: r['dtype'] not in ('float16', record['dtype']))
-        record['ratio'] = record['images_per_s'] / same[0]['images_per_s'] if same else None
+
+        def ratio(key, record=record, same=same):
+            return statistics.median(a / b for a, b in zip(same[0][key], record[key])) if same else None
+        record['ratio'] = ratio('seconds')
         # processor time, all threads: what other jobs on the machine disturb less
-        record['cpu_ratio'] = same[0]['cpu_ms'] / record['cpu_ms'] if same and record['device'] == 'cpu' else None
+        record['cpu_ratio'] = ratio('cpu_seconds') if record['device'] == 'cpu' else None
 
 
 def markdown(records: list[dict]) -> str:
