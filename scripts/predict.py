@@ -28,11 +28,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402, F401
 from checkpoints import build_model, replacing  # noqa: E402
-from datasets import IMG_EXTENSIONS, build_transform, default_loader  # noqa: E402
+from datasets import build_transform  # noqa: E402
 
 SHEET = 120  # images on a sheet at most
 
