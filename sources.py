@@ -2,11 +2,9 @@
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
-import struct
 import tarfile
 import tempfile
 import zipfile
@@ -242,8 +240,6 @@ def _scan(path: Path, start: int = 0, end: int | None = None, name: str | None =
     end = path.stat().st_size if end is None else end
     members, where = [], 'at its start'
     with open(path, 'rb') as file:
-        if file.read(6)[:2] in (b'\x1f\x8b', b'BZ', b'\xfd7', b'\x28\xb5') and not start:
-            raise ValueError(f'{path} is compressed: unpack it to a plain .tar, whose images can be read in place')
         file.seek(start)
         try:
             with tarfile.open(fileobj=file, mode='r:') as tar:
@@ -263,12 +259,16 @@ def _scan(path: Path, start: int = 0, end: int | None = None, name: str | None =
                     where = f'behind {member.name}'
                 at = tar.offset
         except tarfile.TarError as error:
-            raise ValueError(f'{name} is no tar, or damaged {where} ({error}): copy it again') from None
-        file.seek(at)
-        rest = file.read(min(end - at, BLOCKING + 1))
+            rest, reason = b'', str(error)
+        else:
+            file.seek(at)
+            rest, reason = file.read(min(end - at, BLOCKING + 1)), f'at byte {at - start}'
         # an interrupted download may leave zeros, which are the end of a tar, in the place of the rest
         if len(rest) < 512 or any(rest) or len(rest) > BLOCKING:
-            raise ValueError(f'{name} is no tar, or damaged {where}, at byte {at - start}: copy it again')
+            file.seek(start)
+            if file.read(6).startswith((b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd')) and not members:
+                raise ValueError(f'{name} is compressed: unpack it to a plain .tar, whose images can be read in place')
+            raise ValueError(f'{name} is no tar, or damaged {where} ({reason}): copy it again')
     return members
 
 
@@ -340,7 +340,6 @@ class Cache:
         self.folder = folder
         self.limit = limit
         self.full = False
-        folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, index: int, read: Callable[[int], bytes]) -> bytes:
         path = self.folder / str(index // 1000) / str(index)
@@ -359,18 +358,25 @@ class Cache:
 
     def _keep(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
+            temporary.write(data)
         with open(self.folder / 'bytes', 'a+b') as counter:
             fcntl.flock(counter, fcntl.LOCK_EX)
             counter.seek(0)
-            used = struct.unpack('q', counter.read(8) or bytes(8))[0] + len(data)
-            if used > self.limit:
-                self.full = True
+            used = int(counter.read() or 0) + len(data)
+            if used > self.limit or path.exists():  # another process may have kept it since
+                self.full = used > self.limit
+                os.unlink(temporary.name)
                 return
+            os.replace(temporary.name, path)
             counter.truncate(0)
-            counter.write(struct.pack('q', used))
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
-            temporary.write(data)
-        os.replace(temporary.name, path)
+            counter.write(b'%d' % used)
+
+    def used(self) -> int:
+        """Bytes that lie there."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.folder / 'bytes').read_bytes())
+        return 0
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -394,10 +400,10 @@ def open_cache(kind: str, folder: str | None, size: int | None, dataset: Encoded
     root = Path(folder or ('/dev/shm' if kind == 'ram' else Path.home() / '.cache' / 'cmt'))
     if kind == 'ram' and not folder and not root.is_dir():
         raise ValueError('--cache ram needs /dev/shm: give a folder in memory by --cache-dir')
-    first, last = dataset.samples[0][0], dataset.samples[-1][0]
-    name = hashlib.sha256(json.dumps([first, last, len(dataset)]).encode()).hexdigest()[:16]
+    # by the names of all samples, since files are kept by their index
+    name = hashlib.sha256(dataset.samples.names + dataset.samples.ends.tobytes()).hexdigest()[:16]
     cache = Cache(root / f'cmt-cache-{name}', 0)
-    free = shutil.disk_usage(root).free + sum(f.stat().st_size for f in cache.folder.rglob('*') if f.is_file())
+    free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free + cache.used()
     if size is not None and size > free:
         raise ValueError(f'--cache-size {size / 2 ** 30:.1f}G: {root} has {free / 2 ** 30:.1f}G free')
     cache.limit = free // 2 if size is None else size
