@@ -134,7 +134,9 @@ class Reference(nn.Module):
             x, height, width = getattr(self, f'patch_embed_{name}')(x)
             for block in getattr(self, f'blocks_{name}'):
                 x = block(x, height, width, getattr(self, f'relative_pos_{name}'))
-            x = x.transpose(1, 2).reshape(len(x), -1, height, width)
+            x = x.transpose(1, 2).reshape(len(x), -1, height, width)  # channels-last memory, as all in the blocks
+            if name != 'd':  # the authors go back to the default format between stages
+                x = x.contiguous()
         x = self._swish(self._bn(self._fc(x)))
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
