@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.utils import dispatch_clip_grad, random_seed
 
+from precision import ApexScaler, NativeScaler
 from utils import Progress, get_rank, get_world_size, reduce_
 
 OVERFLOWS_IN_A_ROW = 50  # a loss scale halved so many times in a row is a fault, not a scale to be found
@@ -56,56 +57,16 @@ class Prepare:
             images, targets = self.mixup(images, targets)
         return images, targets
 
-
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         B, C, H, W = images.shape
-        rows = images.permute(0, 2, 3, 1)
-        if not rows.is_contiguous() or C != len(self.mean):
-            return images.to(torch.float32, memory_format=torch.channels_last).sub_(
-                self.mean.view(-1, 1, 1)).div_(self.std.view(-1, 1, 1))
         # a row of W pixels at a time: over the channels of each pixel, the innermost loop would have three steps
-        rows, mean, std = rows.reshape(B, H, W * C), self.mean.repeat(W), self.std.repeat(W)
+        rows = images.permute(0, 2, 3, 1).reshape(B, H, W * C)
+        mean, std = self.mean.repeat(W), self.std.repeat(W)
         out = torch.empty_like(rows, dtype=torch.float32)
         # a CPU takes image by image: its cache holds one
         for source, result in zip(rows, out) if images.device.type == 'cpu' else [(rows, out)]:
             result.copy_(source).sub_(mean).div_(std)
         return out.view(B, H, W, C).permute(0, 3, 1, 2)
-
-
-class NativeScaler(torch.amp.GradScaler):
-    """torch's loss scaling, for float16; disabled, it passes everything through."""
-
-    def backward(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, last: bool) -> None:
-        self.scale(loss).backward()
-
-    def parameters(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-        return [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-
-    @property
-    def scales(self) -> bool:
-        """Whether gradients that overflow are left out by the scale's own doing."""
-        return self.is_enabled()
-
-
-class ApexScaler(NativeScaler):
-    """apex.amp's loss scaling: it unscales when scale_loss's context ends, and patches the optimizer to leave out steps
-    that overflowed. timm's ApexScaler unscales, clips and steps in one call, which leaves no room between.
-    """
-    scales = True
-
-    def __init__(self, amp):
-        super().__init__(enabled=False)
-        self.amp = amp
-
-    def backward(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, last: bool) -> None:
-        with self.amp.scale_loss(loss, optimizer, **({} if last else {'delay_unscale': True})) as scaled:
-            scaled.backward()
-
-    def state_dict(self) -> dict:
-        return self.amp.state_dict()
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.amp.load_state_dict(state_dict)
 
 
 class Meters:

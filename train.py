@@ -33,9 +33,7 @@ import sources
 import utils
 from datasets import build_dataset, build_loader, build_transform, open_cache
 from engine import (
-    ApexScaler,
     Meters,
-    NativeScaler,
     Prepare,
     TrainingFault,
     TrainStep,
@@ -46,6 +44,7 @@ from engine import (
 )
 from losses import DistillationLoss, Teacher, build_criterion
 from options import parse_args
+from precision import ApexScaler, NativeScaler, find_apex, resolve_dtype
 from samplers import TrainSampler
 from transforms import HAS_FAST
 from utils import Progress, UsageError, usage_errors
@@ -132,21 +131,6 @@ def position_schedule(scheduler, epoch: int, updates: int) -> None:
         scheduler.step(epoch - 1)
     elif not scheduler.t_in_epochs and updates > 0:
         scheduler.step_update(updates)
-
-
-def find_apex():
-    """apex.amp where NVIDIA's apex is installed and still has it, else None. (PyPI's apex is something else.)"""
-    try:
-        from apex import amp
-    except Exception:  # whatever an unrelated package of that name does when imported
-        return None
-    return amp if hasattr(amp, 'initialize') and hasattr(amp, 'scale_loss') else None
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == 'auto':
-        name = 'float32' if device.type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
-    return getattr(torch, name)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:

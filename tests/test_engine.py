@@ -17,8 +17,9 @@ from timm.utils.agc import adaptive_clip_grad
 
 import engine
 import nano
-from engine import Meters, NativeScaler, Prepare, TrainingFault, TrainStep, check_faults, evaluate, train_one_epoch
+from engine import Meters, Prepare, TrainingFault, TrainStep, check_faults, evaluate, train_one_epoch
 from losses import build_criterion
+from precision import NativeScaler
 from utils import Progress
 
 CPU = torch.device('cpu')
@@ -83,6 +84,8 @@ def test_prepare_normalises_into_channels_last():
     mean, std = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.6, 0.7]]).view(2, 3, 1, 1)
     expected = (images / 255 - mean) / std
     assert torch.allclose(out, expected, atol=1e-5) and out.is_contiguous(memory_format=torch.channels_last)
+    as_loaded = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(Prepare(CPU, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))(as_loaded, targets)[0], out)
 
 
 # the step
