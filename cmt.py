@@ -29,13 +29,34 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['CMT', 'checkpoint_filter_fn', 'to_released']
+__all__ = ['CMT', 'checkpoint_filter_fn', 'to_released', 'use_kernels']
 
 # The released checkpoints hold their training arguments; this lets torch.load(weights_only=True), and with it
 # timm's pretrained=True, read them. A Namespace only carries attributes: unpickling one runs nothing.
 torch.serialization.add_safe_globals([argparse.Namespace])
 
 STRIDE = 32  # of the last stage: stem 2, four patch aggregations 2 each
+_kernels = None  # the module kernels, from use_kernels() on
+
+
+def use_kernels(enable: bool = True) -> None:
+    """Let all CMT models of this process use the Triton kernels of kernels.py, where their tensors are on CUDA.
+
+    Off until called, for they have not been measured on a GPU yet (docs/performance.md).
+
+    Raises:
+        ValueError: no kernels.py, which pip does not install, or no Triton.
+    """
+    global _kernels
+    _kernels = None
+    if enable:
+        try:
+            import kernels
+        except ImportError as error:
+            raise ValueError(f'the Triton kernels need Triton ({error})') from None
+        if not hasattr(kernels, 'add_depthwise'):
+            raise ValueError(f'{kernels.__file__} is another package: the Triton kernels need kernels.py beside cmt.py')
+        _kernels = kernels
 
 
 @register_notrace_function  # a branch on a shape breaks torch.fx; as one opaque call it is checked in traced models too
@@ -110,6 +131,9 @@ def attend(
         drop: rate of dropout on attention.
         fused: use scaled_dot_product_attention, but on CPU, where it is the slower one (docs/performance.md).
     """
+    if not torch.jit.is_scripting():
+        if _kernels is not None and fused and drop == 0. and _kernels.attends(q, k, v):
+            return _kernels.attention(q, k, v, bias, scale)
     if fused and not q.is_cpu:
         mask = None if bias is None else bias.unsqueeze(0)  # with three dimensions no fused kernel takes it
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=scale)
@@ -131,6 +155,8 @@ def add_depthwise(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Te
     """
     # a trace, of which FLOPs are counted, shows the model's own operations
     if not (torch.jit.is_scripting() or torch.jit.is_tracing()):
+        if _kernels is not None and _kernels.takes(x):
+            return _kernels.add_depthwise(x, weight, bias)
         wide = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
         if wide and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
             identity = F.pad(weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
@@ -290,6 +316,19 @@ class Affine(nn.Module):
         return torch.addcmul(self.shift, x, self.scale)
 
 
+@register_notrace_function
+@torch.fx.wrap
+def affine_depthwise_act(
+        x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor],
+        approximate: str) -> torch.Tensor:
+    """GELU(DW3x3(x * scale + shift))."""
+    if not (torch.jit.is_scripting() or torch.jit.is_tracing()):
+        if _kernels is not None and approximate == 'none' and _kernels.takes(x) and not x.requires_grad:
+            return _kernels.affine_depthwise_gelu(x, scale, shift, weight, bias)
+    x = F.conv2d(torch.addcmul(shift, x, scale), weight, bias, padding=1, groups=weight.shape[0])
+    return F.gelu(x.permute(0, 2, 3, 1), approximate=approximate).permute(0, 3, 1, 2)
+
+
 class FusedIRFFN(nn.Module):
     """An IRFFN in inference form. Its first BatchNorm stays, as an affine map: the zeros that pad the 3x3 convolution
     come after it, so that its shift could only go into that convolution with another bias at each border.
@@ -304,9 +343,10 @@ class FusedIRFFN(nn.Module):
         _fold_after(self.project, irffn.norm3)
 
     def forward(self, x):
-        x = self.affine(self.act(self.expand(x)).permute(0, 3, 1, 2))
-        x = self.act(self.dw(x).permute(0, 2, 3, 1))
-        return self.project(x).permute(0, 3, 1, 2)
+        x = self.act(self.expand(x)).permute(0, 3, 1, 2)
+        x = affine_depthwise_act(
+            x, self.affine.scale, self.affine.shift, self.dw.weight, self.dw.bias, self.act.approximate)
+        return self.project(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:

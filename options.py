@@ -147,6 +147,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--drop-path', type=share, default=0.1)
     g.add_argument('--grad-checkpointing', action=toggle, default=False)
     g.add_argument('--compile', action=toggle, default=False, help='torch.compile')
+    g.add_argument('--kernels', action=toggle, default=False,
+                   help='Triton kernels for CUDA (kernels.py); not measured on a GPU yet')
     g.add_argument('--sync-bn', action=toggle, default=False)
     g.add_argument('--dist-bn', default='broadcast', choices=('broadcast', 'reduce'),
                    help="BatchNorm statistics before evaluation: the first rank's, or the mean (with which a run "

@@ -168,6 +168,9 @@ def main(args: argparse.Namespace) -> None:
     with usage_errors():
         if args.world_size not in (None, 1, world_size):
             raise ValueError(f'--world-size {args.world_size}, but the launcher started {world_size}')
+        if args.kernels and device.type != 'cuda':
+            raise ValueError(f'--kernels needs CUDA, and this is --device {device.type}')
+        cmt.use_kernels(args.kernels)
         utils.check_trackers(args.log_tensorboard, args.log_wandb)
         if is_training and output_dir:
             checkpoints.check_output_dir(

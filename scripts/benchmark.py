@@ -4,7 +4,8 @@ Images per second, latency, memory and share of the machine's peak of CMT in sev
 
 Forms: `reference` is the authors' arithmetic operation by operation (NCHW convolutions for every 1x1, BatchNorm apart,
 explicit attention matrix, K and V apart, default memory format); `eager` is the model as it stands; `fused` its
-inference form, CMT.fuse(); `compiled` is torch.compile of the fused form for inference and of the model for training.
+inference form, CMT.fuse(); `compiled` is torch.compile of the fused form for inference and of the model for training;
+`kernels` is the same on the Triton kernels of kernels.py, on CUDA only.
 All cases take turns, round by round, so that a machine that slows down slows all of them; figures are medians.
 """
 import argparse
@@ -32,7 +33,7 @@ import cmt  # noqa: E402
 import utils  # noqa: E402
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-FORMS = ('reference', 'eager', 'fused', 'compiled')
+FORMS = ('reference', 'eager', 'fused', 'compiled', 'kernels')
 # ImageNet-1k top-1 (%) at 224 px, or the size named, as published in each model's paper
 TOP1 = {
     'cmt_ti': 79.2, 'cmt_xs': 81.8, 'cmt_s': 83.5, 'cmt_b': 84.5, 'convnext_tiny': 82.1,
@@ -160,7 +161,7 @@ class Case:
         if form == 'reference':
             model = Reference(model)
         model = model.to(device).train(mode == 'train')
-        if mode == 'infer' and own and form in ('fused', 'compiled'):
+        if mode == 'infer' and own and form in ('fused', 'compiled', 'kernels'):
             model = model.fuse()
         if not own:  # peers in the memory format that suits convolutions
             model = model.to(memory_format=torch.channels_last)
@@ -182,11 +183,12 @@ class Case:
         self.cpu_seconds: list[float] = []
         self.flops = self.count_flops()
         self.compile_seconds = None
-        if form == 'compiled':
+        if form in ('compiled', 'kernels'):
             self.compile()
 
     def count_flops(self) -> int:
-        """Floating-point operations of a step, by torch's counter on one image."""
+        """Floating-point operations of a step, by torch's counter on one image; it does not look into kernels."""
+        cmt.use_kernels(False)
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
         with FlopCounterMode(display=False) as counter, torch.no_grad(), self.autocast():
             model(self.images[:1])
@@ -204,8 +206,10 @@ class Case:
         self.compile_seconds = time.perf_counter() - began
 
     def step(self) -> None:
+        if is_own(self.name):
+            cmt.use_kernels(self.form == 'kernels')
         if self.mode == 'infer':
-            with torch.inference_mode(self.form != 'compiled'), torch.no_grad(), self.autocast():
+            with torch.inference_mode(self.form not in ('compiled', 'kernels')), torch.no_grad(), self.autocast():
                 self.model(self.images)
             return
         with self.autocast():
@@ -352,6 +356,8 @@ def main() -> None:
     wrong = [size for _, _, size, _, _ in groups if size is not None and (size < 32 or size % 32)]
     if wrong:
         parser.exit(2, f'error: size {wrong[0]}: sizes are multiples of 32\n')
+    if 'cpu' in args.devices and any('kernels' in group[4] for group in groups):
+        parser.exit(2, 'error: the form kernels is for --devices cuda\n')
     if 'cuda' in args.devices and not torch.cuda.is_available():
         parser.exit(2, 'error: --devices cuda: no CUDA device here\n')
 

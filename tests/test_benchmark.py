@@ -58,6 +58,7 @@ def test_cases_that_have_not_all_in_common(tmp_path, monkeypatch):
     (['--cases', 'cmt_q:infer:64:2:eager'], 'error: unknown model cmt_q\n'),
     (['--models', 'cmt_q'], 'error: unknown model cmt_q\n'),
     (['--sizes', '64', '48'], 'error: size 48: sizes are multiples of 32\n'),
+    (['--devices', 'cpu', '--forms', 'eager', 'kernels'], 'error: the form kernels is for --devices cuda\n'),
     (['--devices', 'cuda'], 'error: --devices cuda: no CUDA device here\n'),
 ])
 def test_mistakes_get_one_line(argv, message, monkeypatch, capsys):
