@@ -21,7 +21,8 @@ def takes(x: torch.Tensor) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # depthwise 3x3. cuDNN's takes several passes in bfloat16, and the identity as a centre tap can't be told from 1 there:
-# here weights and the identity are float32. A program works on BLOCK_W pixels of a row and BLOCK_C channels.
+# here weights that come in float32, and the identity, stay so. A program works on BLOCK_W pixels of a row and BLOCK_C
+# channels.
 
 @triton.jit
 def _pixels(x, row, h, w, H, W, c, C):
@@ -115,9 +116,11 @@ def _depthwise(
     x = x.contiguous(memory_format=torch.channels_last)
     out, blocks = torch.empty_like(x), _blocks(W, C)
     grid = (B * H * triton.cdiv(W, blocks['BLOCK_W']), triton.cdiv(C, blocks['BLOCK_C']))
-    _depthwise_forward[grid](
-        x, weight.contiguous(), bias, scale, shift, out, H, W, C, IDENTITY=identity, BIAS=bias is not None,
-        AFFINE=scale is not None, GELU=gelu, **blocks)
+    bias, scale, shift = (t if t is None else t.contiguous() for t in (bias, scale, shift))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _depthwise_forward[grid](
+            x, weight.contiguous(), bias, scale, shift, out, H, W, C, IDENTITY=identity, BIAS=bias is not None,
+            AFFINE=scale is not None, GELU=gelu, **blocks)
     return out
 
 
@@ -135,8 +138,9 @@ def _depthwise_gradients(
     grad_x, blocks, rows = torch.empty_like(x), _blocks(W, C), 16
     programs = triton.cdiv(B * H, rows)
     sums = x.new_empty(programs, 10, C, dtype=torch.float32)
-    _depthwise_backward[programs, triton.cdiv(C, blocks['BLOCK_C'])](
-        grad, x, weight.contiguous(), grad_x, sums, B * H, H, W, C, ROWS=rows, **blocks)
+    with torch.cuda.device_of(x):
+        _depthwise_backward[programs, triton.cdiv(C, blocks['BLOCK_C'])](
+            grad, x, weight.contiguous(), grad_x, sums, B * H, H, W, C, ROWS=rows, **blocks)
     return grad_x, sums.sum(0)
 
 
@@ -203,8 +207,8 @@ def _probabilities(q, k, bias, first, N, M, scale, BIAS: tl.constexpr, BLOCK_N: 
 def _attention_forward(
         q, k, v, bias, out, q_batch, q_head, q_row, k_batch, k_head, k_row, out_batch, out_head, out_row, heads, N, M,
         D, scale, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    first = tl.program_id(0) * BLOCK_N
-    b, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    first = tl.program_id(1) * BLOCK_N
+    b, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     queries = _tile(q + b * q_batch + head * q_head, q_row, first, N, D, BLOCK_N, BLOCK_D)
     keys = _tile(k + b * k_batch + head * k_head, k_row, 0, M, D, BLOCK_M, BLOCK_D)
     values = _tile(v + b * k_batch + head * k_head, k_row, 0, M, D, BLOCK_M, BLOCK_D)
@@ -290,6 +294,11 @@ def _launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
     return q, k, v, (*q.stride()[:3], *k.stride()[:3]), blocks
 
 
+def _keys_options(width: int) -> dict:
+    # loads ahead of a loop that holds so much would not fit into shared memory, and wide heads not into registers
+    return dict(num_stages=1, num_warps=8 if width > 64 else 4)
+
+
 def _like_tokens(q: torch.Tensor) -> torch.Tensor:
     """(B, heads, N, d) in the memory of (B, N, heads, d), which a linear layer takes as it is."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
@@ -301,9 +310,10 @@ def _attention(
     (B, heads, N, D), M = q.shape, k.shape[2]
     q, k, v, strides, blocks = _launch(q, k, v)
     out = _like_tokens(q)
-    _attention_forward[triton.cdiv(N, blocks['BLOCK_N']), B * heads](
-        q, k, v, q if bias is None else bias.contiguous(), out, *strides, *out.stride()[:3], heads, N, M, D, scale,
-        BIAS=bias is not None, **blocks)
+    with torch.cuda.device_of(q):
+        _attention_forward[B * heads, triton.cdiv(N, blocks['BLOCK_N'])](
+            q, k, v, q if bias is None else bias.contiguous(), out, *strides, *out.stride()[:3], heads, N, M, D, scale,
+            BIAS=bias is not None, **blocks)
     return out
 
 
@@ -325,12 +335,13 @@ def _attention_gradients(
     chunk = max(1, B * heads * tiles // PROGRAMS)
     chunks = triton.cdiv(B, chunk)
     grad_bias = q.new_empty((chunks, heads, N, M) if bias is not None else (0,), dtype=torch.float32)
-    _attention_backward_queries[tiles, heads, chunks](
-        grad, q, k, v, table, grad_q, grad_bias, *grad.stride()[:3], *strides, *grad_q.stride()[:3], B, heads, N, M, D,
-        scale, chunk, BIAS=bias is not None, **blocks)
-    _attention_backward_keys[(B * heads,)](
-        grad, q, k, v, table, grad_k, grad_v, *grad.stride()[:3], *strides, heads, N, M, D, scale,
-        BIAS=bias is not None, **blocks)
+    with torch.cuda.device_of(q):
+        _attention_backward_queries[tiles, heads, chunks](
+            grad, q, k, v, table, grad_q, grad_bias, *grad.stride()[:3], *strides, *grad_q.stride()[:3], B, heads, N, M,
+            D, scale, chunk, BIAS=bias is not None, **blocks)
+        _attention_backward_keys[(B * heads,)](
+            grad, q, k, v, table, grad_k, grad_v, *grad.stride()[:3], *strides, heads, N, M, D, scale,
+            BIAS=bias is not None, **blocks, **_keys_options(blocks['BLOCK_D']))
     return grad_q, grad_k, grad_v, grad_bias.sum(0).to(table.dtype) if bias is not None else grad_bias
 
 

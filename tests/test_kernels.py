@@ -9,10 +9,16 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from packaging.version import Version
 
 import cmt
 
-kernels = pytest.importorskip('kernels')  # needs Triton, which torch installs on Linux alone
+triton = pytest.importorskip('triton')  # torch installs it on Linux alone
+import kernels  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    kernels.INTERPRETED and Version(triton.__version__) < Version('3.9'),
+    reason="this Triton's interpreter can't loop with NumPy 2.4")
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 HALF = torch.bfloat16 if DEVICE == 'cuda' else torch.float16  # the interpreter's matrix products take no bfloat16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative, of norms
@@ -123,37 +129,42 @@ def counted(monkeypatch):
 @pytest.mark.parametrize('form', [
     'eager', 'fused', 'autocast', pytest.param('compiled', marks=pytest.mark.soak)])
 def test_a_model_on_kernels_computes_what_it_does_without(form, switched_on, monkeypatch):
+    """In 16 bits, what it computes is as near to float32's result as without them."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     model = timm.create_model('cmt_nano', img_size=32, num_classes=10, drop_rate=0.).to(DEVICE)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
+    model.eval()  # BatchNorm over two pixels would magnify what is rounded
     images, targets = torch.randn(2, 3, 32, 32, device=DEVICE), torch.randint(10, (2,), device=DEVICE)
-    results = []
-    for on in (False, True):
+
+    def results(on, half):
         cmt.use_kernels(on)
         calls = counted(monkeypatch) if on else []
-        if form == 'fused':
-            with torch.no_grad(), torch.autocast(DEVICE, HALF):
-                results.append([model.fuse()(images)])
-            continue
-        model.zero_grad()
-        model.eval()  # BatchNorm over two pixels would magnify what is rounded
-        run = torch.compile(model, fullgraph=True, backend='aot_eager') if form == 'compiled' else model
-        with torch.autocast(DEVICE, HALF, enabled=form != 'eager'):
+        with torch.autocast(DEVICE, HALF, enabled=half):
+            if form == 'fused':
+                with torch.no_grad():
+                    return model.fuse()(images), None, calls
+            model.zero_grad()
+            run = torch.compile(model, fullgraph=True, backend='aot_eager') if form == 'compiled' else model
             logits = run(images)
         F.cross_entropy(logits.float(), targets).backward()
-        results.append([logits, *(p.grad.clone() for p in model.parameters() if p.grad.norm() > 1e-5)])
-    torch._dynamo.reset()
+        torch._dynamo.reset()
+        return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]), calls
+
+    *exact, _ = results(False, False)
+    *without, _ = results(False, form != 'eager')
+    *found, calls = results(True, form != 'eager')
     blocks = sum(len(stage.blocks) for stage in model.stages)
     if form == 'fused':
         assert calls.count('affine_depthwise_gelu') == calls.count('attention') == blocks
     elif form != 'compiled':  # which keeps the operators alone
         assert calls.count('add_depthwise') == 2 * blocks
         assert calls.count('attention') == (0 if form == 'eager' else blocks)
-    tolerance = 1e-5 if form == 'eager' else 2e-2
-    for a, b in zip(*results, strict=True):
-        assert (a - b).norm() <= tolerance * a.norm()
+    for a, b, c in zip(exact, without, found):
+        if a is not None:
+            assert (c - a).norm() <= 1.5 * (b - a).norm() + 1e-5 * a.norm()
 
 
 def test_what_the_kernels_do_not_take_runs_without_them(switched_on, monkeypatch):
@@ -171,29 +182,35 @@ def test_what_the_kernels_do_not_take_runs_without_them(switched_on, monkeypatch
 
 
 COMPILE = """
-import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import kernels
 
 ATTENTION = dict(BIAS=True, BLOCK_N=64, BLOCK_M=64, BLOCK_D=64)
-for kernel, fixed in (
-        (kernels._depthwise_forward, dict(IDENTITY=True, BIAS=True, AFFINE=False, GELU=False, BLOCK_W=16, BLOCK_C=64)),
-        (kernels._depthwise_forward, dict(IDENTITY=False, BIAS=True, AFFINE=True, GELU=True, BLOCK_W=8, BLOCK_C=64)),
-        (kernels._depthwise_backward, dict(ROWS=16, BLOCK_W=16, BLOCK_C=64)), (kernels._attention_forward, ATTENTION),
-        (kernels._attention_backward_queries, ATTENTION), (kernels._attention_backward_keys, ATTENTION)):
-    kinds = dict(x='*bf16', out='*bf16', grad='*bf16', grad_x='*bf16', q='*bf16', k='*bf16', v='*bf16', grad_q='*bf16',
-                 grad_k='*bf16', grad_v='*bf16', weight='*fp32', bias='*fp32', shift='*fp32', grad_bias='*fp32',
-                 sums='*fp32', scale='*fp32' if 'depthwise' in kernel.__name__ else 'fp32')
-    if not fixed.get('AFFINE', True):
-        fixed = dict(fixed, scale=None, shift=None)
-    signature = {name: 'constexpr' if name in fixed else kinds.get(name, 'i32') for name in kernel.arg_names}
+for kernel, half, fixed in (
+        (kernels._depthwise_forward, 'bf16',
+         dict(IDENTITY=True, BIAS=True, AFFINE=False, GELU=False, BLOCK_W=16, BLOCK_C=64, scale=None, shift=None)),
+        (kernels._depthwise_forward, 'bf16',
+         dict(IDENTITY=False, BIAS=True, AFFINE=True, GELU=True, BLOCK_W=8, BLOCK_C=64)),
+        (kernels._depthwise_backward, 'bf16', dict(ROWS=16, BLOCK_W=16, BLOCK_C=64)),
+        (kernels._attention_forward, 'bf16', ATTENTION), (kernels._attention_backward_queries, 'bf16', ATTENTION),
+        (kernels._attention_backward_keys, 'bf16', ATTENTION),
+        (kernels._attention_backward_keys, 'bf16', dict(ATTENTION, BLOCK_D=128)),
+        (kernels._attention_backward_keys, 'fp16', dict(ATTENTION, BLOCK_M=128, BLOCK_D=128))):
+    wide = {'weight', 'bias', 'shift', 'grad_bias', 'sums'} | ({'scale'} if 'depthwise' in kernel.__name__ else set())
+    narrow = {'x', 'out', 'grad', 'grad_x', 'q', 'k', 'v', 'grad_q', 'grad_k', 'grad_v'}
+    signature = {name: 'constexpr' if name in fixed else '*fp32' if name in wide else f'*{half}' if name in narrow else
+                 'fp32' if name == 'scale' else 'i32' for name in kernel.arg_names}
+    # as at a launch: addresses and strides that 16 divides are what loads are made asynchronous for
+    even = {(i,): [['tt.divisibility', 16]] for i, (name, kind) in enumerate(signature.items())
+            if kind[0] == '*' or kind == 'i32' and name not in ('H', 'W', 'N', 'M', 'heads', 'rows', 'B', 'CHUNK')}
+    options = kernels._keys_options(fixed['BLOCK_D']) if 'keys' in kernel.__name__ else {}
     made = triton.compile(
-        ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(name),): v for name, v in fixed.items()}),
-        target=GPUTarget('cuda', 90, 32))
+        ASTSource(kernel, signature, {(kernel.arg_names.index(name),): v for name, v in fixed.items()}, even),
+        target=GPUTarget('cuda', 90, 32), options=options)
     assert len(made.asm['cubin']) > 1000
-    assert made.metadata.shared < 228 * 1024
+    assert made.metadata.shared <= 232448, (kernel.__name__, fixed, made.metadata.shared)
 print('compiled')
 """
 
