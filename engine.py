@@ -1,4 +1,4 @@
-"""What happens to a batch: preparation on the device, the training step, an epoch of them, evaluation."""
+"""What is done with batches: the training step, an epoch of them, evaluation."""
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,11 +8,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
-from timm.data.random_erasing import RandomErasing
 from timm.utils import dispatch_clip_grad, random_seed
 
 from precision import ApexScaler, NativeScaler
+from transforms import Prepare
 from utils import Progress, get_rank, get_world_size, reduce_
 
 OVERFLOWS_IN_A_ROW = 50  # a loss scale halved so many times in a row is a fault, not a scale to be found
@@ -20,53 +19,6 @@ OVERFLOWS_IN_A_ROW = 50  # a loss scale halved so many times in a row is a fault
 
 class TrainingFault(RuntimeError):
     """Training can't go on; the last checkpoint is good."""
-
-
-class Prepare:
-    """Move a uint8 batch to the device, normalise it, erase and mix.
-
-    Args:
-        device: where the model is.
-        mixup: timm's Mixup, which turns class indices into soft targets.
-        erasing: timm's RandomErasing for this device.
-        mean, std: per channel, of images in [0, 1].
-    """
-
-    def __init__(
-            self,
-            device: torch.device,
-            mixup: Mixup | None = None,
-            erasing: RandomErasing | None = None,
-            mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-            std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
-    ):
-        self.device = device
-        self.mixup = mixup
-        self.erasing = erasing
-        self.mean = torch.tensor(mean, device=device) * 255
-        self.std = torch.tensor(std, device=device) * 255
-
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, H, W) uint8 and (B,) indices to float32 in channels-last memory, and (B,) or (B, classes) targets."""
-        images = images.to(self.device, non_blocking=True)
-        targets = targets.to(self.device, non_blocking=True)
-        images = self.normalise(images)
-        if self.erasing is not None:
-            images = self.erasing(images)
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-        return images, targets
-
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        B, C, H, W = images.shape
-        # a row of W pixels at a time: over the channels of each pixel, the innermost loop would have three steps
-        rows = images.permute(0, 2, 3, 1).reshape(B, H, W * C)
-        mean, std = self.mean.repeat(W), self.std.repeat(W)
-        out = torch.empty_like(rows, dtype=torch.float32)
-        # a CPU takes image by image: its cache holds one
-        for source, result in zip(rows, out) if images.device.type == 'cpu' else [(rows, out)]:
-            result.copy_(source).sub_(mean).div_(std)
-        return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class Meters:

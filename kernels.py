@@ -3,9 +3,8 @@
 Off by default, and no model needs them: cmt.use_kernels() lets all models of the process run on them wherever their
 tensors are on CUDA, in float32, bfloat16 or float16. Sums are in float32 and in a fixed order, without atomics, so that
 a step gives the same bits each time. With TRITON_INTERPRET=1 they run on the CPU, slowly: that is how they are tested
-where there is no GPU.
+where there is no GPU. What loops run to is a constant: the interpreter of older Tritons can't count to anything else.
 """
-
 import torch
 import triton
 import triton.language as tl
@@ -71,7 +70,7 @@ def _depthwise_forward(
 
 @triton.jit
 def _depthwise_backward(
-        grad, x, weight, grad_x, sums, rows, H, W, C, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
+        grad, x, weight, grad_x, sums, rows, H, W: tl.constexpr, C, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
         BLOCK_C: tl.constexpr):
     """Both gradients of x + DW(x) in one pass: ROWS rows of pixels, whose weight gradients are summed up by program.
 
@@ -222,8 +221,8 @@ def _attention_forward(
 @triton.jit
 def _attention_backward_queries(
         grad, q, k, v, bias, grad_q, grad_bias, g_batch, g_head, g_row, q_batch, q_head, q_row, k_batch, k_head, k_row,
-        dq_batch, dq_head, dq_row, B, heads, N, M, D, scale, CHUNK, BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+        dq_batch, dq_head, dq_row, B, heads, N, M, D, scale, CHUNK: tl.constexpr, BIAS: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """Gradients of a tile of queries, image by image of a chunk, and the sum over these images of its bias's.
 
     grad_bias: (chunks, heads, N, M).
@@ -253,7 +252,7 @@ def _attention_backward_queries(
 @triton.jit
 def _attention_backward_keys(
         grad, q, k, v, bias, grad_k, grad_v, g_batch, g_head, g_row, q_batch, q_head, q_row, k_batch, k_head, k_row,
-        heads, N, M, D, scale, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+        heads, N: tl.constexpr, M, D, scale, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
         BLOCK_D: tl.constexpr):
     """Gradients of the keys and values of a head of an image; grad_k and grad_v: (B, heads, M, D), contiguous."""
     b, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads

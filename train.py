@@ -34,7 +34,6 @@ import utils
 from datasets import build_dataset, build_loader, build_transform, open_cache
 from engine import (
     Meters,
-    Prepare,
     TrainingFault,
     TrainStep,
     check_faults,
@@ -46,7 +45,7 @@ from losses import DistillationLoss, Teacher, build_criterion
 from options import parse_args
 from precision import ApexScaler, NativeScaler, find_apex, resolve_dtype
 from samplers import TrainSampler
-from transforms import HAS_FAST
+from transforms import HAS_FAST, Prepare
 from utils import Progress, UsageError, usage_errors
 
 logger = logging.getLogger(__name__)

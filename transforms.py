@@ -1,7 +1,8 @@
-"""What happens to one image: from encoded bytes to a uint8 tensor, by Pillow (reference) or by faster libraries (fast).
+"""What happens to one image, from encoded bytes to a uint8 tensor, by Pillow (reference) or by faster libraries (fast),
+and then to a batch on its device.
 
-Both make the same draws from `random`, NumPy and torch, in the same order: under one seed they crop, flip and augment
-alike, and their pixels differ by rounding and by the decoder's approximations only.
+Both loaders make the same draws from `random`, NumPy and torch, in the same order: under one seed they crop, flip and
+augment alike, and their pixels differ by rounding and by the decoder's approximations only.
 """
 import functools
 import io
@@ -14,7 +15,8 @@ import timm.data.auto_augment as auto_augment
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
 from torchvision import transforms as tv_transforms
 
@@ -99,6 +101,56 @@ def open_image(image: bytes | Image.Image) -> Image.Image:
     if isinstance(image, bytes):
         image = Image.open(io.BytesIO(image))
     return image.convert('RGB')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a batch, on its device
+
+class Prepare:
+    """Move a uint8 batch to the device, normalise it, erase and mix.
+
+    Args:
+        device: where the model is.
+        mixup: timm's Mixup, which turns class indices into soft targets.
+        erasing: timm's RandomErasing for this device.
+        mean, std: per channel, of images in [0, 1].
+    """
+
+    def __init__(
+            self,
+            device: torch.device,
+            mixup: Mixup | None = None,
+            erasing: RandomErasing | None = None,
+            mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+            std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+    ):
+        self.device = device
+        self.mixup = mixup
+        self.erasing = erasing
+        self.mean = torch.tensor(mean, device=device) * 255
+        self.std = torch.tensor(std, device=device) * 255
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, H, W) uint8 and (B,) indices to float32 in channels-last memory, and (B,) or (B, classes) targets."""
+        images = images.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        images = self.normalise(images)
+        if self.erasing is not None:
+            images = self.erasing(images)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        return images, targets
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = images.shape
+        # a row of W pixels at a time: over the channels of each pixel, the innermost loop would have three steps
+        rows = images.permute(0, 2, 3, 1).reshape(B, H, W * C)
+        mean, std = self.mean.repeat(W), self.std.repeat(W)
+        out = torch.empty_like(rows, dtype=torch.float32)
+        # a CPU takes image by image: its cache holds one
+        for source, result in zip(rows, out) if images.device.type == 'cpu' else [(rows, out)]:
+            result.copy_(source).sub_(mean).div_(std)
+        return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

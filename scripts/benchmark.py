@@ -34,6 +34,7 @@ import utils  # noqa: E402
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 FORMS = ('reference', 'eager', 'fused', 'compiled', 'kernels')
+COMPILED = ('compiled', 'kernels')
 # ImageNet-1k top-1 (%) at 224 px, or the size named, as published in each model's paper
 TOP1 = {
     'cmt_ti': 79.2, 'cmt_xs': 81.8, 'cmt_s': 83.5, 'cmt_b': 84.5, 'convnext_tiny': 82.1,
@@ -161,7 +162,7 @@ class Case:
         if form == 'reference':
             model = Reference(model)
         model = model.to(device).train(mode == 'train')
-        if mode == 'infer' and own and form in ('fused', 'compiled', 'kernels'):
+        if mode == 'infer' and own and form in ('fused', *COMPILED):
             model = model.fuse()
         if not own:  # peers in the memory format that suits convolutions
             model = model.to(memory_format=torch.channels_last)
@@ -183,7 +184,7 @@ class Case:
         self.cpu_seconds: list[float] = []
         self.flops = self.count_flops()
         self.compile_seconds = None
-        if form in ('compiled', 'kernels'):
+        if form in COMPILED:
             self.compile()
 
     def count_flops(self) -> int:
@@ -209,7 +210,7 @@ class Case:
         if is_own(self.name):
             cmt.use_kernels(self.form == 'kernels')
         if self.mode == 'infer':
-            with torch.inference_mode(self.form not in ('compiled', 'kernels')), torch.no_grad(), self.autocast():
+            with torch.inference_mode(self.form not in COMPILED), torch.no_grad(), self.autocast():
                 self.model(self.images)
             return
         with self.autocast():

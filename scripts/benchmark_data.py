@@ -32,7 +32,6 @@ import cmt  # noqa: E402, F401
 import transforms  # noqa: E402
 import utils  # noqa: E402
 from datasets import build_dataset, build_loader, build_transform, collate  # noqa: E402
-from engine import Prepare  # noqa: E402
 from samplers import TrainSampler  # noqa: E402
 from sources import EncodedImages, ImageFolder, has_part  # noqa: E402
 
@@ -70,7 +69,7 @@ class Case:
             len(self.dataset), args.batch_size, repeats=3 if args.repeated_aug else 1, even=True)
         self.batches = build_loader(
             self.dataset, args.batch_size, sampler=self.sampler, num_workers=workers, pin_memory=device.type == 'cuda')
-        self.prepare = Prepare(device, erasing=RandomErasing(0.25, mode='pixel', max_count=1, device=device))
+        self.prepare = transforms.Prepare(device, erasing=RandomErasing(0.25, mode='pixel', max_count=1, device=device))
         self.batch_size = args.batch_size
         self.forget()
 

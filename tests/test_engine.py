@@ -17,9 +17,10 @@ from timm.utils.agc import adaptive_clip_grad
 
 import engine
 import nano
-from engine import Meters, Prepare, TrainingFault, TrainStep, check_faults, evaluate, train_one_epoch
+from engine import Meters, TrainingFault, TrainStep, check_faults, evaluate, train_one_epoch
 from losses import build_criterion
 from precision import NativeScaler
+from transforms import Prepare
 from utils import Progress
 
 CPU = torch.device('cpu')

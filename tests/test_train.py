@@ -22,6 +22,7 @@ import nano
 import options
 import sources
 import train
+import transforms
 import utils
 
 GOLDEN_LR = json.loads((Path(__file__).parent / 'golden_lr.json').read_text())
@@ -439,7 +440,7 @@ def children_of(process):
 
 def poison(monkeypatch, number, what, rank=0):
     """A NaN in the loss or the input of one step."""
-    prepare, calls = engine.Prepare.__call__, []
+    prepare, calls = transforms.Prepare.__call__, []
 
     def patched(self, images, targets):
         images, targets = prepare(self, images, targets)
@@ -450,7 +451,7 @@ def poison(monkeypatch, number, what, rank=0):
             (images if what == 'input' else targets)[1:3] = float('nan')
         return images, targets
 
-    monkeypatch.setattr(engine.Prepare, '__call__', patched)
+    monkeypatch.setattr(transforms.Prepare, '__call__', patched)
 
 
 def finite(state):
