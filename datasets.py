@@ -254,24 +254,41 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
     return getattr(tv_datasets, name)(root, train=is_train, transform=transform, download=True)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """In a loader's process: be ended by the run alone.
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+class _Loader(DataLoader):
+    """torch's DataLoader, whose processes are ended by the run alone.
 
     Ctrl-C, SLURM and `timeout` signal every process of a group, but a run that is about to save still needs its loader.
+    torch's own ends by any SIGTERM from before `worker_init_fn` on: signals wait from before the fork.
     """
-    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, worker_init_fn=_leave_signals_to_the_run, **kwargs)
+
+    def __iter__(self):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """In a loader's process, which starts with signals blocked: take SIGTERM from the run, and nothing else."""
     if not hasattr(signal, 'sigwaitinfo'):  # macOS does not tell who sent a signal
-        for number in signals - {signal.SIGTERM}:
+        for number in _SIGNALS - {signal.SIGTERM}:
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return
 
     def wait() -> None:
         while True:
-            received = signal.sigwaitinfo(signals)
+            received = signal.sigwaitinfo(_SIGNALS)
             if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
                 os._exit(0)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -303,7 +320,7 @@ def build_loader(
         dataset, order = NamedErrors(dataset), eval_indices(len(dataset), rank, world_size)
     else:
         dataset, order = KeyedDataset(dataset), sampler
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size,
         sampler=order,
@@ -311,7 +328,6 @@ def build_loader(
         pin_memory=pin_memory,
         collate_fn=collate,
         timeout=timeout if num_workers else 0,
-        worker_init_fn=_leave_signals_to_the_run,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # the loader draws a base seed of its own: keep it off the global generator
     )

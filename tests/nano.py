@@ -70,15 +70,17 @@ def start(argv, ranks=1, output=os.devnull, before=None) -> list[multiprocessing
     processes = [context.Process(target=child, args=(rank,)) for rank in range(ranks)]
     for process in processes:
         process.start()
+        process.output = Path(output)
     return processes
 
 
 def finish(processes, status=0, timeout=120) -> None:
-    """Wait for processes that are to end with `status`."""
+    """Wait for processes that are to end with `status`; else what they printed is shown."""
     try:
         for process in processes:
             process.join(timeout)
-        assert [process.exitcode for process in processes] == [status] * len(processes)
+        assert [process.exitcode for process in processes] == [status] * len(processes), \
+            processes[0].output.read_text()[-3000:]
     finally:
         for process in processes:
             if process.exitcode is None:

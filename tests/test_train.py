@@ -1,6 +1,7 @@
 """Runs from the command line to the last epoch: bits, resuming, stopping, mistakes."""
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -17,6 +18,7 @@ import yaml
 from timm.utils import random_seed
 
 import checkpoints
+import datasets
 import engine
 import nano
 import options
@@ -390,12 +392,42 @@ def test_a_signal_to_one_of_two_ranks_stops_both(flags, tmp_path):
     nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
 
 
+def signal_group(number):
+    """To all of this process's group, from outside it, as `timeout`, scancel and a container's end send it.
+
+    Loader processes end by their parent's signal alone: they have to see that this one is not their parent's.
+    """
+    loaders = multiprocessing.active_children()
+    subprocess.run(['kill', '-s', str(int(number)), '--', str(-os.getpgid(0))], start_new_session=True, check=True)
+    time.sleep(0.5)
+    assert len(loaders) == 4 and all(loader.is_alive() for loader in loaders), loaders
+
+
 def test_a_signal_to_the_whole_group_spares_the_loaders_until_the_end(flags, whole, tmp_path):
-    """As `timeout`, scancel and a container's end send it."""
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--num-workers', 2]
     nano.finish(nano.start(run, output=tmp_path / 'out.txt', before=lambda rank: at_step(
-        pytest.MonkeyPatch(), 8, lambda: (os.killpg(0, signal.SIGTERM), time.sleep(0.5)))))
+        pytest.MonkeyPatch(), 8, lambda: signal_group(signal.SIGTERM))))
     assert nano.read(tmp_path / 'run')['step'] == 3
+    nano.train(run)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_a_signal_while_loaders_start_spares_them(flags, whole, tmp_path, monkeypatch):
+    """torch's loader processes end by any SIGTERM until worker_init_fn is called: till then it has to wait."""
+    def slow_start(worker, start=datasets._leave_signals_to_the_run):
+        if worker == 1:
+            os.kill(os.getppid(), signal.SIGUSR2)  # signals of its own process would be its own
+            time.sleep(1)
+        start(worker)
+
+    def before(rank):
+        monkeypatch.setattr(datasets, '_leave_signals_to_the_run', slow_start)
+        signal.signal(signal.SIGUSR2, lambda *_: subprocess.Popen(
+            ['kill', '-s', 'TERM', '--', str(-os.getpgid(0))], start_new_session=True))
+
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--num-workers', 2]
+    nano.finish(nano.start(run, output=tmp_path / 'out.txt', before=before))
+    assert nano.read(tmp_path / 'run')['step'] == 1
     nano.train(run)
     nano.assert_same_run(whole, tmp_path / 'run')
 
