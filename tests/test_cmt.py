@@ -101,7 +101,11 @@ def check_golden(name):
 
 # golden values and names
 
-def test_golden_values_of_cmt_ti(attention):
+@pytest.mark.parametrize('folds', [True, False])
+def test_golden_values_of_cmt_ti(attention, folds, monkeypatch):
+    """With training as it is on CPU, and with torch's own BatchNorm, as elsewhere."""
+    if not folds:
+        monkeypatch.setattr(cmt.IRFFN, '_folds', lambda *_: False)
     assert golden_model('cmt_ti')[0].stages[0].blocks[0].lmhsa.fused_attn == attention
     check_golden('cmt_ti')
 
@@ -301,6 +305,72 @@ def test_gradient_checkpointing_changes_nothing():
         assert torch.equal(p.grad, q.grad)
     for (name, a), b in zip(plain.named_buffers(), checkpointed.buffers()):  # the recomputed batch counts once
         assert torch.equal(a, b), name
+
+
+def irffn(**kwargs):
+    """In training, with weights that show, and what it takes."""
+    torch.manual_seed(0)
+    module = cmt.IRFFN(6, 20, dtype=torch.float64, **kwargs)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, 0.3, 0.5)
+    return module, torch.randn(3, 4, 5, 20, dtype=torch.float64)
+
+
+@pytest.mark.parametrize('size', [(5, 7), (2, 2), (1, 3), (1, 1)])
+@pytest.mark.parametrize('act', ['gelu', 'gelu_tanh'])
+def test_folded_training_is_that_of_batch_norm(size, act, monkeypatch):
+    results = []
+    for folds in (True, False):
+        module, hidden = irffn(act_layer=act)
+        assert module._folds(hidden)
+        if not folds:
+            monkeypatch.setattr(module, '_folds', lambda x: False)
+        x = torch.randn(3, *size, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        for _ in range(2):
+            out = module(x)
+            (out.sin() * torch.arange(out.numel()).cos().view_as(out)).sum().backward()
+        results.append({'out': out, 'x': x.grad, **dict(module.named_buffers()),
+                        **{name: p.grad for name, p in module.named_parameters()}})
+    for name, expected in results[1].items():
+        assert (results[0][name] - expected).abs().max() <= 1e-11 * expected.abs().max().clamp(min=1), name
+
+
+@pytest.mark.parametrize('change', [
+    lambda m: m.eval(),
+    lambda m: m.norm1.eval(),  # frozen
+    lambda m: setattr(m.norm2, 'momentum', None),
+    lambda m: setattr(m.norm2, 'track_running_stats', False),
+    lambda m: setattr(m.drop, 'p', 0.1),
+    lambda m: setattr(m, 'project', torch.nn.Sequential(m.project)),  # as adapters do
+    lambda m: setattr(m, 'norm2', torch.nn.SyncBatchNorm.convert_sync_batchnorm(m.norm2)),
+    lambda m: m.dw.register_forward_hook(lambda *_: None),
+    lambda m: m.norm1.register_forward_pre_hook(lambda *_: None),
+    lambda m: m.norm2.register_full_backward_hook(lambda *_: None),
+], ids=['eval', 'frozen', 'average', 'batch', 'dropout', 'adapter', 'sync', 'hook', 'pre-hook', 'backward hook'])
+def test_modules_that_are_not_as_built_are_called_themselves(change):
+    module, hidden = irffn()
+    assert module._folds(hidden)
+    change(module)
+    assert not module._folds(hidden)
+
+
+def test_what_folding_cannot_do_is_left_to_the_modules():
+    module, hidden = irffn()
+    assert not module._folds(hidden[:1, :1, :1]) and not module._folds(hidden.bfloat16())
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not module._folds(hidden.float())
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        module(torch.randn(1, 1, 1, 6, dtype=torch.float64))
+
+    def loss(weights, x):  # torch.func does not go into such an autograd function
+        buffers = {name: b.clone() for name, b in module.named_buffers()}
+        return torch.func.functional_call(module, (weights, buffers), (x,)).sin().sum()
+
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    found = torch.func.grad(loss)({name: p.detach() for name, p in module.named_parameters()}, x)
+    loss(dict(module.named_parameters()), x).backward()
+    for name, p in module.named_parameters():
+        assert torch.allclose(found[name], p.grad, rtol=1e-9, atol=1e-9), name
 
 
 @pytest.mark.parametrize('dynamic', [False, True])
