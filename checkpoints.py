@@ -592,6 +592,8 @@ def read_weights(source: str) -> dict[str, Any]:
     is_name = source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(source.split('.')[0])
     if os.path.isfile(source) or not is_name:
         return read_checkpoint(source)
+    if timm.is_model(source.split('.')[0]):
+        create_cmt(source, device='meta')  # before anything is fetched
     try:
         model = timm.create_model(source, pretrained=True)
     except Exception as error:  # whatever the clients of hubs raise

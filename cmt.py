@@ -311,7 +311,7 @@ class IRFFN(nn.Module):
         return self.drop(x)
 
     def _folds(self, x) -> bool:
-        """Whether training goes by _FoldedTraining: on CPU, where it was measured, and where nobody sees a difference."""
+        """Whether training goes by _FoldedTraining: on CPU, where it was measured, and where nobody can tell."""
         if not self.training or type(x) is not torch.Tensor or not x.is_cpu or self.drop.p > 0.:
             return False
         if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled('cpu'):

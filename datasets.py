@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import create_dataset
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 from torchvision import datasets as tv_datasets
@@ -107,6 +107,10 @@ class Digits(Dataset):
         return self.transform(image) if self.transform else image, self.targets[index]
 
 
+class UnreadableImage(RuntimeError):
+    """An image that a run can't do without; its last line says which, whatever a DataLoader put before it."""
+
+
 class KeyedDataset(Dataset):
     """Training samples by (index, seed): the augmentation of a sample follows from its seed alone.
 
@@ -132,8 +136,8 @@ class KeyedDataset(Dataset):
                 return self.dataset[current]
             except Exception as error:  # Pillow's plugins raise whatever comes on damaged files
                 name = image_name(self.dataset, current)
-                logger.warning('cannot read %s (%s): taking the next image instead', name, error)
-        raise RuntimeError(
+                logger.warning('cannot read %s (%s): taking the next image instead', name, one_line(error))
+        raise UnreadableImage(
             f'{BAD_IMAGES_IN_A_ROW} images in a row could not be read, the last one {name}: check the training data')
 
 
@@ -150,8 +154,15 @@ class NamedErrors(Dataset):
         try:
             return self.dataset[index]
         except Exception as error:
-            raise RuntimeError(
-                f'cannot read validation image {image_name(self.dataset, index)} ({error})') from error
+            raise UnreadableImage(f'cannot read validation image {image_name(self.dataset, index)} '
+                                  f'({one_line(error)}): mend or remove it, the score would be of other images') from error
+
+
+def one_line(error: Exception) -> str:
+    """Why an image can't be read."""
+    if isinstance(error, UnidentifiedImageError):
+        return 'no image'  # Pillow's own message names an object in memory
+    return ' '.join(str(error).split()) or type(error).__name__
 
 
 def image_name(dataset: Dataset, index: int) -> str:
@@ -208,7 +219,10 @@ def build_dataset(
         return INaturalist(data_path, 2000 + int(name[4:]), is_train, category, transform)
     root = Path(data_path)
     if class_map:
-        classes = [line.strip() for line in Path(class_map).read_text().splitlines() if line.strip()]
+        try:
+            classes = [line.strip() for line in Path(class_map).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f'--class-map {class_map}: {error}') from None
         if len(set(classes)) != len(classes) or not classes:
             raise ValueError(f'--class-map {class_map}: {"a class is there twice" if classes else "no classes in it"}')
     if not val_split:

@@ -83,8 +83,14 @@ def index_of(classes: list[str], found: list[str], where: str | Path) -> dict[st
     """Index of each class by its name, once `found` are known to be among `classes`."""
     unknown = sorted(set(found) - set(classes))
     if unknown:
-        raise ValueError(f'{where} has classes that the training set lacks: {", ".join(unknown[:5])}')
+        raise ValueError(f'{where} has classes that the training set, or --class-map, lacks: {", ".join(unknown[:5])}')
     return {name: i for i, name in enumerate(classes)}
+
+
+def _is_image(name: str) -> bool:
+    """By its ending; macOS leaves ._NAME beside NAME on disks and in archives that are not its own."""
+    file = PurePosixPath(name)
+    return file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith('._')
 
 
 class ImageFolder(EncodedImages):
@@ -108,7 +114,7 @@ class ImageFolder(EncodedImages):
         self.classes = classes or found
         index = index_of(self.classes, found, root)
         pairs = tv_datasets.folder.make_dataset(
-            str(root), {name: index[name] for name in found}, IMG_EXTENSIONS, allow_empty=True)
+            str(root), {name: index[name] for name in found}, is_valid_file=_is_image, allow_empty=True)
         counts = np.bincount([target for _, target in pairs], minlength=len(self.classes))
         empty = [name for name in found if counts[index[name]] == 0]
         if empty:
@@ -143,7 +149,7 @@ class TarImages(EncodedImages):
         members = []  # (tar, name, offset, size)
         for tar, path in enumerate(paths):
             members += [(tar, *member) for member in tar_index(path)]
-        images = [m for m in members if PurePosixPath(m[1]).suffix.lower() in IMG_EXTENSIONS]
+        images = [m for m in members if _is_image(m[1])]
         both = {'train', 'val'} <= {folder for m in images for folder in PurePosixPath(m[1]).parts[:-1]}
         if both:
             images = [m for m in images if part in PurePosixPath(m[1]).parts[:-1]]
@@ -403,7 +409,10 @@ def open_cache(kind: str, folder: str | None, size: int | None, dataset: Encoded
     # by the names of all samples, since files are kept by their index
     name = hashlib.sha256(dataset.samples.names + dataset.samples.ends.tobytes()).hexdigest()[:16]
     cache = Cache(root / f'cmt-cache-{name}', 0)
-    free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free + cache.used()
+    there = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f'--cache {kind}: {there} is no folder that can be written to: give another --cache-dir')
+    free = shutil.disk_usage(there).free + cache.used()
     if size is not None and size > free:
         raise ValueError(f'--cache-size {size / 2 ** 30:.1f}G: {root} has {free / 2 ** 30:.1f}G free')
     cache.limit = free // 2 if size is None else size

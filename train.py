@@ -31,7 +31,7 @@ import checkpoints
 import cmt
 import sources
 import utils
-from datasets import build_dataset, build_loader, build_transform, open_cache
+from datasets import UnreadableImage, build_dataset, build_loader, build_transform, open_cache
 from engine import (
     Meters,
     TrainingFault,
@@ -342,6 +342,13 @@ def main(args: argparse.Namespace) -> None:
     logger.info('learning rate %g = %g x %d / 512 (global batch = %d x %d accumulated x %d processes), %s, %s',
                 lr, args.lr, global_batch, args.batch_size, args.accum_steps, world_size, device.type,
                 f'apex {args.apex_opt_level}' if apex else str(dtype)[6:])
+    kept = args.model_ema_decay ** (updates_per_epoch * num_epochs)
+    if ema and kept > 0.05:
+        logger.warning('the moving average, which evaluation prefers, will still be %.0f%% initial weights at the end: '
+                       '--model-ema-decay %.4g is for %d updates, or --no-model-ema', 100 * kept,
+                       1 - 10 / max(updates_per_epoch * num_epochs, 11), updates_per_epoch * num_epochs)
+    if epoch >= num_epochs:
+        logger.info('nothing left to do: %d of %d epochs are done', epoch, num_epochs)
 
     def save(meters: list, copies: tuple[str, ...] = ()) -> None:
         if writer is not None:
@@ -417,7 +424,13 @@ def main(args: argparse.Namespace) -> None:
             for prefix, module in (('', core), ('ema_', ema and ema.module)):
                 if module is not None and not stopping():
                     away = next(module.parameters()).device != device  # --model-ema-force-cpu
-                    scores[prefix] = score(copy.deepcopy(module).to(device) if away else module)
+                    try:
+                        scores[prefix] = score(copy.deepcopy(module).to(device) if away else module)
+                    except UnreadableImage:  # the epoch is not lost by it; other ranks would have to know
+                        if world_size == 1 and writer is not None:
+                            save(meters.of_all_ranks())
+                            writer.wait()
+                        raise
             if stopping():
                 save(meters.of_all_ranks())
                 wish = STOP
@@ -439,7 +452,7 @@ def main(args: argparse.Namespace) -> None:
                     learning_rate, record['train_images_per_s'], record['epoch_seconds'],
                     f"  best {best['acc1']:.3f}%" if best else '')
         if wait_share >= 0.1:
-            logger.info(waiting(args, wait_share))
+            logger.info(waiting(args, wait_share, can_cache=isinstance(dataset_train, sources.EncodedImages)))
         step, samples_seen, sums = 0, 0, None
         if stopping():
             wish = STOP
@@ -460,7 +473,7 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(0 if goes_on else 128 + number)
 
 
-def waiting(args: argparse.Namespace, share: float) -> str:
+def waiting(args: argparse.Namespace, share: float, can_cache: bool) -> str:
     """A line for a run whose data come too slowly."""
     cores, processes = utils.cores(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     changes = []
@@ -469,7 +482,7 @@ def waiting(args: argparse.Namespace, share: float) -> str:
     if args.num_workers * processes < cores:
         changes.append(f'more --num-workers ({args.num_workers} now, {cores} cores for {processes} '
                        f'process{"es" if processes > 1 else ""})')
-    if args.cache == 'none':
+    if args.cache == 'none' and can_cache:
         changes.append('--cache ram where the files come from a slow disk')
     return (f'{share:.0%} of the time went to waiting for data: '
             + ', '.join(changes or ['more cores, or a larger --model']) + ' (scripts/benchmark_data.py measures)')
@@ -497,6 +510,10 @@ def cli() -> int:
         status = 2 if isinstance(error, UsageError) else 1
     except SystemExit as stopped:
         status = stopped.code
+    except UnreadableImage as error:  # of one rank: the others wait for it
+        message = str(error).strip().splitlines()[-1].removeprefix('datasets.UnreadableImage: ')
+        sys.stderr.write(f'train.py: error: {message}\n')
+        utils.leave_at_once(2 if args.eval else 1)
     except KeyboardInterrupt:
         utils.leave_at_once(130)
     except Exception:

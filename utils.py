@@ -65,9 +65,11 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
         torch.cuda.set_device(found)
     if is_distributed_env():
         if 'SLURM_JOB_NODELIST' in os.environ and 'MASTER_ADDR' not in os.environ:
-            hosts = subprocess.run(
-                ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']],
-                capture_output=True, text=True).stdout.split()
+            hosts = []
+            with contextlib.suppress(FileNotFoundError):  # containers often have none
+                hosts = subprocess.run(
+                    ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']],
+                    capture_output=True, text=True).stdout.split()
             if not hosts:
                 raise ValueError('scontrol does not tell the hosts of the job: set MASTER_ADDR')
             os.environ['MASTER_ADDR'] = hosts[0]
