@@ -568,7 +568,7 @@ def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.
 def create_cmt(name: str, **kwargs) -> cmt.CMT:
     """A CMT by its name in timm; ValueError where there is none of that name."""
     if not timm.is_model(name):
-        raise ValueError(f"unknown model {name}: {', '.join(timm.list_models('cmt_*', module='cmt'))}")
+        raise ValueError(f'unknown model {name}: {_names()}')
     try:
         model = timm.create_model(name, **kwargs)
     except TypeError as error:
@@ -576,6 +576,10 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
     if not isinstance(model, cmt.CMT):
         raise ValueError(f'{name} is no CMT')
     return model
+
+
+def _names() -> str:
+    return ', '.join(timm.list_models('cmt_*', module='cmt'))
 
 
 def read_weights(source: str) -> dict[str, Any]:
@@ -590,6 +594,8 @@ def read_weights(source: str) -> dict[str, Any]:
     if config.is_file():
         source = f'local-dir:{config.parent}'
     is_name = source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(source.split('.')[0])
+    if not os.path.exists(source) and not is_name and not source.startswith(('http://', 'https://')):
+        raise ValueError(f'no checkpoint at {source}, nor a model of that name ({_names()})')
     if os.path.isfile(source) or not is_name:
         return read_checkpoint(source)
     if timm.is_model(source.split('.')[0]):

@@ -155,7 +155,7 @@ class NamedErrors(Dataset):
             return self.dataset[index]
         except Exception as error:
             raise UnreadableImage(f'cannot read validation image {image_name(self.dataset, index)} '
-                                  f'({one_line(error)}): mend or remove it, the score would be of other images') from error
+                                  f'({one_line(error)}): the score would be of other images') from error
 
 
 def one_line(error: Exception) -> str:

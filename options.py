@@ -218,6 +218,9 @@ def get_parser() -> argparse.ArgumentParser:
         '--debug': 'it left out a FLOPs count, which training no longer makes (scripts/profile_flops.py does)',
     }.items():
         parser.add_argument(flag, action=Refused, reason=reason)
+    for action in parser._actions:  # argparse's own formatter tells the defaults of flags with a text alone
+        if action.default not in (None, False, '', argparse.SUPPRESS) and '(default:' not in (action.help or ''):
+            action.help = f'{action.help or ""} (default: %(default)s)'.strip()
     return parser
 
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402
 import utils  # noqa: E402
 from checkpoints import build_model, read_weights, replacing, weights_of  # noqa: E402
+from options import Parser  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ def write_folder(folder: Path, net: nn.Module, info: dict[str, Any], is_publishe
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n', 2)[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.split('\n', 2)[2],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', metavar='IN', help='a file, or the name of a model (cmt_s)')
     parser.add_argument('output', metavar='OUT', type=Path)
     parser.add_argument('--format', choices=['dir', 'released', 'pth', 'safetensors'],
@@ -114,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     form = args.format or {'.pth': 'pth', '.safetensors': 'safetensors'}.get(args.output.suffix, 'dir')
     there = any(args.output.iterdir()) if args.output.is_dir() else args.output.exists()
     try:
+        if there and args.output.resolve() == Path(args.source).resolve():
+            raise ValueError(f'{args.output} is what is to be converted: give another name')
         if there and not args.overwrite:
             raise ValueError(f'{args.output} is there already: --overwrite replaces it')
         if args.output.exists() and args.output.is_dir() != (form == 'dir'):
@@ -143,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
                     state['args']['model'] = info['name']
             write(args.output, lambda file: torch.save(state, file))
     except (ValueError, OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        parser.exit(2, f'error: {error}\n')
+        parser.error(str(error))
     classes = f'{net.num_classes} classes' + (f' ({", ".join(info["classes"][:3])}, ...)' if info['classes'] else '')
     height, width = info['img_size']
     logger.info('%s at %dx%d, %s, as %s', info['name'], height, width, classes, form)

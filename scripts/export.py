@@ -22,13 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402, F401
-from checkpoints import build_model, replacing  # noqa: E402
+from checkpoints import build_model, create_cmt, replacing  # noqa: E402
+from options import Parser  # noqa: E402
 
 BATCHES = (1, 5)  # sizes that are compared, neither of them the one exported with
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -133,8 +133,8 @@ def export(model: nn.Module, info: dict[str, Any], suffix: str, fuse: bool = Fal
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n', 2)[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.split('\n', 2)[2],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', metavar='CKPT|MODEL',
                         help='a checkpoint, a converted folder, or a name with published weights')
     parser.add_argument('output', metavar='OUT', type=Path)
@@ -145,6 +145,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--random-weights', action='store_true',
                         help="of a MODEL: to try a runtime's speed without published weights")
     parser.add_argument('--fuse', action='store_true', help='fold normalisation into convolutions first')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
 
 
@@ -152,29 +153,35 @@ def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     try:
-        if args.output.suffix not in FORMATS:
+        suffix = args.output.suffix.lower()
+        if suffix not in FORMATS:
             raise ValueError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
         if not args.output.absolute().parent.is_dir():
             raise ValueError(f'there is no folder {args.output.parent}')
+        if args.output.is_dir():
+            raise ValueError(f'{args.output} is a folder')
+        if args.output.exists() and args.output.resolve() == Path(args.source).resolve():
+            raise ValueError(f'{args.output} is the checkpoint itself: give another name')
+        if args.output.exists() and not args.overwrite:
+            raise ValueError(f'{args.output} is there already: --overwrite replaces it')
         if args.input_size and len(args.input_size) > 2:
             raise ValueError('--input-size takes one number, or height and width')
         options = {'dynamic_img_size': True} if args.dynamic_img_size else {}
         size = tuple(args.input_size * 2)[:2] if args.input_size else None
         if args.random_weights:
-            if not timm.is_model(args.source):
-                raise ValueError(f'--random-weights takes the name of a model, not {args.source}')
             torch.manual_seed(0)
-            model = timm.create_model(args.source, **options, **({'img_size': size} if size else {})).eval()
-            info = dict(name=args.source, classes=None, img_size=model.img_size)
+            model = create_cmt(args.source, **options, **({'img_size': size} if size else {})).eval()
+            info = dict(name=args.source, classes=None, img_size=model.img_size, kind='random')
         else:
             model, info = build_model(None, args.source, img_size=size, use_ema=not args.model_weights, **options)
-        content, worst = export(model, info, args.output.suffix, args.fuse)
+        content, worst = export(model, info, suffix, args.fuse)
         with replacing(args.output) as file:
             file.write(content)
     except (ValueError, OSError) as error:
-        parser.exit(2, f'error: {error}\n')
+        parser.error(str(error))
     height, width = info['img_size']
-    print(f'{args.output}: {info["name"]} at {"any size" if args.dynamic_img_size else f"{height}x{width}"}, '
+    weights = {'model_ema': ' (average of the weights)', 'random': ' (random weights)'}.get(info['kind'], '')
+    print(f'{args.output}: {info["name"]}{weights} at {"any size" if args.dynamic_img_size else f"{height}x{width}"}, '
           f'{model.num_classes} classes, {len(content) / 1e6:.1f} MB; largest difference of the logits {worst:.1e} '
           f'(batches of {" and ".join(map(str, BATCHES))})')
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -32,8 +31,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402, F401
-from checkpoints import build_model, replacing  # noqa: E402
-from datasets import build_transform  # noqa: E402
+from checkpoints import build_model, create_cmt, replacing  # noqa: E402
+from datasets import build_transform, one_line  # noqa: E402
+from options import Parser  # noqa: E402
 
 SHEET = 120  # images on a sheet at most
 
@@ -73,7 +73,10 @@ def class_names(path: Path | None, known: list[str] | None, num_classes: int) ->
         ValueError: another number of names than of classes.
     """
     if path is not None:
-        text = path.read_text(encoding='utf-8')
+        try:
+            text = path.read_text(encoding='utf-8')
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f'--class-names {path}: {error}') from None
         try:
             names = json.loads(text)
         except json.JSONDecodeError:
@@ -213,8 +216,8 @@ def print_csv(results: list[dict[str, Any]]) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n', 2)[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.split('\n', 2)[2],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', metavar='CKPT|MODEL',
                         help='a checkpoint, a converted folder, or a name with published weights')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder or -')
@@ -236,13 +239,13 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     """The model on its device, and names of its classes."""
     size = {'img_size': args.input_size} if args.input_size else {}
     if args.random_weights:
-        if not timm.is_model(args.model):
-            raise ValueError(f'--random-weights takes the name of a model, not {args.model}')
         torch.manual_seed(0)
-        model, known = timm.create_model(args.model, **size).eval(), None
+        model, known = create_cmt(args.model, **size).eval(), None
     else:
         model, info = build_model(None, args.model, use_ema=not args.model_weights, **size)
         known = info['classes']
+        if info['kind'] == 'model_ema':
+            print('the average of the weights answers; --model-weights: the weights themselves', file=sys.stderr)
     if model.img_size[0] != model.img_size[1]:
         raise ValueError(f'{args.model} is for {model.img_size[0]}x{model.img_size[1]} images; evaluation crops '
                          'squares: give an --input-size')
@@ -286,7 +289,7 @@ def predict(
             image = default_loader(source) if name != '-' else Image.open(source).convert('RGB')
             read.append((name, transform(image)))
         except Exception as error:  # Pillow's plugins raise whatever comes on damaged files
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            reason = getattr(error, 'strerror', None) or one_line(error)
             print(f'cannot read {name} ({reason})', file=sys.stderr)
         if len(read) == batch_size:
             flush()
@@ -308,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         found = find_images(args.images)
         model, names = load(args)
     except (ValueError, OSError) as error:
-        parser.exit(2, f'error: {error}\n')
+        parser.error(str(error))
 
     results, entries = predict(model, names, found, args.top, args.batch_size, SHEET if args.picture else 0)
     if entries:
