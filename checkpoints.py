@@ -4,6 +4,8 @@ Apart from utils.py because nothing here knows of processes or devices: it is wh
 """
 import argparse
 import contextlib
+import errno
+import fcntl
 import json
 import logging
 import math
@@ -17,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import timm
@@ -86,6 +88,17 @@ def _keep_previous(path: Path) -> None:
     os.replace(link, path.with_name(PREVIOUS))
 
 
+def _lock(path: Path) -> BinaryIO:
+    """A file that this process alone has, until it ends however it ends. Loader processes do not inherit it."""
+    file = open(path, 'wb')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f'another run is writing to {path.parent} (if it is gone, remove {path})') from None
+    return file  # a file system without locks goes without
+
+
 class RunWriter:
     """Writes a run's checkpoints in the background, and its log; at any moment there is a whole checkpoint on disk.
 
@@ -95,12 +108,16 @@ class RunWriter:
         folder: where they go.
         keep: epochs whose checkpoints stay as checkpoint_EEEE.pth.
 
+    Raises:
+        ValueError: another run is writing there.
+
     Attributes:
         trackers: functions that are given each record too.
     """
 
     def __init__(self, folder: str | Path, keep: int = 0):
         self.folder = Path(folder)
+        self.lock = _lock(self.folder / '.lock')
         self.keep = keep
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
@@ -137,9 +154,10 @@ class RunWriter:
             last = self.folder / LAST
             with replacing(last, keep_previous=True) as file:
                 torch.save(state, file)
-            for name in copies:
-                with open(last, 'rb') as source, replacing(self.folder / name) as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
+                file.flush()
+                for name in copies:  # first: a run killed in between does the epoch again, and writes them again
+                    with open(file.name, 'rb') as source, replacing(self.folder / name) as copy:
+                        shutil.copyfileobj(source, copy, 1 << 20)
             if self.keep:
                 for old in sorted(self.folder.glob('checkpoint_[0-9]*.pth'))[:-self.keep]:
                     old.unlink()
@@ -670,6 +688,9 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f'--output-dir {folder}: {there} is no folder that can be written to')
+    for path in [folder / LOG, folder / 'config.yaml', *folder.glob('*.pth'), *folder.glob('.*.tmp')]:
+        if path.is_dir():
+            raise ValueError(f'--output-dir {folder}: {path} is a folder')
     if not may_hold_run and run_files(folder):
         raise ValueError(f'{folder} holds a run: --resume auto goes on with it, --overwrite replaces it')
 
@@ -685,8 +706,14 @@ def remove_run(folder: Path) -> None:
         path.unlink()
 
 
-def trim_log(path: Path, epoch: int) -> None:
-    """Drop the lines of `epoch` and later, which are about to be run again, and what a killed run left half-written."""
+def go_back(folder: Path, epoch: int) -> None:
+    """Drop what `folder` holds of `epoch` and later, which are about to be run again: kept checkpoints, lines of the
+    log, and what a killed run left half-written of them.
+    """
+    for path in folder.glob('checkpoint_[0-9]*.pth'):
+        if int(path.stem.split('_')[1]) >= epoch:
+            path.unlink()
+    path = folder / LOG
     if not path.exists():
         return
     kept = []

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -334,6 +335,7 @@ def build_loader(
         dataset, order = NamedErrors(dataset), eval_indices(len(dataset), rank, world_size)
     else:
         dataset, order = KeyedDataset(dataset), sampler
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # a run that waits says what to change
     return _Loader(
         dataset,
         batch_size,

@@ -134,7 +134,8 @@ def position_schedule(scheduler, epoch: int, updates: int) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
     """Load moments and counts; rates and decays stay as this command line sets them."""
-    settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+    counts = ('params', 'step', 'lookahead_step')  # which some optimizers of timm keep among the settings
+    settings = [{k: v for k, v in group.items() if k not in counts} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
@@ -142,8 +143,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
         for p in group['params']:
-            for moment in optimizer.state[p].values():  # torch does not look at their shapes
-                if isinstance(moment, torch.Tensor) and moment.ndim == p.ndim and moment.shape != p.shape:
+            for moment in optimizer.state[p].values():  # torch does not look at shapes; factored ones have axes of 1
+                if isinstance(moment, torch.Tensor) and moment.ndim == p.ndim and any(
+                        a not in (1, b) for a, b in zip(moment.shape, p.shape)):
                     raise ValueError(f'the optimizer state in {source} is of another --input-size')
 
 
@@ -179,6 +181,8 @@ def main(args: argparse.Namespace) -> None:
         start, form = checkpoint, {}
         if checkpoint is None and args.finetune:
             source, start = args.finetune, checkpoints.read_weights(args.finetune)
+        if args.eval and checkpoint is None:
+            raise ValueError(f'no checkpoint in {output_dir}: --eval needs one')
         if start is not None:
             args.model, form, _ = checkpoints.identify(start, source, model=args.model)
         args.model = args.model or 'cmt_s'
@@ -261,6 +265,8 @@ def main(args: argparse.Namespace) -> None:
             if isinstance(saved, dict) and saved.get('opt', args.opt) != args.opt:
                 raise ValueError(f"{source} was trained with --opt {saved['opt']}: go on with that")
             own = 'samples_seen' in checkpoint
+            if own and not isinstance(checkpoint.get('optimizer'), dict):
+                raise ValueError(f'{source} holds no optimizer: start from it by --finetune')
             if own:
                 load_optimizer(optimizer, checkpoint['optimizer'], source)
             elif 'optimizer' in checkpoint:  # parameters in another order
@@ -271,9 +277,12 @@ def main(args: argparse.Namespace) -> None:
                 except (KeyError, RuntimeError):
                     raise ValueError(f'{source} was trained with another loss scaling: give the same '
                                      '--apex-amp and --amp-dtype') from None
-            best = checkpoint.get('best') or {}
-            epoch = checkpoint.get('epoch', args.start_epoch - 1) + 1
-            if checkpoint.get('meters'):  # sums of an epoch that is not in the log yet
+            best = own and checkpoint.get('best') or {}
+            epoch = checkpoint.get('epoch', args.start_epoch - 1)
+            if type(epoch) is not int or epoch < -1:
+                raise ValueError(f'{source} is of epoch {epoch!r}: start from it by --finetune')
+            epoch += 1
+            if own and checkpoint.get('meters'):  # sums of an epoch that is not in the log yet
                 epoch, step, samples_seen = (checkpoint[key] for key in ('epoch', 'step', 'samples_seen'))
                 sums = checkpoint['meters']
             if checkpoint.get('world_size', world_size) != world_size:
@@ -324,11 +333,12 @@ def main(args: argparse.Namespace) -> None:
     with usage_errors():
         if output_dir and rank == 0:
             writer = checkpoints.RunWriter(output_dir, args.keep_checkpoints)
-            if checkpoint is None:
-                checkpoints.remove_run(output_dir)
-            elif Path(source).resolve().parent == output_dir.resolve():
+            is_inside = checkpoint is not None and Path(source).resolve().parent == output_dir.resolve()
+            if is_inside:
                 checkpoints.make_last(Path(source))
-            checkpoints.trim_log(output_dir / checkpoints.LOG, epoch)
+            elif checkpoint is None or args.overwrite:
+                checkpoints.remove_run(output_dir)
+            checkpoints.go_back(output_dir, epoch)
             settings = {key.replace('_', '-'): value for key, value in vars(args).items()
                         if key not in ('config', 'local_rank', 'resume', 'overwrite') and value is not None}
             with checkpoints.replacing(output_dir / 'config.yaml') as file:
@@ -346,7 +356,7 @@ def main(args: argparse.Namespace) -> None:
     if ema and kept > 0.05:
         logger.warning('the moving average, which evaluation prefers, will still be %.0f%% initial weights at the end: '
                        '--model-ema-decay %.4g is for %d updates, or --no-model-ema', 100 * kept,
-                       1 - 10 / max(updates_per_epoch * num_epochs, 11), updates_per_epoch * num_epochs)
+                       1 - 10 / max(updates_per_epoch * num_epochs, 20), updates_per_epoch * num_epochs)
     if epoch >= num_epochs:
         logger.info('nothing left to do: %d of %d epochs are done', epoch, num_epochs)
 
@@ -418,7 +428,8 @@ def main(args: argparse.Namespace) -> None:
         copies = [f'checkpoint_{epoch:04d}.pth'] if args.keep_checkpoints else []
         if epoch % args.test_freq == 0 or epoch > args.test_epoch or epoch == num_epochs - 1:
             # evaluation takes its time: a run that is stopped or killed in it goes on with it
-            if args.save_every_steps or args.save_every_minutes:
+            is_long = args.save_every_steps or args.save_every_minutes or time.monotonic() - saved > 60
+            if utils.largest(int(bool(is_long))):
                 save(meters.of_all_ranks())
             scores = {}
             for prefix, module in (('', core), ('ema_', ema and ema.module)):

@@ -20,6 +20,10 @@ def state(number, size=20_000):
     return {'model': {'w': torch.full((size,), float(number))}, 'epoch': number}
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != '.lock')
+
+
 def write(folder, *numbers, copies=(), **kwargs):
     writer = RunWriter(folder, **kwargs)
     for number in numbers:
@@ -103,7 +107,7 @@ def test_a_write_that_breaks_off_anywhere_leaves_a_whole_checkpoint(tmp_path, ki
         assert number(read_checkpoint(tmp_path / LAST)) == 6
         assert number(read_checkpoint(tmp_path / PREVIOUS)) in (5, 6)
         if not kill:
-            assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, PREVIOUS]  # no half file fills the disk
+            assert names(tmp_path) == [LAST, PREVIOUS]  # no half file fills the disk
     assert limited(tmp_path, 2 * size, kill) == 0
     assert number(newest_checkpoint(tmp_path)[1]) == 7 and number(read_checkpoint(tmp_path / PREVIOUS)) == 6
 
@@ -160,15 +164,50 @@ def test_kept_epochs_are_the_last(tmp_path):
     for epoch in range(4):
         writer.save(state(epoch), (f'checkpoint_{epoch:04d}.pth',))
     writer.wait()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert names(tmp_path) == [
         'checkpoint_0002.pth', 'checkpoint_0003.pth', LAST, PREVIOUS]
 
 
-def test_log_lines_of_epochs_to_come_are_dropped(tmp_path):
+def test_copies_are_there_before_the_last_checkpoint(tmp_path, monkeypatch):
+    """A run that goes on from checkpoint_last.pth writes those of its epoch no more."""
+    write(tmp_path, 1)
+    replace = os.replace
+
+    def killed(source, target):
+        if target.name == LAST:
+            raise OSError('killed')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', killed)
+    writer = RunWriter(tmp_path)
+    writer.save(state(2), ('checkpoint_best.pth',))
+    writer.wait()
+    assert number(read_checkpoint(tmp_path / LAST)) == 1
+    assert number(read_checkpoint(tmp_path / 'checkpoint_best.pth')) == 2
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    writer = RunWriter(tmp_path)
+    for expected in (2, 0):
+        process = os.fork()
+        if not process:
+            try:
+                RunWriter(tmp_path)
+            except ValueError as error:
+                os._exit(2 if 'another run' in str(error) else 3)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == expected
+        writer.lock.close()
+
+
+def test_epochs_to_come_are_dropped(tmp_path):
     path = tmp_path / 'log.txt'
     path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    checkpoints.trim_log(path, 2)
+    for epoch in range(4):
+        (tmp_path / f'checkpoint_{epoch:04d}.pth').touch()
+    checkpoints.go_back(tmp_path, 2)
     assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == ['checkpoint_0000.pth', 'checkpoint_0001.pth']
 
 
 # reading

@@ -155,6 +155,8 @@ def test_mindspore_file(tmp_path):
     (['run.pth', 'there', '--format', 'pth', '--overwrite'], 'is a folder'),
     (['run.pth', 'nowhere/a.pth'], 'no folder'),
     (['gone.pth', 'out'], 'gone.pth'),
+    (['resnet18', 'out'], 'nor a model of that name'),
+    (['run.pth', 'run.pth', '--overwrite'], 'give another name'),
     (['text.pth', 'out'], 'text.pth'),
     (['resnet.pth', 'out'], 'resnet.pth'),
     (['plain.pth', 'out', '--weights', 'ema'], 'no average'),
@@ -171,7 +173,7 @@ def test_mistakes_write_nothing(run_file, tmp_path, capsys, argv, reason):
     with pytest.raises(SystemExit) as stop:
         convert(tmp_path, *argv)
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith('error: ') and reason in said and said.count('\n') == 1
+    assert stop.value.code == 2 and ': error: ' in said and reason in said and said.count('\n') == 1
     assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob('*'))} == before
 
 

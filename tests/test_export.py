@@ -56,7 +56,7 @@ def test_logits_and_metadata(checkpoint, tmp_path, capsys, suffix, allowed):
     path = tmp_path / f'cats.{suffix}'
     export.main([str(checkpoint), str(path)])
     said = capsys.readouterr().out
-    assert len(said.splitlines()) == 1 and 'cmt_nano at 64x64, 3 classes' in said
+    assert len(said.splitlines()) == 1 and 'cmt_nano (average of the weights) at 64x64, 3 classes' in said
     exported, metadata = run(path)
     assert metadata == {
         'model': 'cmt_nano', 'input_size': [3, 64, 64], 'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225],
@@ -97,8 +97,10 @@ def test_rectangular_input(checkpoint, tmp_path):
     (['CKPT', 'a.ts', '--input-size', '50'], 'multiples of 32'),
     (['CKPT', 'a.ts', '--input-size', '32', '64', '96'], 'height and width'),
     (['CKPT', 'nowhere/a.ts'], 'no folder'),
-    (['CKPT', 'a.ts', '--random-weights'], 'name of a model'),
-    (['missing.pth', 'a.ts'], 'missing.pth'),
+    (['CKPT', 'a.ts', '--random-weights'], 'unknown model'),
+    (['resnet18', 'a.ts', '--random-weights'], 'resnet18 is no CMT'),
+    (['resnet18', 'a.ts'], 'resnet18 is no CMT'),
+    (['missing.pth', 'a.ts'], 'no checkpoint at missing.pth, nor a model of that name (cmt_b, '),
 ])
 def test_mistakes(checkpoint, tmp_path, monkeypatch, capsys, argv, reason):
     monkeypatch.chdir(tmp_path)
@@ -106,7 +108,22 @@ def test_mistakes(checkpoint, tmp_path, monkeypatch, capsys, argv, reason):
         export.main([str(checkpoint) if arg == 'CKPT' else arg for arg in argv])
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == '' and not any(tmp_path.iterdir())
-    assert said.err.startswith('error: ') and reason in said.err and said.err.count('\n') == 1
+    assert ': error: ' in said.err and reason in said.err and said.err.count('\n') == 1
+
+
+def test_nothing_is_replaced_unasked(checkpoint, tmp_path, capsys):
+    path, own = tmp_path / 'model.PT', tmp_path / 'own.pt'
+    path.write_text('mine')
+    own.write_bytes(checkpoint.read_bytes())
+    for argv, reason in ((path, 'is there already'), (own, 'the checkpoint itself'), (tmp_path, 'must end in')):
+        with pytest.raises(SystemExit):
+            export.main([str(own), str(argv)])
+        assert reason in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        export.main([str(own), str(own), '--overwrite'])
+    assert path.read_text() == 'mine' and own.read_bytes() == checkpoint.read_bytes()
+    export.main([str(own), str(path), '--overwrite'])
+    run(path)
 
 
 def test_fuse_is_refused_by_a_model_that_cannot(checkpoint, tmp_path, monkeypatch, capsys):

@@ -157,7 +157,9 @@ def test_an_image_that_cannot_be_read(place, capsys):
     (['named.pth', 'photos', '--picture', 'gone/a.png'], 'no folder'),
     (['named.pth', 'photos', '--input-size', '50'], 'multiples of 32'),
     (['named.pth', 'photos', '--top', '0'], 'at least 1'),
-    (['named.pth', 'photos', '--random-weights'], 'name of a model'),
+    (['named.pth', 'photos', '--random-weights'], 'unknown model'),
+    (['resnet18', 'photos', '--random-weights'], 'resnet18 is no CMT'),
+    (['named.pth', 'photos', '--class-names', 'photos/a.png'], '--class-names photos/a.png: '),
 ])
 def test_mistakes(place, capsys, argv, reason):
     (place / 'empty').mkdir()
@@ -166,7 +168,7 @@ def test_mistakes(place, capsys, argv, reason):
         predict.main(argv)
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == ''
-    assert said.err.startswith('error: ') and reason in said.err and said.err.count('\n') == 1
+    assert ': error: ' in said.err and reason in said.err and said.err.count('\n') == 1
 
 
 def test_grad_cam_is_its_definition(place):
