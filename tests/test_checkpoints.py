@@ -42,9 +42,9 @@ def number(loaded):
 
 def test_a_write_keeps_the_one_before_and_leaves_nothing_else(tmp_path):
     write(tmp_path, 1)
-    assert [path.name for path in tmp_path.iterdir()] == [LAST]
+    assert names(tmp_path) == [LAST]
     write(tmp_path, 2, copies=('checkpoint_best.pth',))
-    assert {path.name: number(read_checkpoint(path)) for path in tmp_path.iterdir()} == {
+    assert {name: number(read_checkpoint(tmp_path / name)) for name in names(tmp_path)} == {
         LAST: 2, PREVIOUS: 1, 'checkpoint_best.pth': 2}
 
 

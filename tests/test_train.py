@@ -105,8 +105,8 @@ def test_a_run_learns_and_writes_what_design_says(whole):
         'ema_test_acc1', 'ema_test_acc5', 'ema_test_loss'}
     assert lines[0]['train_lr'] == 1e-3 and lines[2]['test_acc5'] == 100 and lines[2]['skipped_updates'] == 0
     assert sorted(path.name for path in whole.iterdir()) == [
-        'checkpoint_best.pth', 'checkpoint_ema_best.pth', 'checkpoint_last.pth', 'checkpoint_prev.pth', 'config.yaml',
-        'log.txt']
+        '.lock', 'checkpoint_best.pth', 'checkpoint_ema_best.pth', 'checkpoint_last.pth', 'checkpoint_prev.pth',
+        'config.yaml', 'log.txt']
     last = nano.read(whole)
     assert set(last) >= {
         'model', 'model_ema', 'optimizer', 'lr_scheduler', 'loss_scaler', 'epoch', 'step', 'meters', 'best',
@@ -601,7 +601,7 @@ def mistakes(images, whole, tmp_path):
         'no data': (['--data-path', tmp_path / 'nowhere'], 'no folder'),
         'no path': (['--data-path', ''], '--data-path is missing'),
         'empty class': (['--data-path', empty], 'no images in .*class_0'),
-        'unknown class': (['--data-path', foreign], 'has classes that the training set lacks: unheard'),
+        'unknown class': (['--data-path', foreign], 'classes that the training set, or --class-map, lacks: unheard'),
         'unknown model': (['--model', 'cmt_xxl'], 'unknown --model cmt_xxl: cmt_b, '),
         'other model': (['--model', 'resnet18'], 'resnet18 is no CMT'),
         'size': (['--input-size', 100], '100.*32'),
