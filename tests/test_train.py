@@ -687,7 +687,7 @@ def test_a_run_that_waits_for_data_says_so(flags, monkeypatch, capsys, pause, wo
         return read(self, index)
     monkeypatch.setattr(sources.EncodedImages, 'read', slow)
     once = train.TrainStep.__call__
-    monkeypatch.setattr(train.TrainStep, '__call__', lambda *a: time.sleep(0.2) or once(*a))
+    monkeypatch.setattr(train.TrainStep, '__call__', lambda *a: time.sleep(0 if pause else 0.2) or once(*a))
     nano.train([*flags, '--epochs', 1, '--num-workers', workers, '--no-repeated-aug'])
     said = capsys.readouterr().out
     assert ('of the time went to waiting for data: more --num-workers' in said) == (pause > 0)
