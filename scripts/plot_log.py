@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import textwrap
 import time
 from pathlib import Path
 
@@ -23,6 +24,13 @@ PANELS = [
     ('Training images per second', [('train_images_per_s', 'images per second', '-')]),
 ]
 MARKED = 40  # epochs at most whose points are marked one by one; more would hide the line
+
+
+class Parser(argparse.ArgumentParser):
+    """One line an error. options.Parser does the same, but brings torch along: seconds to a plot."""
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {message}\n')
 
 
 def read_log(path):
@@ -56,14 +64,17 @@ def points(records, key):
 
 def run_names(paths):
     """What tells the runs apart: the folder's name, or as much of the path as is needed."""
-    folders = [(path.parent if path.is_file() or path.suffix else path).resolve() for path in paths]
+    folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
     names = [folder.name for folder in folders]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def draw(runs):
     """The figure of {name: records}: a colour a run, a line style a quantity."""
-    figure = Figure(figsize=(11, 7.5), dpi=120, layout='constrained')
+    labels = [textwrap.fill(f'{name}{best(records)}', 90) for name, records in runs.items()]
+    columns = max(1, min(len(runs), 3, 120 // (max(map(len, labels)) + 7)))  # what 11 inches hold
+    lines = sum(label.count('\n') for label in labels) + math.ceil(len(labels) / columns)
+    figure = Figure(figsize=(11, 7.3 + 0.2 * lines), dpi=120, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     FigureCanvasAgg(figure)
     colors = [f'C{i}' for i in range(len(runs))]
@@ -89,9 +100,8 @@ def draw(runs):
             axes.set_ylim(0, 1.05 * axes.dataLim.ymax)  # a speed that varies by 2 % should look like it
         if len(drawn) > 1:
             axes.legend([Line2D([], [], color='black', linestyle=style) for style in drawn.values()], list(drawn))
-    figure.legend([Line2D([], [], color=color, linewidth=3) for color in colors],
-                  [f'{name}{best(records)}' for name, records in runs.items()],
-                  loc='outside upper center', ncols=min(len(runs), 3), frameon=False)
+    figure.legend([Line2D([], [], color=color, linewidth=3) for color in colors], labels,
+                  loc='outside upper center', ncols=columns, frameon=False)
     return figure
 
 
@@ -103,13 +113,13 @@ def best(records):
 def save(figure, path):
     # renamed into place: a viewer that follows the picture never opens half of it
     temporary = path.with_name(f'.{path.name}.tmp')
-    figure.savefig(temporary, format=path.suffix[1:])
+    figure.savefig(temporary, format=path.suffix[1:].lower())
     os.replace(temporary, path)
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n', 2)[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog='plot_log.py', description=__doc__.split('\n', 2)[2],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='a run\'s folder, or its log.txt')
     parser.add_argument('-o', '--output', type=Path, metavar='FILE',
                         help='the picture (default: curves.png beside the log; for several runs, in this folder)')
@@ -121,15 +131,17 @@ def get_args_parser():
 def main(argv=None):
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    if args.watch is not None and not args.watch > 0:
-        parser.error(f'--watch {args.watch:g}: give a number of seconds above 0')
+    if args.watch is not None and not 0 < args.watch <= 86400:
+        parser.error(f'--watch {args.watch:g}: give a number of seconds above 0 and at most 86400, a day')
     logs = [path / 'log.txt' if path.is_dir() else path for path in args.runs]
     output = args.output or (logs[0].parent if len(logs) == 1 else Path()) / 'curves.png'
     known = FigureCanvasAgg.get_supported_filetypes()
-    if output.suffix[1:] not in known:
+    if output.suffix[1:].lower() not in known:
         parser.error(f'--output {output}: the name must end in one of .{", .".join(sorted(known))}')
     if not output.parent.is_dir():
         parser.error(f'--output {output}: there is no folder {output.parent}')
+    if output.is_dir():
+        parser.error(f'--output {output} is a folder: give a file in it')
 
     # a run that is watched may not have ended its first epoch
     for log in logs:

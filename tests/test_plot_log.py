@@ -37,8 +37,8 @@ def error_of(capsys, *argv):
         plot_log.main([str(argument) for argument in argv])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert 'Traceback' not in error
-    return error.splitlines()[-1]
+    assert error.startswith('plot_log.py: error: ') and error.count('\n') == 1
+    return error
 
 
 def test_every_value_of_the_log_is_drawn(tmp_path):
@@ -64,8 +64,35 @@ def test_several_runs_have_a_colour_and_a_name_each(tmp_path):
     assert [line.get_color() for line in figure.axes[1].lines] == ['C0', 'C0', 'C1', 'C1']
     assert [text.get_text().split(',')[0] for text in figure.legends[0].get_texts()] == names
     # one name twice says nothing: the paths do
+    for parent in 'ab':
+        (tmp_path / parent / 'run').mkdir(parents=True)
     assert plot_log.run_names([tmp_path / 'a' / 'run', tmp_path / 'b' / 'run']) == \
         [str(tmp_path / 'a' / 'run'), str(tmp_path / 'b' / 'run')]
+
+
+def test_a_dot_in_a_name_makes_no_file_of_a_folder(tmp_path):
+    names = [f'lr_0.001_seed_{seed}' for seed in range(3)]
+    runs = [write_run(tmp_path / name, [record(0)]) for name in names]
+    assert plot_log.run_names(runs) == names
+    # a run that is watched may have no log yet
+    (runs[0] / 'log.txt').unlink()
+    assert plot_log.run_names([runs[0] / 'log.txt', *runs[1:]]) == names
+
+
+@pytest.mark.parametrize('length, columns', [(6, 3), (31, 1), (150, 1)])
+def test_names_stay_inside_the_picture(length, columns):
+    figure = plot_log.draw({f'{i}_' + 'w' * (length - 2): [record(0), record(1)] for i in range(4)})
+    figure.canvas.draw()
+    legend = figure.legends[0]
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
+    assert all(axes.bbox.height > 200 for axes in figure.axes)
+
+
+def test_the_ending_may_be_in_capitals(tmp_path):
+    plot_log.main([str(write_run(tmp_path / 'run', [record(0)])), '-o', str(tmp_path / 'curves.PNG')])
+    assert (tmp_path / 'curves.PNG').read_bytes().startswith(b'\x89PNG')
 
 
 def test_a_run_without_validation_or_with_a_nan_is_drawn(tmp_path):
@@ -125,12 +152,16 @@ def test_bad_logs_get_one_line(tmp_path, capsys, content, message):
 
 
 def test_bad_arguments_get_one_line(tmp_path, capsys):
-    run = write_run(tmp_path / 'run', [record(0)])
+    run, folder = write_run(tmp_path / 'run', [record(0)]), tmp_path / 'folder.png'
+    folder.mkdir()
     assert 'must end in one of' in error_of(capsys, run, '-o', tmp_path / 'curves.xyz')
     assert 'there is no folder' in error_of(capsys, run, '-o', tmp_path / 'nowhere' / 'curves.png')
-    assert 'above 0' in error_of(capsys, run, '--watch', '0')
+    assert 'is a folder' in error_of(capsys, run, '-o', folder)
+    for seconds in ('0', '-1', 'nan', 'inf'):
+        assert 'above 0' in error_of(capsys, run, '--watch', seconds)
+    assert 'required: RUN' in error_of(capsys)
     assert 'there is no' in error_of(capsys, tmp_path / 'nowhere', '--watch', '1')
-    assert sorted(path.name for path in tmp_path.rglob('*')) == ['log.txt', 'run']
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['folder.png', 'log.txt', 'run']
 
 
 def test_watch_follows_a_run_from_before_its_first_epoch(tmp_path, monkeypatch, capsys):
