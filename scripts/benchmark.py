@@ -18,6 +18,7 @@ import platform
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cmt  # noqa: E402
 import utils  # noqa: E402
+from options import Parser, amount, positive  # noqa: E402
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 FORMS = ('reference', 'eager', 'fused', 'compiled', 'kernels')
@@ -147,6 +149,13 @@ class Reference(nn.Module):
 
 def is_own(name: str) -> bool:
     return timm.models.is_model_in_modules(name, ['cmt'])
+
+
+def possible(name: str, mode: str, forms: list[str]) -> list[str]:
+    """Those of `forms` that a model has."""
+    if is_own(name):
+        return [form for form in forms if (mode, form) != ('train', 'fused')]
+    return [form for form in forms if form in ('eager', 'compiled')]
 
 
 class Case:
@@ -300,14 +309,18 @@ def markdown(records: list[dict]) -> str:
     return '\n'.join(lines)
 
 
-def plot(records: list[dict], path: str) -> None:
+def is_plotted(name: str, mode: str, form: str) -> bool:
+    return mode == 'infer' and name in TOP1 and form != 'reference'
+
+
+def plot(records: list[dict], path: Path) -> None:
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
     best = {}
     for r in records:
-        if r['mode'] == 'infer' and r['model'] in TOP1 and r['form'] != 'reference':
+        if is_plotted(r['model'], r['mode'], r['form']):
             if r['images_per_s'] > best.get(r['model'], {'images_per_s': 0})['images_per_s']:
                 best[r['model']] = r
     for name, r in best.items():
@@ -321,57 +334,102 @@ def plot(records: list[dict], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def check_plot(parser: argparse.ArgumentParser, path: Path, cases: list[tuple[str, str, str]]) -> list[str]:
+    """The models that the picture leaves out; what cannot be drawn is refused."""
+    from matplotlib.backend_bases import FigureCanvasBase
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        parser.error(f'--plot {path}: the name must end in one of .{", .".join(sorted(known))}')
+    drawn = {name for name, mode, form in cases if is_plotted(name, mode, form)}
+    if not drawn:
+        parser.error(f'--plot {path}: nothing to draw, it is of inference in forms but the reference, by models whose '
+                     f'published top-1 is known: {", ".join(TOP1)}')
+    return list(dict.fromkeys(name for name, mode, _ in cases if name not in drawn))
+
+
 def case_group(text: str) -> tuple[str, str, int, int, list[str]]:
-    name, mode, size, batch, forms = text.split(':')  # argparse tells of a ValueError
-    if mode not in ('infer', 'train') or int(batch) < 1 or not set(forms.split(',')) <= set(FORMS):
-        raise ValueError
-    return name, mode, int(size), int(batch), forms.split(',')
+    """A type for argparse."""
+    try:
+        name, mode, size, batch, forms = text.split(':')
+        if mode not in ('infer', 'train') or int(batch) < 1 or not set(forms.split(',')) <= set(FORMS):
+            raise ValueError
+        return name, mode, int(size), int(batch), forms.split(',')
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not MODEL:MODE:SIZE:BATCH:FORM,FORM, as in cmt_s:infer:224:8:eager,fused") from None
 
 
-case_group.__name__ = 'case'  # what argparse calls it in its line
+def output_file(text: str) -> Path:
+    """A type for argparse: a file that can be written, which is tried before the work whose results it takes."""
+    path = Path(text)
+    try:
+        if path.exists():
+            path.open('ab').close()
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' cannot be written ({error.strerror}): give a file in a folder that is there") from None
+    return path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[1])
+    parser = Parser(prog='benchmark.py', description=__doc__.split('\n\n')[1])
     parser.add_argument('--models', nargs='+', default=['cmt_s'], help='CMT models and others of timm')
     parser.add_argument('--modes', '--mode', nargs='+', default=['infer'], choices=('infer', 'train'))
     parser.add_argument('--forms', nargs='+', default=['reference', 'eager', 'fused'], choices=FORMS)
-    parser.add_argument('--devices', nargs='+', default=['cuda' if torch.cuda.is_available() else 'cpu'])
+    parser.add_argument('--devices', nargs='+', choices=('cpu', 'cuda'),
+                        default=['cuda' if torch.cuda.is_available() else 'cpu'])
     parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=DTYPES)
-    parser.add_argument('--batches', nargs='+', type=int, default=[8])
+    parser.add_argument('--batches', nargs='+', type=positive, default=[8])
     parser.add_argument('--sizes', nargs='+', type=int, help="pixels (default: each model's own)")
     parser.add_argument('--cases', nargs='+', type=case_group, metavar='MODEL:MODE:SIZE:BATCH:FORM,FORM',
                         help='these in the place of all combinations of the above, for lines that differ in more')
-    parser.add_argument('--repeats', type=int, default=7)
-    parser.add_argument('--seconds', type=float, default=1.0, help='at least, of each of the repeats')
-    parser.add_argument('--json', metavar='FILE')
+    parser.add_argument('--repeats', type=positive, default=7)
+    parser.add_argument('--seconds', type=amount, default=1.0, help='at least, of each of the repeats')
+    parser.add_argument('--json', type=output_file, metavar='FILE')
     parser.add_argument('--markdown', action='store_true')
-    parser.add_argument('--plot', metavar='PNG')
+    parser.add_argument('--plot', type=output_file, metavar='PNG')
     args = parser.parse_args()
     groups = [(mode, batch, size, [name], forms) for name, mode, size, batch, forms in args.cases or []] or [
         (mode, batch, size, args.models, args.forms)
         for mode, batch, size in itertools.product(args.modes, args.batches, args.sizes or [None])]
     unknown = [name for group in groups for name in group[3] if not timm.is_model(name)]
     if unknown:
-        parser.exit(2, f'error: unknown model {unknown[0]}\n')
+        parser.error(f'unknown model {unknown[0]}')
     wrong = [size for _, _, size, _, _ in groups if size is not None and (size < 32 or size % 32)]
     if wrong:
-        parser.exit(2, f'error: size {wrong[0]}: sizes are multiples of 32\n')
+        parser.error(f'size {wrong[0]}: sizes are multiples of 32')
     if 'cpu' in args.devices and any('kernels' in group[4] for group in groups):
-        parser.exit(2, 'error: the form kernels is for --devices cuda\n')
+        parser.error('the form kernels is for --devices cuda')
     if 'cuda' in args.devices and not torch.cuda.is_available():
-        parser.exit(2, 'error: --devices cuda: no CUDA device here\n')
+        parser.error('--devices cuda: no CUDA device here')
+    found = [(name, mode, form) for mode, _, _, models, forms in groups for name in models
+             for form in possible(name, mode, forms)]
+    if not found:
+        parser.error('nothing to measure: CMT does not train in the form fused, other models have eager and compiled')
+    left_out = check_plot(parser, args.plot, found) if args.plot else []
+    # two images on the CPU take seconds; a model that fails later takes the figures of those before it along
+    for name, mode, size, batch in dict.fromkeys(
+            (name, mode, size, min(batch, 2)) for mode, batch, size, models, forms in groups for name in models
+            if possible(name, mode, forms)):
+        try:
+            Case(name, mode, 'eager', torch.device('cpu'), 'float32', batch, size).step()
+        except Exception as error:  # whatever timm's models raise
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            parser.error(f'{name} cannot {mode} at {f"{size} px" if size else "its own size"}, batch {batch}: {reason}')
+    if left_out:
+        print(f'--plot leaves out {", ".join(left_out)}: no published top-1 is known here, or nothing of it to draw',
+              file=sys.stderr)
 
     records = []
     for device, dtype, (mode, batch, size, models, forms) in itertools.product(args.devices, args.dtypes, groups):
         device = torch.device(device)
         cases = []
         for name in models:
-            own = is_own(name)
-            for form in forms:
-                if own and (mode, form) != ('train', 'fused') or not own and form in ('eager', 'compiled'):
-                    print(f'{name} {mode} {form} {dtype} batch {batch} on {device}', file=sys.stderr, flush=True)
-                    cases.append(Case(name, mode, form, device, dtype, batch, size))
+            for form in possible(name, mode, forms):
+                print(f'{name} {mode} {form} {dtype} batch {batch} on {device}', file=sys.stderr, flush=True)
+                cases.append(Case(name, mode, form, device, dtype, batch, size))
         peak = peak_flops(device, dtype)
         for case in cases:
             case.step()
@@ -382,7 +440,7 @@ def main() -> None:
     add_ratios(records)
 
     if args.json:
-        Path(args.json).write_text(json.dumps({
+        args.json.write_text(json.dumps({
             'command': 'python scripts/benchmark.py ' + shlex.join(sys.argv[1:]),
             'date': datetime.date.today().isoformat(), 'processor': utils.processor(),
             'threads': torch.get_num_threads(),

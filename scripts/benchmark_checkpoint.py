@@ -2,7 +2,6 @@
 
 How long a checkpoint holds up training (the copy to host memory), and after how long it is on disk (in the background).
 """
-import argparse
 import json
 import platform
 import statistics
@@ -17,25 +16,38 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cmt  # noqa: E402, F401
 from checkpoints import LAST, RunWriter  # noqa: E402
+from options import Parser, positive  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[1])
+    parser = Parser(prog='benchmark_checkpoint.py', description=__doc__.split('\n\n')[1])
     parser.add_argument('--model', default='cmt_s')
     parser.add_argument('--folder', help='where to write (default: the system\'s temporary folder)')
-    parser.add_argument('--runs', type=int, default=7)
+    parser.add_argument('--runs', type=positive, default=7)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--json', action='store_true')
     args = parser.parse_args()
     if not timm.is_model(args.model):
-        parser.exit(2, f'error: unknown --model {args.model}\n')
+        parser.error(f'unknown --model {args.model}')
+    try:
+        torch.zeros(1, device=args.device).cpu()
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        parser.error(f'--device {args.device} cannot be used here, give cpu or another: {reason}')
+    try:
+        temporary = tempfile.TemporaryDirectory(dir=args.folder)
+    except OSError as error:
+        parser.error(f'--folder {args.folder}: {error.strerror}: give a folder that is there and can be written to')
 
-    # what a run saves: weights, their average and two moments
-    model = timm.create_model(args.model).to(args.device)
-    state = {name: {k: v.clone() for k, v in model.state_dict().items()}
-             for name in ('model', 'model_ema', 'exp_avg', 'exp_avg_sq')}
     copying, writing = [], []
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    with temporary as folder:
+        try:
+            model = timm.create_model(args.model).to(args.device)
+        except RuntimeError as error:
+            parser.error(f'--model {args.model}: {" ".join(str(error).split())}')
+        # what a run saves: weights, their average and two moments
+        state = {name: {k: v.clone() for k, v in model.state_dict().items()}
+                 for name in ('model', 'model_ema', 'exp_avg', 'exp_avg_sq')}
         writer = RunWriter(folder)
         for _ in range(args.runs + 1):
             began = time.perf_counter()
