@@ -16,11 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -28,10 +27,12 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cmt  # noqa: E402, F401
 import transforms  # noqa: E402
 import utils  # noqa: E402
-from datasets import build_dataset, build_loader, build_transform, collate  # noqa: E402
+from benchmark import output_file  # noqa: E402
+from checkpoints import create_cmt  # noqa: E402
+from datasets import UnreadableImage, build_dataset, build_loader, build_transform, collate, one_line  # noqa: E402
+from options import Parser, count, positive, rate  # noqa: E402
 from samplers import TrainSampler  # noqa: E402
 from sources import EncodedImages, ImageFolder, has_part  # noqa: E402
 
@@ -201,7 +202,7 @@ def table(records: list[dict]) -> str:
 
 def training_rate(model_name: str, size: int, batch: int, device: torch.device, seconds: float = 20.) -> float:
     """Images per second that training takes: forward, backward and update in the precision that train.py chooses."""
-    model = timm.create_model(model_name, img_size=size).to(device).train()
+    model = create_cmt(model_name, img_size=size).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     images = torch.randn(batch, 3, size, size, device=device)
     targets = torch.zeros(batch, dtype=torch.long, device=device)
@@ -219,7 +220,7 @@ def training_rate(model_name: str, size: int, batch: int, device: torch.device, 
     return statistics.median(rates[1:])
 
 
-def compare(args: argparse.Namespace, path: str, columns: int = 8) -> None:
+def compare(args: argparse.Namespace, path: Path, columns: int = 8) -> None:
     """A picture of what both loaders make of the same draws, and of eight times their difference."""
     size = args.sizes[0]
     made = {loader: open_images(args.data_path, loader, size, False) for loader in ('reference', 'fast')}
@@ -236,31 +237,54 @@ def compare(args: argparse.Namespace, path: str, columns: int = 8) -> None:
     print(f'mean absolute difference {np.mean(difference):.2f} of 255')
     rows.append([np.clip(8 * d, 0, 255).astype(np.uint8) for d in difference])
     grid = Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
-    draw = ImageDraw.Draw(grid)
+    draw, font_size = ImageDraw.Draw(grid), max(size // 12, 1)
     for y, text in enumerate(('reference', 'fast', '8 x difference')):
-        draw.text((4, y * size + 2), text, fill='white', stroke_width=2, stroke_fill='black', font_size=size // 12)
+        draw.text((4, y * size + 2), text, fill='white', stroke_width=2, stroke_fill='black', font_size=font_size)
     grid.save(path)
 
 
+def measure(args: argparse.Namespace, cases: list[Case]) -> None:
+    for round_ in range(-1, args.repeats):
+        for group in turns(cases):
+            running = [case.run(round_ + 1) for case in group]
+            while running:  # a batch each
+                running = [run for run in running if next(run, run) is None]
+            for case in group:
+                if args.stages and not case.workers:
+                    case.run_stages(round_ + 1)
+        if round_ < 0:  # caches fill, workers start
+            for case in cases:
+                case.forget()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[1])
+    parser = Parser(prog='benchmark_data.py', description=__doc__.split('\n\n')[1])
     parser.add_argument('--data-path', help='folder of classes, one with train/, or a tar; JPEGs made here without it')
-    parser.add_argument('--images', type=int, default=250, help='JPEGs to make')
+    parser.add_argument('--images', type=positive, default=250, help='JPEGs to make')
     parser.add_argument('--loaders', nargs='+', default=['reference', 'fast'], choices=('reference', 'fast'))
-    parser.add_argument('--sizes', nargs='+', type=int, default=[224], help='input sizes (pixels)')
-    parser.add_argument('--workers', nargs='+', type=int, default=[0], help='loader processes; 0: in this process')
-    parser.add_argument('--batch-size', type=int, default=50)
+    parser.add_argument('--sizes', nargs='+', type=positive, default=[224], help='input sizes (pixels)')
+    parser.add_argument('--workers', nargs='+', type=count, default=[0], help='loader processes; 0: in this process')
+    parser.add_argument('--batch-size', type=positive, default=50)
     parser.add_argument('--repeated-aug', action='store_true', help='three copies of each image in a row')
-    parser.add_argument('--repeats', type=int, default=5, help='rounds, an epoch each')
+    parser.add_argument('--repeats', type=positive, default=5, help='rounds, an epoch each')
     parser.add_argument('--stages', action='store_true', help='also time each stage')
-    parser.add_argument('--model', help='also measure how fast this model trains here, and the cores that it needs')
-    parser.add_argument('--rates', nargs='+', type=float, default=[], help='images/s to feed: the cores that they need')
-    parser.add_argument('--compare', metavar='PNG', help="draw both loaders' images of the same draws, and stop")
-    parser.add_argument('--json', metavar='FILE', help='all figures, with versions and hardware')
+    parser.add_argument('--model', help='also measure how fast this CMT trains here, and the cores that it needs')
+    parser.add_argument('--rates', nargs='+', type=rate, default=[], help='images/s to feed: the cores that they need')
+    parser.add_argument('--compare', type=output_file, metavar='PNG',
+                        help="draw both loaders' images of the same draws, and stop")
+    parser.add_argument('--json', type=output_file, metavar='FILE', help='all figures, with versions and hardware')
     args = parser.parse_args()
+    if args.compare and args.compare.suffix.lower() != '.png':
+        parser.error(f'--compare {args.compare}: give the name of a .png file')
     torch.set_num_threads(1)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    rates = {f'{needed:g} images/s': (needed, None) for needed in args.rates}
     with tempfile.TemporaryDirectory() as folder:
+        try:
+            for size in args.sizes if args.model else []:
+                create_cmt(args.model, img_size=size)
+        except (RuntimeError, ValueError) as error:
+            parser.error(f'--model {args.model} at {size} px: {one_line(error)}')
         try:
             args.data_path = args.data_path or str(make_images(Path(folder), args.images))
             if args.compare:
@@ -268,42 +292,39 @@ def main() -> None:
                 return
             cases = [Case(args, loader, size, workers, device)
                      for size in args.sizes for workers in args.workers for loader in args.loaders]
-        except ValueError as error:
-            parser.error(str(error))
-        for round_ in range(-1, args.repeats):
-            for group in turns(cases):
-                running = [case.run(round_ + 1) for case in group]
-                while running:  # a batch each
-                    running = [run for run in running if next(run, run) is None]
-                for case in group:
-                    if args.stages and not case.workers:
-                        case.run_stages(round_ + 1)
-            if round_ < 0:  # caches fill, workers start
-                for case in cases:
-                    case.forget()
+        except (OSError, ValueError) as error:
+            parser.error(one_line(error))
+        try:  # before the loaders, whose figures it would lose
+            for size in args.sizes if args.model else []:
+                needed = training_rate(args.model, size, args.batch_size, device)
+                rates[f'{args.model} at {size} px, which trains at {needed:.0f} images/s here'] = (needed, size)
+        except (RuntimeError, ValueError) as error:
+            parser.error(f'--model {args.model} at {size} px, --batch-size {args.batch_size}: {one_line(error)}')
+        try:
+            measure(args, cases)
+        except (OSError, UnreadableImage) as error:  # a loader's process puts its traceback before the line
+            line = str(error).strip().splitlines()[-1].removeprefix('datasets.UnreadableImage: ')
+            parser.error(f'--data-path {args.data_path}: {line}')
         records = [case.record() for case in cases]
         add_ratios(records, cases)
     print(table(records))
-    rates = {f'{rate:g} images/s': (rate, None) for rate in args.rates}
-    if args.model:
-        for size in args.sizes:
-            rate = training_rate(args.model, size, args.batch_size, device)
-            rates[f'{args.model} at {size} px, which trains at {rate:.0f} images/s here'] = (rate, size)
-    for name, (rate, size) in rates.items():
+    for name, (needed, size) in rates.items():
         for r in records:
             if r['workers'] == args.workers[0] and size in (None, r['size']):
-                print(f"{name}: {math.ceil(rate / r['images_per_s_per_core'])} cores with the {r['loader']} loader at "
-                      f"{r['size']} px")
+                cores = math.ceil(needed / r['images_per_s_per_core'])
+                print(f"{name}: {cores} cores with the {r['loader']} loader at {r['size']} px")
     if args.json:
+        installed = {package.name.lower(): package.version for package in distributions()}
         report = {
             'command': f'python {shlex.join(sys.argv)}', 'processor': utils.processor(),
             'cores': utils.cores(), 'device': torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu',
             'load': os.getloadavg(),
-            'versions': {name: version(name) for name in (
-                'torch', 'torchvision', 'timm', 'Pillow', 'simplejpeg', 'opencv-python-headless')},
+            'versions': {name: installed[name.lower()] for name in (
+                'torch', 'torchvision', 'timm', 'Pillow', 'simplejpeg', 'opencv-python', 'opencv-python-headless')
+                if name.lower() in installed},
             'records': records,
         }
-        Path(args.json).write_text(json.dumps(report, indent=1) + '\n')
+        args.json.write_text(json.dumps(report, indent=1) + '\n')
 
 
 if __name__ == '__main__':

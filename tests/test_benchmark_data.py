@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 import benchmark_data
+import nano  # noqa: F401
 
 
 def run(monkeypatch, *argv):
@@ -45,9 +46,70 @@ def test_compare_draws_three_rows(monkeypatch, tmp_path, capsys):
     assert float(capsys.readouterr().out.split()[3]) < 20
 
 
-def test_folders_of_classes_tars_and_nothing(monkeypatch, images, tmp_path):
+def test_folders_of_classes(monkeypatch, images):
     for path in (images, images / 'train'):
         run(monkeypatch, '--data-path', path, '--sizes', 32, '--repeats', 1, '--loaders', 'fast')
-    with pytest.raises(SystemExit) as status:
-        run(monkeypatch, '--data-path', tmp_path / 'nowhere')
-    assert status.value.code == 2
+
+
+def test_cores_that_a_model_needs(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_data, 'training_rate', lambda *args: 1000.)
+    run(monkeypatch, '--images', 2, '--sizes', 32, '--repeats', 1, '--loaders', 'fast', '--model', 'cmt_nano')
+    said = capsys.readouterr().out
+    assert 'cmt_nano at 32 px, which trains at 1000 images/s here: ' in said
+    assert said.endswith(' cores with the fast loader at 32 px\n')
+
+
+def test_what_is_not_installed_has_no_version(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark_data, 'distributions', lambda: [])
+    run(monkeypatch, '--images', 2, '--sizes', 32, '--repeats', 1, '--loaders', 'reference', '--json', tmp_path / 'a')
+    assert json.loads((tmp_path / 'a').read_text())['versions'] == {}
+
+
+def mistake(monkeypatch, capsys, tmp_path, *argv):
+    """The one line that a mistake gets."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *argv)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and not captured.out and sorted(tmp_path.rglob('*')) == before
+    start = 'benchmark_data.py: error: '
+    assert captured.err.startswith(start) and captured.err.endswith('\n') and captured.err.count('\n') == 1
+    return captured.err.removeprefix(start).strip()
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--data-path', 'nowhere'], 'nowhere'),
+    (['--sizes', '224', '0'], '--sizes: 0 is not at least 1'),
+    (['--sizes', '-1'], '--sizes: -1 is not at least 1'),
+    (['--images', '0'], '--images: 0 is not at least 1'),
+    (['--batch-size', '0'], '--batch-size: 0 is not at least 1'),
+    (['--workers', '-1'], '--workers: -1 is not at least 0'),
+    (['--repeats', '0'], '--repeats: 0 is not at least 1'),
+    (['--rates', 'nan'], '--rates: nan is not above 0'),
+    (['--model', 'nope'], '--model nope at 224 px: unknown model nope'),
+    (['--model', 'resnet18'], '--model resnet18 at 224 px: resnet18 is no CMT'),
+    (['--model', 'cmt_nano', '--sizes', '48'], '--model cmt_nano at 48 px: '),
+    (['--json', 'nodir/x.json'], "'nodir/x.json' cannot be written (No such file or directory)"),
+    (['--compare', 'nodir/x.png'], "'nodir/x.png' cannot be written (No such file or directory)"),
+    (['--compare', 'x.foo'], '--compare x.foo: give the name of a .png file'),
+])
+def test_mistakes_get_one_line(argv, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark_data, 'make_images', None)  # seconds
+    assert message in mistake(monkeypatch, capsys, tmp_path, *argv)
+
+
+def test_a_model_that_cannot_train_gets_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark_data, 'measure', None)
+    said = mistake(
+        monkeypatch, capsys, tmp_path, '--images', 2, '--sizes', 32, '--batch-size', 1, '--model', 'cmt_nano')
+    assert said.startswith('--model cmt_nano at 32 px, --batch-size 1: ')  # BatchNorm of one value
+
+
+@pytest.mark.parametrize('argv', [[], ['--workers', 1], ['--compare', 'x.png']])
+def test_images_that_cannot_be_read_get_one_line(argv, monkeypatch, tmp_path, capsys):
+    (tmp_path / 'data' / 'a').mkdir(parents=True)
+    for i in range(12):
+        (tmp_path / 'data' / 'a' / f'{i}.jpg').write_text('no image')
+    said = mistake(monkeypatch, capsys, tmp_path, '--data-path', 'data', '--sizes', 32, '--repeats', 1, *argv)
+    assert 'no image' in said if '--compare' in argv else '10 images in a row could not be read' in said
