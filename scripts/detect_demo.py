@@ -18,6 +18,7 @@ import colorsys
 import functools
 import math
 import sys
+import tempfile
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -34,8 +35,8 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cmt  # noqa: E402, F401
-from checkpoints import build_model, replacing  # noqa: E402
+from checkpoints import build_model, create_cmt, replacing  # noqa: E402
+from options import Parser, number, positive, rate  # noqa: E402
 
 CLASSES = ('circle', 'square', 'triangle')  # labels 1, 2, 3; 0 is the background
 COLORS = ((66, 133, 244), (219, 68, 55), (15, 157, 88))
@@ -257,21 +258,21 @@ def detect(model: nn.Module, images: list[torch.Tensor], batch_size: int) -> lis
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n', 2)[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog='detect_demo.py', description=__doc__.split('\n', 2)[2],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', choices=['retinanet', 'maskrcnn'], default='retinanet')
     parser.add_argument('--backbone', default='cmt_ti', help='name of a CMT (default: %(default)s)')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights of the backbone (default: random)')
     parser.add_argument('--batch-norm', choices=['train', 'frozen'],
                         help="the backbone's (default: frozen with --checkpoint, else train)")
-    parser.add_argument('--steps', type=int, default=400)
-    parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--input-size', type=int, nargs='+', default=[128], metavar='N',
+    parser.add_argument('--steps', type=positive, default=400)
+    parser.add_argument('--batch-size', type=positive, default=8)
+    parser.add_argument('--input-size', type=number(int, 64), nargs='+', default=[128], metavar='N',
                         help='one number, or height and width (default: 128)')
-    parser.add_argument('--lr', type=float, default=1e-3)
-    parser.add_argument('--eval-every', type=int, default=100, metavar='STEPS')
-    parser.add_argument('--eval-images', type=int, default=48, metavar='N')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--lr', type=rate, default=1e-3)
+    parser.add_argument('--eval-every', type=positive, default=100, metavar='STEPS')
+    parser.add_argument('--eval-images', type=positive, default=48, metavar='N')
+    parser.add_argument('--seed', type=number(int, 0, 2 ** 32 - 1), default=0)
     parser.add_argument('--output', type=Path, default=Path('detections.png'), metavar='FILE.png')
     return parser
 
@@ -281,16 +282,20 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     height, width = (args.input_size * 2)[:2]
+    if len(args.input_size) > 2:
+        parser.error('--input-size takes one number, or height and width')
+    if args.output.suffix.lower() != '.png' or args.output.is_dir() or not args.output.absolute().parent.is_dir():
+        parser.error(f'--output {args.output}: give a .png file in a folder that is there')
+    try:  # else it would fail after the training
+        tempfile.TemporaryFile(dir=args.output.parent).close()
+    except OSError as error:
+        parser.error(f'--output {args.output}: {error.strerror}: give a file in a folder that can be written to')
+    try:
+        create_cmt(args.backbone)
+    except (RuntimeError, ValueError) as error:
+        parser.error(f'--backbone {args.backbone}: {error}')
     torch.manual_seed(args.seed)
     try:
-        if min(args.steps, args.batch_size, args.eval_every, args.eval_images) < 1:
-            raise ValueError('--steps, --batch-size, --eval-every, --eval-images: give at least 1')
-        if len(args.input_size) > 2 or min(height, width) < 64:
-            raise ValueError('--input-size takes one number, or height and width, of at least 64')
-        if args.output.suffix.lower() != '.png' or not args.output.absolute().parent.is_dir():
-            raise ValueError(f'--output {args.output}: give a .png file in a folder that is there')
-        if not timm.is_model(args.backbone):
-            raise ValueError(f"unknown --backbone {args.backbone}: {', '.join(cmt.default_cfgs)}")
         multiple = [math.ceil(side / 32) * 32 for side in (height, width)]
         few = {}  # four shapes an image at most: a tenth of the proposals that COCO asks for
         if args.model == 'maskrcnn':
@@ -301,8 +306,8 @@ def main(argv: list[str] | None = None) -> list[float]:
             None if args.batch_norm is None else args.batch_norm == 'frozen', img_size=tuple(multiple),
             anchor_size=16, out_channels=64, min_size=min(height, width), max_size=max(height, width),
             image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], **few)
-    except ValueError as error:
-        parser.exit(2, f'error: {error}\n')
+    except (RuntimeError, ValueError) as error:
+        parser.error(' '.join(str(error).split()))
 
     rng = np.random.default_rng([args.seed, 1])
     held_out = [draw_shapes(rng, height, width) for _ in range(args.eval_images)]

@@ -133,18 +133,31 @@ def test_demo(detector, steps, lines, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('argv, reason', [
-    (['--backbone', 'cmt_huge'], 'cmt_huge'),
-    (['--steps', '0'], 'at least 1'),
-    (['--output', 'gone/a.png'], 'folder'),
-    (['--input-size', '32'], 'at least 64'),
+    (['--backbone', 'cmt_huge'], '--backbone cmt_huge: unknown model'),
+    (['--backbone', 'resnet18'], '--backbone resnet18: resnet18 is no CMT'),
+    (['--backbone', 'vit_tiny_patch16_224'], '--backbone vit_tiny_patch16_224: vit_tiny_patch16_224 is no CMT'),
+    (['--backbone', 'cmt_ti.in22k'], '--backbone cmt_ti.in22k: Invalid pretrained tag'),
+    (['--steps', '0'], '--steps: 0 is not at least 1'),
+    (['--eval-images', '-1'], '--eval-images: -1 is not at least 1'),
+    (['--lr', '-1'], '--lr: -1 is not above 0'),
+    (['--lr', 'nan'], '--lr: nan is not above 0'),
+    (['--seed', '-1'], '--seed: -1 is not at least 0'),
+    (['--output', 'gone/a.png'], '--output gone/a.png: give a .png file in a folder that is there'),
+    (['--output', 'folder.png'], '--output folder.png: give a .png file'),
+    (['--output', '/proc/a.png'], '--output /proc/a.png: '),
+    (['--input-size', '32'], '--input-size: 32 is not at least 64'),
+    (['--input-size', '64', '64', '64'], '--input-size takes one number'),
+    (['--input-size', '32000000'], 'sizes'),  # of a position bias: more than an integer counts
     (['--checkpoint', 'gone.pth'], 'gone.pth'),
 ])
 def test_mistakes(argv, reason, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'folder.png').mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         detect_demo.main(argv)
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith('error: ') and reason in said and said.count('\n') == 1
+    assert stop.value.code == 2 and said.startswith('detect_demo.py: error: ') and reason in said
+    assert said.count('\n') == 1 and list(tmp_path.iterdir()) == [tmp_path / 'folder.png']
 
 
 @pytest.mark.soak
