@@ -6,7 +6,6 @@ size, or one at a size of your own, and where the cost goes:
     python scripts/profile_flops.py --model cmt_s --input-size 256 --per-stage
     python scripts/profile_flops.py --json
 """
-import argparse
 import json
 import sys
 import warnings
@@ -20,6 +19,7 @@ from torchprofile import profile_macs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402
+from options import Parser  # noqa: E402
 
 # the paper's input size, FLOPs (which are multiply-adds, in G) and ImageNet top-1 (%)
 PAPER = {'cmt_ti': (160, 0.6, 79.2), 'cmt_xs': (192, 1.5, 81.8), 'cmt_s': (224, 4.0, 83.5), 'cmt_b': (256, 9.3, 84.5)}
@@ -67,7 +67,7 @@ def print_table(header: str, rows) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Multiply-adds and parameters of the CMT models.')
+    parser = Parser(prog='profile_flops.py', description='Multiply-adds and parameters of the CMT models.')
     parser.add_argument('--model', help='one model (default: all four)')
     parser.add_argument('--input-size', type=int, help="a multiple of 32 (default: each model's own)")
     parser.add_argument('--per-stage', action='store_true', help='where they go: stem, the four stages, head')
@@ -75,11 +75,14 @@ def main() -> None:
     args = parser.parse_args()
     names = {**{name: name for name in PAPER}, **cmt.ALIASES}
     if args.model is not None and args.model not in names:
-        parser.exit(2, f"error: unknown model '{args.model}': choose from {', '.join(names)}\n")
+        parser.error(f"unknown model '{args.model}': choose from {', '.join(names)}")
     if args.input_size is not None and (args.input_size < 32 or args.input_size % 32):
-        parser.exit(2, f'error: --input-size {args.input_size}: must be a multiple of 32\n')
+        parser.error(f'--input-size {args.input_size}: must be a multiple of 32')
 
-    results = [profile(name, args.input_size or 0) for name in ([names[args.model]] if args.model else PAPER)]
+    try:
+        results = [profile(name, args.input_size or 0) for name in ([names[args.model]] if args.model else PAPER)]
+    except RuntimeError as error:  # more memory than there is
+        parser.error(f'--input-size {args.input_size}: give a smaller one: {" ".join(str(error).split())}')
     if args.json:
         for result in results:
             if not args.per_stage:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import profile_flops
+
 SCRIPT = Path(__file__).resolve().parents[1] / 'scripts' / 'profile_flops.py'
 
 
@@ -41,9 +43,16 @@ def test_one_model_at_another_size(tmp_path):
 @pytest.mark.parametrize('args, words', [
     (('--input-size', '100'), '--input-size 100: must be a multiple of 32'),
     (('--input-size', '0'), '--input-size 0: must be a multiple of 32'),
+    (('--input-size', '-32'), '--input-size -32: must be a multiple of 32'),
+    (('--input-size', 'x'), "argument --input-size: invalid int value: 'x'"),
+    (('--input-size', '32000000'), '--input-size 32000000: give a smaller one: '),
     (('--model', 'cmt_xl'), "unknown model 'cmt_xl'"),
+    (('--flops',), 'unrecognized arguments: --flops'),
 ])
-def test_mistakes_get_one_line(tmp_path, args, words):
-    result = run(tmp_path, *args)
-    assert result.returncode == 2 and not result.stdout
-    assert result.stderr.startswith(f'error: {words}') and result.stderr.count('\n') == 1
+def test_mistakes_get_one_line(monkeypatch, capsys, args, words):
+    monkeypatch.setattr(sys, 'argv', ['profile_flops.py', *args])
+    with pytest.raises(SystemExit) as stopped:
+        profile_flops.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and not said.out
+    assert said.err.startswith(f'profile_flops.py: error: {words}') and said.err.count('\n') == 1
