@@ -5,6 +5,7 @@ Apart from train.py so that the story of a run reads in one piece there.
 import argparse
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -54,6 +55,20 @@ def data_set(name: str) -> str:
         raise argparse.ArgumentTypeError(
             f"invalid choice: '{name}' (choose from {', '.join(DATA_SETS)}, torch/NAME, wds/NAME)")
     return name
+
+
+def output_file(text: str) -> Path:
+    """A type for argparse: a file that can be written, which is tried before the work whose results it takes."""
+    path = Path(text)
+    try:
+        if path.exists():
+            path.open('ab').close()
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' cannot be written ({error.strerror}): give a file in a folder that is there") from None
+    return path
 
 
 def size(text: str) -> int:

@@ -18,7 +18,6 @@ import platform
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cmt  # noqa: E402
 import utils  # noqa: E402
-from options import Parser, amount, positive  # noqa: E402
+from options import Parser, amount, output_file, positive  # noqa: E402
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 FORMS = ('reference', 'eager', 'fused', 'compiled', 'kernels')
@@ -357,20 +356,6 @@ def case_group(text: str) -> tuple[str, str, int, int, list[str]]:
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"'{text}' is not MODEL:MODE:SIZE:BATCH:FORM,FORM, as in cmt_s:infer:224:8:eager,fused") from None
-
-
-def output_file(text: str) -> Path:
-    """A type for argparse: a file that can be written, which is tried before the work whose results it takes."""
-    path = Path(text)
-    try:
-        if path.exists():
-            path.open('ab').close()
-        else:
-            tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' cannot be written ({error.strerror}): give a file in a folder that is there") from None
-    return path
 
 
 def main() -> None:

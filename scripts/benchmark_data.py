@@ -29,10 +29,9 @@ from timm.utils import random_seed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transforms  # noqa: E402
 import utils  # noqa: E402
-from benchmark import output_file  # noqa: E402
 from checkpoints import create_cmt  # noqa: E402
 from datasets import UnreadableImage, build_dataset, build_loader, build_transform, collate, one_line  # noqa: E402
-from options import Parser, count, positive, rate  # noqa: E402
+from options import Parser, count, output_file, positive, rate  # noqa: E402
 from samplers import TrainSampler  # noqa: E402
 from sources import EncodedImages, ImageFolder, has_part  # noqa: E402
 

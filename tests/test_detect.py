@@ -142,9 +142,9 @@ def test_demo(detector, steps, lines, tmp_path, capsys):
     (['--lr', '-1'], '--lr: -1 is not above 0'),
     (['--lr', 'nan'], '--lr: nan is not above 0'),
     (['--seed', '-1'], '--seed: -1 is not at least 0'),
-    (['--output', 'gone/a.png'], '--output gone/a.png: give a .png file in a folder that is there'),
-    (['--output', 'folder.png'], '--output folder.png: give a .png file'),
-    (['--output', '/proc/a.png'], '--output /proc/a.png: '),
+    (['--output', 'gone/a.png'], "'gone/a.png' cannot be written"),
+    (['--output', 'folder.png'], "'folder.png' cannot be written"),
+    (['--output', '/proc/a.png'], "'/proc/a.png' cannot be written"),
     (['--input-size', '32'], '--input-size: 32 is not at least 64'),
     (['--input-size', '64', '64', '64'], '--input-size takes one number'),
     (['--input-size', '32000000'], 'sizes'),  # of a position bias: more than an integer counts
