@@ -229,6 +229,8 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
     while True:
         byte = data[at]
         at, value, shift = at + 1, value | (byte & 0x7f) << shift, shift + 7
+        if shift > 70:
+            raise ValueError('not of MindSpore')
         if byte < 0x80:
             return value, at
 
@@ -320,10 +322,16 @@ def weights_of(checkpoint: dict[str, Any], use_ema: bool) -> tuple[dict[str, tor
             break
     if not found or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()):
         raise ValueError('it holds no weights')
+    empty = next((name for name, value in found.items() if value.numel() == 0), None)
+    if empty:  # placeholders of weights that are sharded over other files
+        raise ValueError(f'{empty} in it is empty')
     if kind == 'bare' and any(name.endswith(('.gamma', '.moving_mean')) for name in found):
         counters = ('epoch_num', 'step_num', 'global_step', 'learning_rate')  # what MindSpore's callbacks add
         return {name: value for name, value in found.items() if name not in counters}, 'mindspore'
     return found, kind
+
+
+ODD_SHAPES = IndexError, RuntimeError, ZeroDivisionError, ValueError  # of what is made for other dimensions or sizes
 
 
 def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -371,6 +379,7 @@ def _ratio(dim: int, hidden: int) -> float:
 VARIANTS = {
     (16, (46, 92, 184, 368), (2, 2, 10, 2)): 'cmt_ti', (16, (52, 104, 208, 416), (3, 3, 12, 3)): 'cmt_xs',
     (32, (64, 128, 256, 512), (3, 3, 16, 3)): 'cmt_s', (38, (76, 152, 304, 608), (4, 4, 20, 4)): 'cmt_b'}
+RATIOS = {'cmt_ti': 3.6, 'cmt_xs': 3.77, 'cmt_s': 4., 'cmt_b': 4.}
 SAME_IN_ALL = dict(num_heads=(1, 2, 4, 8), sr_ratios=(8, 4, 2, 1), num_features=1280, qkv_bias=True)
 
 
@@ -386,6 +395,9 @@ def form_of(model_args: dict[str, Any]) -> dict[str, Any]:
     form = {}
     if not model_args.get('position_bias', True):
         form = {key: model_args[key] for key in ('position_bias', 'act_layer', 'norm_eps', 'mlp_ratios')}
+    ratio = RATIOS.get(variant_of(model_args))
+    if ratio and any(int(d * r) != int(d * ratio) for d, r in zip(model_args['embed_dims'], model_args['mlp_ratios'])):
+        form['mlp_ratios'] = model_args['mlp_ratios']
     if model_args.get('in_chans', 3) != 3:
         form['in_chans'] = model_args['in_chans']
     return form
@@ -417,11 +429,11 @@ def load_weights(
     own = model.state_dict()
     args, resampled, notes = {}, 0, []
     if isinstance(model, cmt.CMT):
-        args = model_args_of(weights)
         try:
+            args = model_args_of(weights)
             state = cmt.checkpoint_filter_fn(weights, model)
-        except ValueError as error:
-            raise ValueError(f'{source}: {error}') from None
+        except ODD_SHAPES as error:
+            raise ValueError(f'{source} does not fit the model: {error}') from None
         before = args.get('img_size')
         resampled = sum(name.endswith('position_bias') for name in own) if before not in (None, model.img_size) else 0
     else:
@@ -446,7 +458,7 @@ def load_weights(
             notes.append(f'{first} adapted from {state[first].shape[1]} to {own[first].shape[1]} input channels')
             try:
                 state[first] = adapt_input_conv(own[first].shape[1], state[first])
-            except NotImplementedError:
+            except (NotImplementedError, AssertionError):
                 raise ValueError(f'{source}: {notes[-1]} is not possible, only from 3') from None
     faults = [f'{name} missing' for name in own if name not in state]
     faults += [f'{name} left over' for name in state if name not in own]
@@ -487,7 +499,10 @@ def identify(
         weights, _ = weights_of(checkpoint, use_ema)
     except ValueError as error:
         raise ValueError(f'{source}: {error}') from None
-    args = model_args_of(weights)
+    try:
+        args = model_args_of(weights)
+    except ODD_SHAPES as error:
+        raise ValueError(f'{source} does not fit the model: tensors of odd shapes ({error})') from None
     if not args:
         names = ', '.join(list(weights)[:3])
         raise ValueError(f'{source} does not fit the model: it holds no CMT ({names}, ...)')
@@ -539,9 +554,12 @@ def build_model(
         checkpoint = read_weights(source)
     name, form, args = identify(checkpoint, source, use_ema, model)
     model_args = {**form, **kwargs}
-    net = create_cmt(
-        name, num_classes=args['num_classes'] if num_classes is None else num_classes,
-        img_size=img_size or args.get('img_size') or saved_args(checkpoint).get('input_size') or 224, **model_args)
+    try:
+        net = create_cmt(
+            name, num_classes=args['num_classes'] if num_classes is None else num_classes,
+            img_size=img_size or args.get('img_size') or saved_args(checkpoint).get('input_size') or 224, **model_args)
+    except (RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f'{source} makes no model: {error}') from None
     load_weights(net, checkpoint, source, use_ema, new_head=num_classes is not None or 'in_chans' in kwargs)
     classes = checkpoint.get('classes')
     if not classes or len(classes) != net.num_classes:
@@ -591,6 +609,8 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
         model = timm.create_model(name, **kwargs)
     except TypeError as error:
         raise ValueError(f'{name} is no CMT ({error})') from None
+    except RuntimeError as error:  # 'cmt_s.TAG'
+        raise ValueError(f'{name}: {error}') from None
     if not isinstance(model, cmt.CMT):
         raise ValueError(f'{name} is no CMT')
     return model

@@ -12,6 +12,7 @@ convolutions (stored as linear layers) work on costs nothing, and nothing is cop
 import argparse
 import contextlib
 import copy
+import itertools
 import math
 import re
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -25,6 +26,7 @@ from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, 
     trunc_normal_, use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations, \
     register_notrace_function
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch.utils.checkpoint import checkpoint
@@ -268,7 +270,7 @@ class LMHSA(nn.Module):
         # x: (B, H, W, C); position_bias: (heads, N, N_kv)
         B, H, W, C = x.shape
         q = self.q(x).reshape(B, H * W, self.num_heads, self.head_dim).transpose(1, 2)  # (B, heads, N, d)
-        kv = self.kv(self.sr(x)).reshape(B, -1, 2, self.num_heads, self.head_dim)
+        kv = self.kv(self.sr(x)).flatten(1, 2).unflatten(2, (2, self.num_heads, self.head_dim))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N_kv, d) each
 
         drop = self.attn_drop.p if self.training else 0.
@@ -359,16 +361,32 @@ class _FoldedTraining(torch.autograd.Function):
         scale2 = weight2 * rstd2
         shift2 = bias2 - mean2 * scale2
         projected = project * scale2
-        ctx.approximate = approximate
-        ctx.save_for_backward(x, a, y, b, weight1, mean1, rstd1, scale1, shift1, kernel, scaled,
-                              weight2, mean2, rstd2, scale2, shift2, project, projected)
+        ctx.approximate, ctx.eps = approximate, (norm1.eps, norm2.eps)
+        ctx.save_for_backward(
+            x, weight1, bias1, dw, dw_bias, weight2, bias2, project, project_bias,
+            a, y, b, mean1, rstd1, scale1, shift1, kernel, scaled, mean2, rstd2, scale2, shift2, projected)
         return F.linear(b, projected, torch.addmv(project_bias, project, shift2))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def again(ctx, x, weight1, bias1, dw, dw_bias, weight2, bias2, project, project_bias):
+        """The same by torch's own operations, for gradients of gradients."""
+        a = F.gelu(x, approximate=ctx.approximate).permute(0, 3, 1, 2)
+        a = F.batch_norm(a, None, None, weight1, bias1, training=True, eps=ctx.eps[0])
+        b = F.gelu(add_depthwise(a, dw, dw_bias).permute(0, 2, 3, 1), approximate=ctx.approximate).permute(0, 3, 1, 2)
+        b = F.batch_norm(b, None, None, weight2, bias2, training=True, eps=ctx.eps[1])
+        return F.linear(b.permute(0, 2, 3, 1), project, project_bias)
+
+    @staticmethod
     def backward(ctx, grad):
-        (x, a, y, b, weight1, mean1, rstd1, scale1, shift1, kernel, scaled,
-         weight2, mean2, rstd2, scale2, shift2, project, projected) = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            inputs, needed = saved[:9], [ctx.needs_input_grad[i] for i in (0, *range(4, 12))]
+            found = iter(torch.autograd.grad(
+                _FoldedTraining.again(ctx, *inputs), list(itertools.compress(inputs, needed)), grad, create_graph=True))
+            d, *rest = [next(found) if is_needed else None for is_needed in needed]
+            return d, None, None, None, *rest
+        x, weight1, _, _, _, weight2, _, project, _ = saved[:9]
+        a, y, b, mean1, rstd1, scale1, shift1, kernel, scaled, mean2, rstd2, scale2, shift2, projected = saved[9:]
         B, H, W, C = x.shape
         grad, b = grad.reshape(B * H * W, -1), b.reshape(-1, C)
         d_project_bias = torch.mv(grad.t(), grad.new_ones(len(grad)))  # half the time of grad.sum(0)
@@ -553,6 +571,11 @@ class CMTStage(nn.Module):
             CMTBlock(dim, num_heads, sr_ratio, drop_path=rate, norm_eps=norm_eps, **block_args, **dd)
             for rate in drop_path])
 
+    def _apply(self, fn, recurse=True):
+        # Module.to(memory_format=torch.channels_last) asks it of all that has four or five dimensions, and torch
+        # refuses it to five: the bias is seen as a matrix, which stays as it is
+        return super()._apply(lambda t: fn(t.flatten(1)).view(t.shape) if t.ndim == 5 else fn(t), recurse)
+
     def forward(self, x):
         x = self.aggregation(x)
         bias = self.position_bias
@@ -732,6 +755,8 @@ class CMT(nn.Module):
         its own.
         """
         model = copy.deepcopy(self).eval().requires_grad_(False)
+        if isinstance(model.stem.norm1, Affine):  # it is one already
+            return model
         for module in model.modules():
             if isinstance(module, SpatialReduction):
                 _fold_after(module.dw, module.norm)
@@ -796,7 +821,9 @@ class CMT(nn.Module):
                 intermediates.append(x)
         if intermediates_only:
             return intermediates
-        return self.head_proj(x), intermediates
+        if torch.jit.is_scripting() or len(stages) == len(self.stages):  # the head reads the last stage only
+            x = self.head_proj(x)
+        return x, intermediates
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
@@ -875,7 +902,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
         A state dict for `model.load_state_dict`. Names that are nobody's pass unchanged, for strict loading to list.
 
     Raises:
-        ValueError: a released position bias whose grid its shape does not tell.
+        ValueError: a position bias whose grid its shape does not tell.
     """
     for key in ('model', 'state_dict', 'model_ema'):
         if isinstance(state_dict.get(key), dict):
@@ -897,6 +924,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
     for i, stage in enumerate(model.stages):
         bias = state_dict.get(f'stages.{i}.position_bias')
         if bias is not None and stage.position_bias is not None:
+            if bias.ndim not in (3, 5):
+                raise ValueError(f'a position bias has 3 or 5 dimensions, not {bias.ndim}')
             if bias.ndim == 3:
                 height, width = _query_grid(bias.shape[1], bias.shape[2], stage)
                 bias = bias.reshape(-1, height, width, height // stage.sr_ratio, width // stage.sr_ratio)
@@ -949,9 +978,10 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_cmt(variant: str, pretrained: bool, model_args: Dict[str, Any], **kwargs) -> CMT:
-    model_args = dict(model_args, img_size=default_cfgs[variant].default.input_size[-1])
     if kwargs.get('dynamic_img_size', False):
         kwargs['pretrained_cfg_overlay'] = dict(kwargs.get('pretrained_cfg_overlay') or {}, fixed_input_size=False)
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    model_args = dict(model_args, img_size=cfg.input_size[-2:])
     return build_model_with_cfg(
         CMT, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

@@ -335,6 +335,18 @@ def test_folded_training_is_that_of_batch_norm(size, act, monkeypatch):
         assert (results[0][name] - expected).abs().max() <= 1e-11 * expected.abs().max().clamp(min=1), name
 
 
+def test_gradients_of_gradients_where_training_folds():
+    def run(*tensors):
+        return torch.func.functional_call(module, dict(zip(names, tensors[1:])), (tensors[0],)).sin()
+
+    module, hidden = irffn()
+    assert module._folds(hidden)
+    names, weights = zip(*module.named_parameters())
+    weights[5].requires_grad_(False)
+    x = torch.randn(2, 2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *weights)) and torch.autograd.gradgradcheck(run, (x, *weights))
+
+
 @pytest.mark.parametrize('change', [
     lambda m: m.eval(),
     lambda m: m.norm1.eval(),  # frozen
@@ -415,6 +427,36 @@ def test_intermediates_and_pruning():
     assert model.prune_intermediate_layers([0, 2]) == [0, 2]
     assert len(model.stages) == 3 and model.num_features == 32 and isinstance(model.head_proj, nn.Identity)
     assert torch.equal(model(x), maps[2])
+
+
+def test_early_intermediates_come_without_the_head():
+    model, x = small().eval(), images(64, 64)
+    final, maps = model.forward_intermediates(x, indices=[1], stop_early=True)
+    assert len(maps) == 1 and torch.equal(final, maps[0])
+    final, maps = model.forward_intermediates(x, indices=[1])
+    assert torch.equal(final, model.forward_features(x))
+
+
+def test_channels_last_as_timm_asks_for_it():
+    model, x = small(), images(64, 64)
+    expected = model.eval()(x)
+    for form in (model, model.fuse()):
+        form = form.to(memory_format=torch.channels_last)
+        assert torch.allclose(form(x), expected, atol=1e-5)
+    half = model.to(torch.float64, memory_format=torch.channels_last)
+    assert {p.dtype for p in half.parameters()} == {torch.float64}
+    assert model.stem.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_input_size_of_a_cfg_is_the_models():
+    model = timm.create_model('cmt_ti', pretrained_cfg_overlay=dict(input_size=(3, 96, 64)), device='meta')
+    assert model.img_size == (96, 64) and model.pretrained_cfg['input_size'] == (3, 96, 64)
+    assert timm.create_model('cmt_ti', device='meta').img_size == (160, 160)
+    assert timm.create_model('cmt_ti', img_size=64, device='meta').img_size == (64, 64)
+
+
+def test_no_images_have_no_logits():
+    assert small().eval()(torch.randn(0, 3, 64, 64)).shape == (0, 5)
 
 
 def test_reset_classifier():

@@ -35,6 +35,12 @@ def test_fused_equals_plain(name, size):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
 
 
+def test_a_fused_model_is_fused_already():
+    model = with_statistics('cmt_ti', img_size=32).fuse()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert torch.equal(model.fuse()(images), model(images)) and model.fuse() is not model
+
+
 @torch.no_grad()
 def test_fused_takes_what_the_model_takes():
     model = with_statistics('cmt_ti', img_size=64, dynamic_img_size=True, num_classes=7)

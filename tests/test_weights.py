@@ -238,6 +238,41 @@ def test_damaged_mindspore_files(tmp_path):
 
 # one loader
 
+def test_an_overwritten_mindspore_file_is_refused_at_once(tmp_path):
+    path = tmp_path / 'a.ckpt'
+    path.write_bytes(b'\xff' * 1_000_000)
+    with pytest.raises(ValueError, match='not of MindSpore'):
+        checkpoints.read_mindspore(path)
+
+
+def test_published_widths_with_other_ratios():
+    model = timm.create_model('cmt_ti', mlp_ratios=(2.,) * 4, num_classes=3, img_size=32)
+    again, info = checkpoints.build_model({'model': model.state_dict()}, 'own')
+    assert same(model, again) and info['name'] == 'cmt_ti'
+
+
+@pytest.mark.parametrize('change', [
+    lambda state: {name: torch.empty(0) for name in state},
+    lambda state: {**state, 'blocks_a.0.attn.k.weight': state['blocks_a.0.attn.k.weight'][:, :3]},
+    lambda state: {**state, 'head.weight': torch.tensor(0.)},
+    lambda state: {**state, 'relative_pos_b': state['relative_pos_b'][None]},
+    lambda state: {**state, 'patch_embed_c.proj.weight': state['patch_embed_c.proj.weight'].flatten()},
+    lambda state: {**state, 'blocks_b.0.mlp.conv1.0.weight': torch.empty(0, 16, 1, 1)},
+], ids=['all empty', 'half a key', 'number', 'bias', 'flat', 'nothing hidden'])
+def test_tensors_of_odd_shapes_are_an_error_of_one_line(change):
+    state = change(cmt.to_released(small().state_dict()))
+    with pytest.raises(ValueError) as error:
+        checkpoints.build_model({'model': state}, 'odd.pth')
+    assert str(error.value).startswith('odd.pth ') or str(error.value).startswith('odd.pth: ')
+    with pytest.raises(ValueError):
+        checkpoints.load_weights(small(), {'model': state}, 'odd.pth')
+
+
+def test_other_input_channels_come_from_three_alone():
+    with pytest.raises(ValueError, match='only from 3'):
+        checkpoints.build_model({'model': small(in_chans=4).state_dict()}, 'four', in_chans=1)
+
+
 @pytest.mark.parametrize('wrap, use_ema, kind', [
     (lambda a, b: a, False, 'bare'),
     (lambda a, b: {f'module.{name}': value for name, value in a.items()}, True, 'bare'),
