@@ -50,6 +50,7 @@ class EncodedImages(Dataset):
         transform: applied to the RGB image, or to the bytes where it has `takes_bytes`.
     """
     cache: 'Cache | None' = None
+    paths: Sequence[str] = ()  # tars that the samples lie in; none where each is a file
 
     def __init__(self, samples: Samples, transform: Callable | None):
         self.samples = samples
@@ -61,7 +62,11 @@ class EncodedImages(Dataset):
 
     def __getitem__(self, index: int):
         if self.last[0] != index:
-            self.last = index, self.cache.get(index, self.read) if self.cache else self.read(index)
+            if self.cache:
+                file = None if self.paths else self.samples[index][0]
+                self.last = index, self.cache.get(index, self.read, file)
+            else:
+                self.last = index, self.read(index)
         image = self.last[1] if getattr(self.transform, 'takes_bytes', False) else open_image(self.last[1])
         return self.transform(image) if self.transform else image, self.samples[index][1]
 
@@ -347,45 +352,75 @@ class Cache:
         self.limit = limit
         self.full = False
 
-    def get(self, index: int, read: Callable[[int], bytes]) -> bytes:
-        path = self.folder / str(index // 1000) / str(index)
+    def get(self, index: int, read: Callable[[int], bytes], file: str | None = None) -> bytes:
+        """What `read(index)` gives; what was kept of a `file` counts as long as that does not change."""
+        path, stamp = self.folder / str(index // 1000) / str(index), None
         with contextlib.suppress(OSError):
-            data = path.read_bytes()
-            if data:  # a power cut leaves empty files
-                return data
+            stamp = _stamp(file) if file else None  # before it is read: a file that changes meanwhile is read again
+            if _is_kept(path, stamp):
+                return path.read_bytes()
         data = read(index)
-        if not self.full:
+        if not self.full and (stamp or not file):
             try:
-                self._keep(path, data)
+                self._keep(path, data, stamp)
+            except FileNotFoundError:
+                pass  # another run on the same data has ended and removed the folder
             except OSError as error:
                 self.full = True
                 logger.warning('no more is cached in %s (%s)', self.folder, error)
         return data
 
-    def _keep(self, path: Path, data: bytes) -> None:
+    def _keep(self, path: Path, data: bytes, stamp: tuple[int, int] | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
-            temporary.write(data)
-        with open(self.folder / 'bytes', 'a+b') as counter:
-            fcntl.flock(counter, fcntl.LOCK_EX)
-            counter.seek(0)
-            used = int(counter.read() or 0) + len(data)
-            if used > self.limit or path.exists():  # another process may have kept it since
-                self.full = used > self.limit
+        temporary = tempfile.NamedTemporaryFile(dir=path.parent, delete=False)
+        try:
+            with temporary:
+                temporary.write(data)
+            if stamp:
+                os.utime(temporary.name, ns=(stamp[1], stamp[1]))
+            with open(self.folder / 'bytes', 'a+b') as counter:
+                fcntl.flock(counter, fcntl.LOCK_EX)
+                if _is_kept(path, stamp):  # another process has kept it since
+                    return
+                counter.seek(0)
+                text = counter.read()
+                used = int(text) if text.isdigit() else self._count()
+                used += len(data) - (path.stat().st_size if path.exists() else 0)
+                if used > self.limit:
+                    self.full = True
+                    return
+                os.replace(temporary.name, path)
+                counter.truncate(0)
+                counter.write(b'%d' % used)
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # where it was not kept
                 os.unlink(temporary.name)
-                return
-            os.replace(temporary.name, path)
-            counter.truncate(0)
-            counter.write(b'%d' % used)
+
+    def _count(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.glob('*/*') if file.name.isdecimal())
 
     def used(self) -> int:
         """Bytes that lie there."""
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.folder / 'bytes').read_bytes())
+        with contextlib.suppress(OSError):
+            text = (self.folder / 'bytes').read_bytes()
+            return int(text) if text.isdigit() else self._count()
         return 0
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _stamp(file: str | Path) -> tuple[int, int]:
+    stat = os.stat(file)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _is_kept(path: Path, stamp: tuple[int, int] | None) -> bool:
+    """Whether the file is there, with the size and time of what it was read from if that has one of its own."""
+    with contextlib.suppress(OSError):
+        found = _stamp(path)
+        return found == stamp if stamp else found[0] > 0  # a power cut leaves empty files
+    return False
 
 
 in_memory: list[Cache] = []  # to be removed when the run ends
@@ -406,9 +441,12 @@ def open_cache(kind: str, folder: str | None, size: int | None, dataset: Encoded
     root = Path(folder or ('/dev/shm' if kind == 'ram' else Path.home() / '.cache' / 'cmt'))
     if kind == 'ram' and not folder and not root.is_dir():
         raise ValueError('--cache ram needs /dev/shm: give a folder in memory by --cache-dir')
-    # by the names of all samples, since files are kept by their index
-    name = hashlib.sha256(dataset.samples.names + dataset.samples.ends.tobytes()).hexdigest()[:16]
-    cache = Cache(root / f'cmt-cache-{name}', 0)
+    # by the names of all samples, since files are kept by their index; names may be relative, and tars may change
+    key = hashlib.sha256(dataset.samples.names + dataset.samples.ends.tobytes())
+    key.update(os.fsencode(os.path.abspath(dataset.samples[0][0])))
+    for tar in dataset.paths:
+        key.update(repr((os.path.abspath(tar), *_stamp(tar))).encode())
+    cache = Cache(root / f'cmt-cache-{key.hexdigest()[:16]}', 0)
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f'--cache {kind}: {there} is no folder that can be written to: give another --cache-dir')

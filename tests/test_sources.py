@@ -1,4 +1,5 @@
 """Tars that are read in place, WebDataset shards, ImageNet's own tars, and the cache: real files, really damaged."""
+import errno
 import io
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import re
 import resource
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -291,6 +293,58 @@ def test_a_cache_that_was_damaged_or_taken_away_reads_again(tmp_path, caplog):
     (tmp_path / 'c').write_text('in the way')
     fill(cache, [1, 2], 100)
     assert len(caplog.records) == 1 and 'no more is cached' in caplog.text
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    file, cache = tmp_path / 'a.png', Cache(tmp_path / 'c', 250)
+    for data, time in ((b'a' * 100, 1), (b'b' * 100, 2), (b'c' * 200, 2), (b'd' * 200, 1)):
+        file.write_bytes(data)
+        os.utime(file, ns=(time, time))
+        for _ in range(2):
+            assert cache.get(0, lambda i: file.read_bytes(), str(file)) == data
+        assert used(tmp_path) == cache.used() == len(data)
+    assert cache.get(0, None, str(file)) == data
+
+
+def test_data_of_the_same_names_has_another_cache(tmp_path, images, monkeypatch):
+    folders = set()
+    for name in 'ab':
+        shutil.copytree(images / 'train', tmp_path / name / 'data' / 'train')
+        pack(tmp_path / name / 'train.tar', images / 'train')
+        monkeypatch.chdir(tmp_path / name)
+        for path in ('data', 'train.tar'):
+            for _ in range(2):
+                folders.add(open_cache('disk', str(tmp_path), None, build_dataset('IMNET', True, path, 32)).folder)
+    assert len(folders) == 4
+    os.utime('train.tar', ns=(1, 1))
+    assert open_cache('disk', str(tmp_path), None, build_dataset('IMNET', True, path, 32)).folder not in folders
+
+
+@pytest.mark.parametrize('text', [b'', b'\0\0\0', b'-5', b'many'])
+def test_a_damaged_count_is_made_anew(tmp_path, text):
+    cache = Cache(tmp_path / 'c', 1000)
+    fill(cache, range(6), 100)
+    (tmp_path / 'c' / 'bytes').write_bytes(text)
+    assert cache.used() == 600
+    fill(cache, range(20), 100)
+    assert used(tmp_path) == cache.used() == 1000
+
+
+def test_a_full_disk_keeps_no_halves_and_a_removed_cache_starts_again(tmp_path, monkeypatch):
+    cache = Cache(tmp_path / 'c', 10_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', lambda source, target: Path(source).rename(Path(target).parent / 'no' / 'where'))
+        fill(cache, [1], 100)
+    assert not cache.full
+    fill(cache, [1], 100)
+    assert used(tmp_path) == 100
+
+    class Full(tempfile._TemporaryFileWrapper):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(tempfile, '_TemporaryFileWrapper', Full)
+    fill(cache, [2], 100)
+    assert cache.full and sorted(p.name for p in (tmp_path / 'c' / '0').iterdir()) == ['1']
 
 
 def test_caches_are_for_files_and_for_what_is_free(images, tmp_path):
