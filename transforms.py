@@ -223,7 +223,7 @@ class Fast:
             return pixels
         if plan.scale > 1:  # a crop's border may lie within a pixel, which Pillow alone can do
             top, left, height, width = (value / plan.scale for value in plan.box)
-            pixels = pixels[:math.ceil(top + height)]  # what a cut decode would hold, so that the filter sees no more of others
+            pixels = pixels[:math.ceil(top + height)]  # so that the filter sees what a cut decode holds
             mode = {'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR}[plan.mode]
             return np.array(Image.fromarray(pixels).resize(
                 self.crop.size[::-1], mode, box=(left, top, left + width, top + height)))
