@@ -22,7 +22,7 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
 from samplers import TrainSampler, eval_indices
-from sources import EncodedImages, ImageFolder, Samples, find_part, open_cache
+from sources import EncodedImages, ImageFolder, Samples, find_part, has_part, open_cache
 from transforms import build_transform, open_image
 
 __all__ = ['ImageFolder', 'build_dataset', 'build_loader', 'build_transform', 'open_cache']
@@ -228,9 +228,10 @@ def build_dataset(
             raise ValueError(f'--class-map {class_map}: {"a class is there twice" if classes else "no classes in it"}')
     if not val_split:
         return find_part(data_path, 'train' if is_train else 'val', transform, classes)
-    if (root / 'val').is_dir():
-        raise ValueError(f'{root} has a val folder: leave --val-split out')
-    if root.is_file() or (root / 'train').is_dir():
+    if root.is_dir() and has_part(data_path, 'val'):
+        raise ValueError(f'{root} has a validation part: leave --val-split out')
+    inside = {path.name for path in root.glob('[!.]*') if path.is_dir()}
+    if 'train' in inside or not inside and has_part(data_path, 'train'):  # else its folders are classes
         dataset = find_part(data_path, 'train', transform, classes)
     else:
         dataset = ImageFolder(root, transform, classes)

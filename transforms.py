@@ -2,10 +2,11 @@
 and then to a batch on its device.
 
 Both loaders make the same draws from `random`, NumPy and torch, in the same order: under one seed they crop, flip and
-augment alike, and their pixels differ by rounding and by the decoder's approximations only.
+augment alike, and their pixels differ by rounding, and where a JPEG is decoded at a scale.
 """
 import functools
 import io
+import math
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,6 +28,9 @@ try:
     HAS_FAST = True
 except ImportError:
     HAS_FAST = False
+
+# of libjpeg, behind which the pixels are there as Pillow's are
+WARNINGS = ('Corrupt JPEG data', 'Premature end of JPEG file', 'Inconsistent progression', 'Invalid SOS parameters')
 
 SMALL = 32  # inputs up to here are treated as CIFAR is: padded random crops, no resizing for evaluation
 
@@ -219,6 +223,7 @@ class Fast:
             return pixels
         if plan.scale > 1:  # a crop's border may lie within a pixel, which Pillow alone can do
             top, left, height, width = (value / plan.scale for value in plan.box)
+            pixels = pixels[:math.ceil(top + height)]  # so that the filter sees what a cut decode holds
             mode = {'bicubic': Image.Resampling.BICUBIC, 'bilinear': Image.Resampling.BILINEAR}[plan.mode]
             return np.array(Image.fromarray(pixels).resize(
                 self.crop.size[::-1], mode, box=(left, top, left + width, top + height)))
@@ -234,6 +239,9 @@ class Fast:
         for step in self.steps:
             pixels = step(pixels)
         return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+PROGRESSIVE = 0xC2  # marker of its frame
 
 
 class Frame(NamedTuple):
@@ -261,10 +269,11 @@ def frame_of(data: bytes | Image.Image) -> Frame | None:
         if marker == 0xFF:  # filling
             at += 1
             continue
-        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
+        if marker in (0xC0, 0xC1, PROGRESSIVE):  # the others are baseline and extended
             height, width = (int.from_bytes(data[at + i:at + i + 2], 'big') for i in (5, 7))
             components = data[at + 9]
-            if data[at + 4] != 8 or components not in (1, 3) or not height or not width:
+            most = 2 * Image.MAX_IMAGE_PIXELS  # Pillow refuses what has more
+            if data[at + 4] != 8 or components not in (1, 3) or not 0 < height * width <= most:
                 return None
             # of a single component, blocks are 8 rows whatever its sampling factor
             factor = max(data[at + 11 + 3 * i] & 15 for i in range(components)) if components == 3 else 1
@@ -276,20 +285,33 @@ def frame_of(data: bytes | Image.Image) -> Frame | None:
 
 
 def decode_jpeg(data: bytes, frame: Frame, scale: int = 1, rows: int = 2 ** 16) -> np.ndarray:
-    """At least the first `rows` rows of a JPEG, at 1 / scale of its size: (ceil(rows / scale), width / scale, 3) uint8.
+    """The first `rows` rows of a JPEG, at 1 / scale of its size: (ceil(rows / scale), ceil(width / scale), 3) uint8.
 
     No package that pip installs gives access to libjpeg-turbo's partial decoding. A frame that says it is lower than it
     is has the same effect: the decoder stops behind the last row, at a third of its time for a third of the rows.
+
+    Raises:
+        ValueError: damage that libjpeg does not go on from, or sampling factors that its own interface does not take.
     """
     width, height = frame.size
-    rows = min(height, -(-rows // frame.block) * frame.block)
+    wanted = -(-min(rows, height) // scale)
+    # the last row's colours are made with the row below it, and smoothed with two blocks where scans are missing
+    reach = 2 * scale + (2 * frame.block if data[frame.offset - 4] == PROGRESSIVE else 0)
+    rows = min(height, -(-(rows + reach) // frame.block) * frame.block)
     if rows < height:
         data = bytearray(data)
         data[frame.offset:frame.offset + 2] = rows.to_bytes(2, 'big')
     options = {} if scale == 1 else dict(min_height=-(-rows // scale), min_width=-(-width // scale), min_factor=scale)
-    # not strict: what libjpeg only warns of, as of rows left over, Pillow reads too
-    # The fast inverse DCT is left alone: it darkens images by 0.8 grey levels, for 4 % of the time.
-    return simplejpeg.decode_jpeg(data, 'RGB', fastupsample=True, strict=False, **options)
+    pixels = np.empty((-(-rows // scale), -(-width // scale), 3), np.uint8)
+    try:  # strict: without it, a fatal error behind a warning is not told, and the pixels are what lay in memory
+        # The fast inverse DCT is left alone: it darkens images by 0.8 grey levels, for 4 % of the time. The fast
+        # upsampling of colours changes pixels by a grey level and saves nothing.
+        simplejpeg.decode_jpeg(data, 'RGB', buffer=pixels, **options)
+    except ValueError as error:
+        if not str(error).startswith(WARNINGS):  # rows left over are one
+            raise
+        simplejpeg.decode_jpeg_header(data)  # raises where the header was warned of: nothing is decoded then
+    return pixels[:wanted]
 
 
 def _fast_step(step: Callable) -> Callable:

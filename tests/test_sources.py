@@ -1,4 +1,5 @@
 """Tars that are read in place, WebDataset shards, ImageNet's own tars, and the cache: real files, really damaged."""
+import errno
 import io
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import re
 import resource
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +217,128 @@ def test_tars_that_say_no_classes(tmp_path, images):
         build_dataset('IMNET', True, str(text), 32)
 
 
+def test_validation_is_never_the_training_tar(images, tmp_path, caplog):
+    train = pack(tmp_path / 'retrieval-train.tar', images / 'train')
+    with pytest.raises(ValueError, match='has no validation images: put retrieval-val.tar beside it, or .*--val-split'):
+        build_dataset('IMNET', False, str(train), 32)
+    for name in ('val', 'validation'):
+        val = pack(tmp_path / f'retrieval-{name}.tar', images / 'val')
+        for path in (train, tmp_path):
+            assert build_dataset('IMNET', False, str(path), 32).paths == [str(val)]
+            assert build_dataset('IMNET', True, str(path), 32).paths == [str(train)]
+        val.unlink()
+    (tmp_path / 'alone').mkdir()
+    val = pack(tmp_path / 'alone' / 'x_val.tar', images / 'val')
+    assert not sources.has_part(str(val), 'train') and len(build_dataset('IMNET', False, str(val), 32)) > 0
+    with pytest.raises(ValueError, match='validation set by its name'):
+        build_dataset('IMNET', True, str(val), 32)
+    assert not caplog.records
+    both = pack(tmp_path / 'trainval.tar', images / 'val')
+    assert sources.part_in_name(both) is None and sources.part_in_name(Path('Training_2.tar')) == 'train'
+    build_dataset('IMNET', False, str(both), 32)
+    assert 'all images of' in caplog.text
+
+
+def members(path, *entries):
+    """A tar of (name, bytes), or (name, type, link)."""
+    with tarfile.open(path, 'w', format=tarfile.GNU_FORMAT) as tar:
+        for name, content, *link in entries:
+            info = tarfile.TarInfo(name)
+            if link:
+                info.type, info.linkname = content, link[0]
+            else:
+                info.size = len(content)
+            tar.addfile(info, None if link else io.BytesIO(content))
+    return str(path)
+
+
+def named(path, is_train=True):
+    dataset = build_dataset('IMNET', is_train, str(path), 32)
+    return [(name.split('.tar/')[1], dataset.classes[target], dataset.read(i))
+            for i, (name, target) in enumerate(dataset.samples)]
+
+
+def test_classes_are_the_uppermost_folders(tmp_path):
+    labels = 'apple', 'train', 'val'
+    path = members(tmp_path / 'parts.tar', *(
+        (f'd/{part}/{label}/{part}.png', part.encode()) for part in ('train', 'val') for label in labels))
+    for part in ('train', 'val'):
+        assert named(path, part == 'train') == [
+            (f'd/{part}/{label}/{part}.png', label, part.encode()) for label in labels]
+    for prefix in ('', 'set/', 'set/of/'):
+        path = members(tmp_path / 'deep.tar', *(
+            (f'./{prefix}{name}', b'1') for name in ('a/y/0.png', 'b/0.png', 'a/x/0.png')))
+        assert [(name, label) for name, label, _ in named(path)] == [
+            (f'{prefix}a/x/0.png', 'a'), (f'{prefix}a/y/0.png', 'a'), (f'{prefix}b/0.png', 'b')]
+    path = members(tmp_path / 'one.tar', ('set/a/0.png', b'1'))
+    assert [label for _, label, _ in named(path)] == ['a']
+
+
+def test_links_and_repeated_members(tmp_path):
+    path = members(
+        tmp_path / 'links.tar', ('a/0.png', b'old'), ('./a/1.png', tarfile.LNKTYPE, 'a/0.png'),
+        ('b/0.png', tarfile.SYMTYPE, '../a/2.png'), ('a/2.png', tarfile.SYMTYPE, '3.png'), ('a/3.png', b'three'),
+        ('b/1.png', tarfile.SYMTYPE, 'nowhere.png'), ('b/1.png', b'one'), ('a/0.png', b'new'))
+    assert [(name, data) for name, _, data in named(path)] == [
+        ('a/0.png', b'new'), ('a/1.png', b'old'), ('a/2.png', b'three'), ('a/3.png', b'three'), ('b/0.png', b'three'),
+        ('b/1.png', b'one')]
+    for kind, target in ((tarfile.LNKTYPE, 'b/0.png'), (tarfile.SYMTYPE, '1.png'), (tarfile.SYMTYPE, '/b/0.png')):
+        path = members(tmp_path / 'broken.tar', ('a/0.png', b'0'), ('a/1.png', kind, target))
+        with pytest.raises(ValueError, match='broken.tar holds a/1.png, a link to .*, but not that: pack'):
+            named(path)
+
+
+def test_members_that_macos_adds_are_none(tmp_path):
+    inner = Path(members(tmp_path / 'inner.tar', ('0.png', b'0'))).read_bytes()
+    path = members(
+        tmp_path / 'classes.tar', ('._a.tar', b'x'), ('a.tar', inner), ('a/._0.png', b'x'), ('b/1.png', b'1'))
+    assert named(path) == [('a/0.png', 'a', b'0'), ('b/1.png', 'b', b'1')]
+    path = members(tmp_path / 'shard.tar', ('._0.cls', b'\0'), ('0.cls', b'0'), ('._0.png', b'x'), ('0.png', b'0'))
+    assert named(path) == [('0.png', '0', b'0')]
+
+
+def test_sparse_members_and_sizes_that_damage_made_are_refused(tmp_path):
+    def patched(at, text):
+        data = bytearray(Path(path).read_bytes())
+        head = [i for i in range(0, len(data), 512) if data[i + 257:i + 262] == b'ustar'][-2 if len(text) > 1 else -1]
+        data[head + at:head + at + len(text)] = text
+        data[head + 148:head + 156] = b' ' * 8
+        data[head + 148:head + 156] = b'%06o\0 ' % sum(data[head:head + 512])
+        Path(path).write_bytes(data)
+
+    path = members(tmp_path / 'large.tar', ('a/0.png', b'0'), ('b/' + 'x' * 200 + '.png', b'1'))  # of a long name
+    patched(124, b'\x80' + bytes(2) + b'\x10' + bytes(8))
+    with pytest.raises(ValueError, match='large.tar is no tar, or damaged behind a/0.png .*: copy it again'):
+        named(path)
+    path = members(tmp_path / 'sparse.tar', ('a/0.png', b'0'), ('b/1.png', b'1'))
+    patched(156, b'S')
+    with pytest.raises(ValueError, match='sparse.tar holds b/1.png without its zeros: pack it without -S'):
+        named(path)
+
+
+def test_folders_of_class_tars_and_of_tars_beside_folders(images, tmp_path):
+    (tmp_path / 'train').mkdir()
+    for label in os.listdir(images / 'train'):
+        pack(tmp_path / 'train' / f'{label}.tar', images / 'train' / label)
+    same_samples(build_dataset('IMNET', True, str(tmp_path), 32), build_dataset('IMNET', True, str(images), 32))
+    shutil.copytree(images / 'train' / 'class_0', tmp_path / 'train' / 'class_0')
+    with pytest.raises(ValueError, match=r'train holds both tars \(class_0.tar\) and folders \(class_0\): move'):
+        build_dataset('IMNET', True, str(tmp_path), 32)
+
+
+def test_a_folder_of_training_shards_can_be_split(images, tmp_path):
+    pack(tmp_path / 'train-0.tar', images / 'train')
+    parts = [build_dataset('IMNET', is_train, str(tmp_path), 32, val_split=0.2) for is_train in (True, False)]
+    assert [len(part) for part in parts] == [80, 20]
+    mixed = shutil.copytree(images / 'train', tmp_path / 'mixed')
+    pack(mixed / 'old_train.tar', images / 'val')
+    assert len(build_dataset('IMNET', True, str(mixed), 32, val_split=0.2)) == 80
+    shutil.rmtree(mixed)
+    pack(tmp_path / 'val-0.tar', images / 'val')
+    with pytest.raises(ValueError, match='has a validation part: leave --val-split out'):
+        build_dataset('IMNET', True, str(tmp_path), 32, val_split=0.2)
+
+
 def test_the_index_follows_the_tar_and_survives_damage(tars, monkeypatch):
     path, scans = tars / 'train.tar', []
     scan = sources._scan
@@ -291,6 +415,58 @@ def test_a_cache_that_was_damaged_or_taken_away_reads_again(tmp_path, caplog):
     (tmp_path / 'c').write_text('in the way')
     fill(cache, [1, 2], 100)
     assert len(caplog.records) == 1 and 'no more is cached' in caplog.text
+
+
+def test_a_file_that_changed_is_read_again(tmp_path):
+    file, cache = tmp_path / 'a.png', Cache(tmp_path / 'c', 250)
+    for data, time in ((b'a' * 100, 1), (b'b' * 100, 2), (b'c' * 200, 2), (b'd' * 200, 1)):
+        file.write_bytes(data)
+        os.utime(file, ns=(time, time))
+        for _ in range(2):
+            assert cache.get(0, lambda i: file.read_bytes(), str(file)) == data
+        assert used(tmp_path) == cache.used() == len(data)
+    assert cache.get(0, None, str(file)) == data
+
+
+def test_data_of_the_same_names_has_another_cache(tmp_path, images, monkeypatch):
+    folders = set()
+    for name in 'ab':
+        shutil.copytree(images / 'train', tmp_path / name / 'data' / 'train')
+        pack(tmp_path / name / 'train.tar', images / 'train')
+        monkeypatch.chdir(tmp_path / name)
+        for path in ('data', 'train.tar'):
+            for _ in range(2):
+                folders.add(open_cache('disk', str(tmp_path), None, build_dataset('IMNET', True, path, 32)).folder)
+    assert len(folders) == 4
+    os.utime('train.tar', ns=(1, 1))
+    assert open_cache('disk', str(tmp_path), None, build_dataset('IMNET', True, path, 32)).folder not in folders
+
+
+@pytest.mark.parametrize('text', [b'', b'\0\0\0', b'-5', b'many'])
+def test_a_damaged_count_is_made_anew(tmp_path, text):
+    cache = Cache(tmp_path / 'c', 1000)
+    fill(cache, range(6), 100)
+    (tmp_path / 'c' / 'bytes').write_bytes(text)
+    assert cache.used() == 600
+    fill(cache, range(20), 100)
+    assert used(tmp_path) == cache.used() == 1000
+
+
+def test_a_full_disk_keeps_no_halves_and_a_removed_cache_starts_again(tmp_path, monkeypatch):
+    cache = Cache(tmp_path / 'c', 10_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', lambda source, target: Path(source).rename(Path(target).parent / 'no' / 'where'))
+        fill(cache, [1], 100)
+    assert not cache.full
+    fill(cache, [1], 100)
+    assert used(tmp_path) == 100
+
+    class Full(tempfile._TemporaryFileWrapper):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(tempfile, '_TemporaryFileWrapper', Full)
+    fill(cache, [2], 100)
+    assert cache.full and sorted(p.name for p in (tmp_path / 'c' / '0').iterdir()) == ['1']
 
 
 def test_caches_are_for_files_and_for_what_is_free(images, tmp_path):
