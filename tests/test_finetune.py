@@ -42,7 +42,7 @@ def test_64_to_96_px_and_10_to_7_classes(digits, tmp_path, capsys):
     assert f'loaded {source}: weights (model)' in out and '4 position biases resampled from 64x64 to 96x96' in out
     nano.train([*argv, '--model', 'cmt_nano', '--output-dir', tmp_path / 'scratch'])
     tuned, scratch = (nano.log(tmp_path / name)[0] for name in ('tuned', 'scratch'))
-    assert tuned['test_acc1'] > scratch['test_acc1'] + 5 and tuned['train_loss'] < scratch['train_loss']
+    assert tuned['train_loss'] < scratch['train_loss'] - 0.03  # accuracies of one epoch are noise
     assert nano.read(tmp_path / 'tuned')['classes'] == list('0123456')
 
 
