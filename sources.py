@@ -246,6 +246,10 @@ def _class_folders(names: list[str], both: bool) -> list[str]:
 BLOCKING = 2 ** 20  # bytes that tar fills up to with zeros at the most, by its usual blocking factors
 
 
+# what reading a missing or damaged index raises
+DAMAGE = OSError, EOFError, KeyError, NotImplementedError, ValueError, zipfile.BadZipFile
+
+
 def tar_index(path: Path) -> list[tuple[str, int, int]]:
     """(name, offset, size) of each file in a tar, and in the tars in it, in their order.
 
@@ -256,7 +260,7 @@ def tar_index(path: Path) -> list[tuple[str, int, int]]:
     elsewhere = Path.home() / '.cache' / 'cmt' / (str(path.resolve()).replace('/', '%')[-200:] + '.index.npz')
     stamp = np.array([stat.st_size, stat.st_mtime_ns, 2])  # and the version of what is kept
     for file in (beside, elsewhere):
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as saved:
+        with contextlib.suppress(*DAMAGE), np.load(file) as saved:
             if np.array_equal(saved['stamp'], stamp):
                 names = os.fsdecode(saved['names'].tobytes()).split('\0')
                 return list(zip(names, saved['offsets'].tolist(), saved['sizes'].tolist()))
