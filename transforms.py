@@ -272,7 +272,7 @@ def frame_of(data: bytes | Image.Image) -> Frame | None:
         if marker in (0xC0, 0xC1, PROGRESSIVE):  # the others are baseline and extended
             height, width = (int.from_bytes(data[at + i:at + i + 2], 'big') for i in (5, 7))
             components = data[at + 9]
-            most = 2 * Image.MAX_IMAGE_PIXELS  # Pillow refuses what has more
+            most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # Pillow refuses what has more
             if data[at + 4] != 8 or components not in (1, 3) or not 0 < height * width <= most:
                 return None
             # of a single component, blocks are 8 rows whatever its sampling factor
