@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     try:
         create_cmt(args.backbone)
     except (RuntimeError, ValueError) as error:
-        parser.error(f'--backbone {args.backbone}: {error}')
+        parser.error(f'--backbone: {error}')
     torch.manual_seed(args.seed)
     try:
         multiple = [math.ceil(side / 32) * 32 for side in (height, width)]

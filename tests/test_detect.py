@@ -133,10 +133,10 @@ def test_demo(detector, steps, lines, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('argv, reason', [
-    (['--backbone', 'cmt_huge'], '--backbone cmt_huge: unknown model'),
-    (['--backbone', 'resnet18'], '--backbone resnet18: resnet18 is no CMT'),
-    (['--backbone', 'vit_tiny_patch16_224'], '--backbone vit_tiny_patch16_224: vit_tiny_patch16_224 is no CMT'),
-    (['--backbone', 'cmt_ti.in22k'], '--backbone cmt_ti.in22k: Invalid pretrained tag'),
+    (['--backbone', 'cmt_huge'], '--backbone: unknown model cmt_huge'),
+    (['--backbone', 'resnet18'], '--backbone: resnet18 is no CMT'),
+    (['--backbone', 'vit_tiny_patch16_224'], '--backbone: vit_tiny_patch16_224 is no CMT'),
+    (['--backbone', 'cmt_ti.in22k'], '--backbone: cmt_ti.in22k: Invalid pretrained tag'),
     (['--steps', '0'], '--steps: 0 is not at least 1'),
     (['--eval-images', '-1'], '--eval-images: -1 is not at least 1'),
     (['--lr', '-1'], '--lr: -1 is not above 0'),
