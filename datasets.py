@@ -109,7 +109,12 @@ class Digits(Dataset):
 
 
 class UnreadableImage(RuntimeError):
-    """An image that a run can't do without; its last line says which, whatever a DataLoader put before it."""
+    """An image that a run can't do without."""
+
+    @property
+    def line(self) -> str:
+        """Which one; a loader's process puts its traceback before it."""
+        return str(self).strip().splitlines()[-1].removeprefix('datasets.UnreadableImage: ')
 
 
 class KeyedDataset(Dataset):

@@ -10,7 +10,7 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -284,13 +284,6 @@ class TarFault(ValueError):
     """What is wrong with a tar, and what to do."""
 
 
-def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    try:
-        yield from tar
-    except (OverflowError, MemoryError, ValueError) as error:  # of sizes that damage made
-        raise tarfile.ReadError(str(error) or type(error).__name__) from None
-
-
 def _scan(path: Path, start: int = 0, end: int | None = None, name: str | None = None) -> list[tuple[str, int, int]]:
     """Members of the tar that lies at bytes start to end of a file; tarfile takes damage for the end of a tar.
 
@@ -303,7 +296,7 @@ def _scan(path: Path, start: int = 0, end: int | None = None, name: str | None =
         file.seek(start)
         try:
             with tarfile.open(fileobj=file, mode='r:') as tar:
-                for member in _headers(tar):
+                for member in tar:
                     own = posixpath.normpath(member.name)
                     wanted = _is_image(own) or own.endswith(('.tar', '.cls')) and not _is_apples(own)
                     if member.issparse():
@@ -337,7 +330,7 @@ def _scan(path: Path, start: int = 0, end: int | None = None, name: str | None =
                 at = tar.offset
         except TarFault:
             raise
-        except (tarfile.TarError, OverflowError, MemoryError, ValueError) as error:
+        except (tarfile.TarError, OverflowError, MemoryError, ValueError) as error:  # the others of sizes by damage
             rest, reason = b'', str(error) or type(error).__name__
         else:
             file.seek(at)

@@ -522,8 +522,7 @@ def cli() -> int:
     except SystemExit as stopped:
         status = stopped.code
     except UnreadableImage as error:  # of one rank: the others wait for it
-        message = str(error).strip().splitlines()[-1].removeprefix('datasets.UnreadableImage: ')
-        sys.stderr.write(f'train.py: error: {message}\n')
+        sys.stderr.write(f'train.py: error: {error.line}\n')
         utils.leave_at_once(2 if args.eval else 1)
     except KeyboardInterrupt:
         utils.leave_at_once(130)

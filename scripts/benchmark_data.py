@@ -281,7 +281,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             for size in args.sizes if args.model else []:
-                create_cmt(args.model, img_size=size)
+                create_cmt(args.model, img_size=size, device='meta')
         except (RuntimeError, ValueError) as error:
             parser.error(f'--model {args.model} at {size} px: {one_line(error)}')
         try:
@@ -301,9 +301,9 @@ def main() -> None:
             parser.error(f'--model {args.model} at {size} px, --batch-size {args.batch_size}: {one_line(error)}')
         try:
             measure(args, cases)
-        except (OSError, UnreadableImage) as error:  # a loader's process puts its traceback before the line
-            line = str(error).strip().splitlines()[-1].removeprefix('datasets.UnreadableImage: ')
-            parser.error(f'--data-path {args.data_path}: {line}')
+        except (OSError, UnreadableImage) as error:
+            reason = error.line if isinstance(error, UnreadableImage) else one_line(error)
+            parser.error(f'--data-path {args.data_path}: {reason}')
         records = [case.record() for case in cases]
         add_ratios(records, cases)
     print(table(records))

@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     if args.output.suffix.lower() != '.png':
         parser.error(f'--output {args.output}: the name must end in .png')
     try:
-        create_cmt(args.backbone)
+        create_cmt(args.backbone, device='meta')
     except (RuntimeError, ValueError) as error:
         parser.error(f'--backbone: {error}')
     torch.manual_seed(args.seed)
