@@ -1,10 +1,11 @@
-"""What a batch is: data sets and loaders.
+"""Build data sets and loaders.
 
-A loader hands out uint8 images (B, 3, H, W) and class indices (B,); normalisation, random erasing and mixup happen on
-the device, to the whole batch (engine.py).
+Loaders yield uint8 images (B, 3, H, W) and class indices (B,). Normalisation, random erasing and mixup are applied to
+the whole batch on the device (engine.py).
 """
 import json
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -22,31 +23,28 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
 from samplers import TrainSampler, eval_indices
-from sources import EncodedImages, ImageFolder, Samples, find_part, has_part, open_cache
-from transforms import build_transform, open_image
-
-__all__ = ['ImageFolder', 'build_dataset', 'build_loader', 'build_transform', 'open_cache']
+from sources import EncodedImages, ImageFolder, Samples, find_part, has_part, open_image
 
 logger = logging.getLogger(__name__)
 
-DATA_SETS = ('IMNET', 'CIFAR10', 'CIFAR100', 'CARS', 'FLOWERS102', 'PETS', 'INAT18', 'INAT19', 'INAT21', 'DIGITS')
-INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 BAD_IMAGES_IN_A_ROW = 10
 
 
 class INaturalist(EncodedImages):
-    """iNaturalist 2018, 2019 or 2021 as its JSON files tell it, of which torchvision's class knows no validation part.
+    """Read iNaturalist 2018, 2019 or 2021 by its JSON files.
+
+    torchvision's class of that name has no validation part.
 
     Args:
-        root: folder with train2018.json, val2018.json (2021 also: train.json, val.json), the images under the names
-            in them, and categories.json where those files do not name the species.
-        year: of the competition.
-        train: training or validation part.
-        category: rank of the classes, one of INAT_CATEGORIES.
+        root: folder with train2018.json and val2018.json (2021 also: train.json, val.json), the images under the
+            names in these files, and categories.json if these files do not name the species.
+        year: year of the competition.
+        train: True for the training part, False for the validation part.
+        category: rank of the classes, one of options.INAT_CATEGORIES.
         transform: as of EncodedImages.
 
     Raises:
-        ValueError: no such file, or one without that category.
+        ValueError: no such file, or a file without that category.
     """
 
     def __init__(self, root: str | Path, year: int, train: bool, category: str = 'name',
@@ -75,12 +73,12 @@ class INaturalist(EncodedImages):
 
 
 class Digits(Dataset):
-    """The 1,797 scanned digits of scikit-learn (8 x 8, 17 grey levels) as RGB images.
+    """Read the 1,797 scanned digits of scikit-learn (8 x 8, 17 grey levels) as RGB images.
 
-    360 of them, the same each time and the same share of each class, are held out for validation.
+    The same 360 digits, a fifth of each class, are always held out for validation.
 
     Args:
-        train: the 1,437 for training, or the 360 others.
+        train: True for the 1,437 training images, False for the 360 validation images.
         size: height and width of the images (pixels).
         transform: applied to each image.
     """
@@ -89,10 +87,9 @@ class Digits(Dataset):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
         digits = load_digits()
-        split = train_test_split(
-            digits.images, digits.target, test_size=360, random_state=0, stratify=digits.target)
+        split = train_test_split(digits.images, digits.target, test_size=360, random_state=0, stratify=digits.target)
         images, targets = split[0::2] if train else split[1::2]
-        # a margin of one pixel: the strokes reach the border, where the centre crop of evaluation would cut them
+        # a margin of one pixel: strokes reach the border, and evaluation's centre crop would cut them off
         images = np.pad(np.round(images * 255 / 16).astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
         self.images = [
             Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).convert('RGB') for image in images]
@@ -109,20 +106,23 @@ class Digits(Dataset):
 
 
 class UnreadableImage(RuntimeError):
-    """An image that a run can't do without."""
+    """Report an image that the run cannot continue without."""
 
     @property
     def line(self) -> str:
-        """Which one; a loader's process puts its traceback before it."""
+        """Return the message alone: a loader process prepends its traceback to the message."""
         return str(self).strip().splitlines()[-1].removeprefix('datasets.UnreadableImage: ')
 
 
 class KeyedDataset(Dataset):
-    """Training samples by (index, seed): the augmentation of a sample follows from its seed alone.
+    """Read training samples by (index, seed): the seed alone determines a sample's augmentation.
 
-    timm and torchvision draw from `random`, NumPy and torch, so all three are seeded for each sample, torch on the CPU
-    alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An image that can't be read is reported
-    and the next one taken instead; ten in a row end the run.
+    timm and torchvision draw from `random`, NumPy and torch, so all three are seeded for each sample. torch is seeded
+    on the CPU alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An unreadable image is
+    reported and the next image is read instead.
+
+    Raises:
+        UnreadableImage: ten unreadable images in a row.
     """
 
     def __init__(self, dataset: Dataset):
@@ -140,7 +140,7 @@ class KeyedDataset(Dataset):
             current = (index + attempt) % len(self)
             try:
                 return self.dataset[current]
-            except Exception as error:  # Pillow's plugins raise whatever comes on damaged files
+            except Exception as error:  # Pillow's plugins raise exceptions of any type on damaged files
                 name = image_name(self.dataset, current)
                 logger.warning('cannot read %s (%s): taking the next image instead', name, one_line(error))
         raise UnreadableImage(
@@ -148,7 +148,10 @@ class KeyedDataset(Dataset):
 
 
 class NamedErrors(Dataset):
-    """Validation samples; an image that can't be read is an error that names it: the score would be of other images."""
+    """Read validation samples; raise UnreadableImage for an image that cannot be read.
+
+    Leaving the image out would give the score of other images.
+    """
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -165,14 +168,14 @@ class NamedErrors(Dataset):
 
 
 def one_line(error: Exception) -> str:
-    """Why an image can't be read."""
+    """Return the reason why an image cannot be read, in one line."""
     if isinstance(error, UnidentifiedImageError):
         return 'no image'  # Pillow's own message names an object in memory
     return ' '.join(str(error).split()) or type(error).__name__
 
 
 def image_name(dataset: Dataset, index: int) -> str:
-    """What a person finds the sample by: its file, or its number."""
+    """Return the file of a sample, or its index if the data set has no files."""
     samples = getattr(dataset, 'samples', None)
     return samples[index][0] if samples else f'image {index} of {type(dataset).__name__}'
 
@@ -188,25 +191,28 @@ def build_dataset(
         class_map: str | None = None,
         category: str = 'name',
 ) -> Dataset:
-    """A data set with `classes` (names in the order of their index) and (image, class index) samples.
+    """Build a data set of (image, class index) samples.
+
+    Its `classes` are the class names in the order of their index.
 
     Args:
-        name: one of DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, 'wds/NAME' for tar shards.
-        is_train: training or validation part.
-        data_path: for IMNET the folder or tar that holds train/ and val/ (sources.find_part), for others where it lies
-            or is downloaded to.
-        input_size: height and width that DIGITS are drawn at.
+        name: one of options.DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, or 'wds/NAME' for
+            tar shards.
+        is_train: True for the training part, False for the validation part.
+        data_path: for IMNET the folder or tar that contains both parts (sources.find_part); for other data sets the
+            folder to read from or to download to.
+        input_size: height and width of the images of DIGITS, in pixels.
         transform: applied to each PIL image, or to the bytes of its file (sources.EncodedImages).
-        classes: class names in the order of their index, for a validation folder; those of the folder where None.
-        val_split: share of each class of an IMNET folder without val/ that is the validation part.
+        classes: class names in the order of their index, for a validation folder; those of the folder if None.
+        val_split: share of each class of an IMNET folder without val/ that is held out for validation.
         class_map: file with the class folders of IMNET in the order of their index, one a line.
         category: rank of INAT's classes.
 
     Raises:
-        ValueError: data that is not there or not as it should be.
+        ValueError: data that is missing or unusable.
     """
     if name.startswith('wds/'):
-        name = 'IMNET'  # which knows shards by what is in them
+        name = 'IMNET'  # shards are recognised by their .cls files
     if name != 'IMNET' and (val_split or class_map):
         raise ValueError(f'--val-split and --class-map are for folders of images, not for --data-set {name}')
     if name == 'DIGITS':
@@ -219,32 +225,40 @@ def build_dataset(
             raise ValueError(f'{name} is not in {root} and could not be downloaded '
                              f'({(str(error).strip() or repr(error)).splitlines()[0]})') from error
     if not data_path:
-        raise ValueError('--data-path is missing: the folder that holds train/ and val/ '
+        raise ValueError('--data-path is missing: the folder that contains train/ and val/ '
                          '(--data-set DIGITS needs none and no network)')
     if name.startswith('INAT'):
         return INaturalist(data_path, 2000 + int(name[4:]), is_train, category, transform)
-    root = Path(data_path)
     if class_map:
-        try:
-            classes = [line.strip() for line in Path(class_map).read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f'--class-map {class_map}: {error}') from None
-        if len(set(classes)) != len(classes) or not classes:
-            raise ValueError(f'--class-map {class_map}: {"a class is there twice" if classes else "no classes in it"}')
+        classes = _read_class_map(class_map)
     if not val_split:
         return find_part(data_path, 'train' if is_train else 'val', transform, classes)
+    return _split(_undivided(data_path, transform, classes), val_split, is_train)
+
+
+def _read_class_map(file: str) -> list[str]:
+    try:
+        classes = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f'--class-map {file}: {error}') from None
+    if len(set(classes)) != len(classes) or not classes:
+        raise ValueError(f'--class-map {file}: {"a class is there twice" if classes else "no classes in it"}')
+    return classes
+
+
+def _undivided(data_path: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
+    """Open the images that --val-split divides: train/, training tars, or class folders."""
+    root = Path(data_path)
     if root.is_dir() and has_part(data_path, 'val'):
         raise ValueError(f'{root} has a validation part: leave --val-split out')
-    inside = {path.name for path in root.glob('[!.]*') if path.is_dir()}
-    if 'train' in inside or not inside and has_part(data_path, 'train'):  # else its folders are classes
-        dataset = find_part(data_path, 'train', transform, classes)
-    else:
-        dataset = ImageFolder(root, transform, classes)
-    return _split(dataset, val_split, is_train)
+    folders = {path.name for path in root.glob('[!.]*') if path.is_dir()}
+    if 'train' in folders or not folders and has_part(data_path, 'train'):
+        return find_part(data_path, 'train', transform, classes)
+    return ImageFolder(root, transform, classes)
 
 
 def _split(dataset: EncodedImages, val_split: float, is_train: bool) -> EncodedImages:
-    """Leave a folder's training or validation part: the same images whatever the seed of the run."""
+    """Keep a folder's training or validation part: the same images for every seed of the run."""
     targets, kept = np.array(dataset.targets), []
     for label in np.unique(targets):
         order = np.random.RandomState(0).permutation(np.flatnonzero(targets == label))
@@ -257,17 +271,18 @@ def _split(dataset: EncodedImages, val_split: float, is_train: bool) -> EncodedI
 
 
 def _torchvision(name: str, root: str, is_train: bool, transform: Callable | None) -> Dataset:
-    if name == 'CARS':  # no download: its address is gone
+    if name == 'CARS':  # without download: the address no longer exists
         return tv_datasets.StanfordCars(root, 'train' if is_train else 'test', transform)
     if name == 'PETS':
         return tv_datasets.OxfordIIITPet(root, 'trainval' if is_train else 'test', transform=transform, download=True)
-    if name == 'FLOWERS102':  # trained on both small parts, as all who report on it do
+    if name == 'FLOWERS102':  # published results train on both small parts
         dataset = ConcatDataset([tv_datasets.Flowers102(root, part, transform, download=True)
                                  for part in (('train', 'val') if is_train else ('test',))])
         dataset.classes = list(tv_datasets.Flowers102.classes)
         return dataset
     if name.startswith('torch/'):
-        transform = tv_transforms.Compose([open_image, *([transform] if transform else [])])  # MNIST and such are grey
+        # MNIST and others are grey
+        transform = tv_transforms.Compose([open_image, *([transform] if transform else [])])
         dataset = create_dataset(name, root, 'train' if is_train else 'validation', download=True, transform=transform)
         if not hasattr(dataset, 'classes'):
             raise ValueError(f'--data-set {name} does not name its classes')
@@ -279,14 +294,11 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 class _Loader(DataLoader):
-    """torch's DataLoader, whose processes are ended by the run alone.
+    """Protect the processes of torch's DataLoader from signals that the run itself did not send.
 
-    Ctrl-C, SLURM and `timeout` signal every process of a group, but a run that is about to save still needs its loader.
-    torch's own ends by any SIGTERM from before `worker_init_fn` on: signals wait from before the fork.
+    Ctrl-C, SLURM and `timeout` signal every process of a group, but a run that saves its state still needs its loader.
+    Any SIGTERM before `worker_init_fn` would end a process of torch's, so signals are blocked before the fork.
     """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, worker_init_fn=_leave_signals_to_the_run, **kwargs)
 
     def __iter__(self):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -297,27 +309,30 @@ class _Loader(DataLoader):
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """In a loader's process, which starts with signals blocked: take SIGTERM from the run, and nothing else."""
-    if not hasattr(signal, 'sigwaitinfo'):  # macOS does not tell who sent a signal
+    """Ignore signals in a loader process, but for SIGTERM from the run."""
+    if not hasattr(signal, 'sigwaitinfo'):  # macOS does not report the sender of a signal
         for number in _SIGNALS - {signal.SIGTERM}:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a forkserver's processes do not inherit the run's mask
+    run = multiprocessing.parent_process().pid  # os.getppid() would be the forkserver
 
     def wait() -> None:
         while True:
             received = signal.sigwaitinfo(_SIGNALS)
-            if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+            if received.si_signo == signal.SIGTERM and received.si_pid == run:
                 os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uint8 images (B, 3, H, W) in the memory format that they come in, and class indices (B,).
+    """Stack samples to uint8 images (B, 3, H, W) and class indices (B,).
 
-    By torch's default_collate, which makes a batch in shared memory: timm's fast_collate makes it on the heap of a
-    loader process, from where it is copied, and which grows without end by the holes that batches leave.
+    Images keep their memory format.
+    torch's default_collate writes a batch to shared memory. timm's fast_collate writes to the heap of the loader
+    process: the batch is copied once more, and the heap grows without end by the holes that batches leave.
     """
     images, targets = zip(*samples)
     if images[0].is_contiguous():
@@ -336,20 +351,31 @@ def build_loader(
         pin_memory: bool = False,
         timeout: float = 0,
 ) -> DataLoader:
-    """Batches of uint8 images and class indices: training where a sampler is given, else this rank's share in order."""
+    """Build a loader of `collate`'s batches: for training with a sampler, else for validation.
+
+    Args:
+        dataset: uint8 images (3, H, W) and class indices.
+        batch_size: images of this rank a batch.
+        sampler: order and seeds of training; without a sampler, this rank's share of the data set in order.
+        rank, world_size: this process, and the number of processes that share the data set.
+        num_workers: loader processes; 0 loads in this process.
+        pin_memory: copy batches to page-locked memory.
+        timeout: seconds to wait for a batch of a loader process; 0 waits for ever.
+    """
     if sampler is None:
         dataset, order = NamedErrors(dataset), eval_indices(len(dataset), rank, world_size)
     else:
         dataset, order = KeyedDataset(dataset), sampler
-    warnings.filterwarnings('ignore', 'This DataLoader will create')  # a run that waits says what to change
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # train.py reports waiting, with advice
     return _Loader(
         dataset,
         batch_size,
         sampler=order,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_run,
         pin_memory=pin_memory,
         collate_fn=collate,
         timeout=timeout if num_workers else 0,
         persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # the loader draws a base seed of its own: keep it off the global generator
+        generator=torch.Generator(),  # the loader draws a base seed, not from the global generator
     )

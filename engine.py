@@ -1,33 +1,87 @@
-"""What is done with batches: the training step, an epoch of them, evaluation."""
+"""Prepare batches, train on them for a step and an epoch, evaluate on them."""
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.utils import dispatch_clip_grad, random_seed
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 from precision import ApexScaler, NativeScaler
-from transforms import Prepare
 from utils import Progress, get_rank, get_world_size, reduce_
 
-OVERFLOWS_IN_A_ROW = 50  # a loss scale halved so many times in a row is a fault, not a scale to be found
+OVERFLOWS_IN_A_ROW = 50  # if the loss scale is halved so many times in a row, the loss is at fault, not the scale
 
 
 class TrainingFault(RuntimeError):
-    """Training can't go on; the last checkpoint is good."""
+    """Report that training cannot continue; the last checkpoint is good."""
+
+
+class Prepare:
+    """Move a uint8 batch to the device, normalise it, erase and mix.
+
+    Args:
+        device: where the model is.
+        mixup: timm's Mixup, whose targets are soft.
+        erasing: timm's RandomErasing on this device.
+        mean, std: per channel, of images in [0, 1].
+    """
+
+    def __init__(
+            self,
+            device: torch.device,
+            mixup: Mixup | None = None,
+            erasing: RandomErasing | None = None,
+            mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+            std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+    ):
+        self.device = device
+        self.mixup = mixup
+        self.erasing = erasing
+        self.mean = torch.tensor(mean, device=device) * 255
+        self.std = torch.tensor(std, device=device) * 255
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prepare (B, 3, H, W) uint8 images and (B,) class indices.
+
+        Returns:
+            Images (B, 3, H, W), float32, in channels-last memory; targets (B,), or (B, classes) after mixup.
+        """
+        images = images.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        images = self.normalise(images)
+        if self.erasing is not None:
+            images = self.erasing(images)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        return images, targets
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Return (image - mean) / std of uint8 images on the device, as float32."""
+        B, C, H, W = images.shape
+        # a row of W pixels at a time: over the channels of each pixel, the innermost loop would have three steps
+        rows = images.permute(0, 2, 3, 1).reshape(B, H, W * C)
+        mean, std = self.mean.repeat(W), self.std.repeat(W)
+        out = torch.empty_like(rows, dtype=torch.float32)
+        # on a CPU image by image, since one fits its cache
+        for source, result in zip(rows, out) if images.device.type == 'cpu' else [(rows, out)]:
+            result.copy_(source).sub_(mean).div_(std)
+        return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class Meters:
-    """Running sums of an epoch, kept on the device: reading one waits for it, adding to one does not."""
+    """Keep the running sums of an epoch on the device: reading them is a host sync, adding is not."""
     NAMES = ('loss', 'samples', 'skipped', 'skipped_in_a_row', 'overflows', 'overflows_in_a_row')
-    OF_A_RANK = 2  # the first two are sums of each rank's own, the others are the same on all ranks
+    OF_A_RANK = 2  # the first two are each rank's own sums, the others are equal on all ranks
 
     def __init__(self, device: torch.device, saved: list[list[float]] | None = None):
-        """Start at 0, or go on from what of_all_ranks() gave, also where the number of ranks has changed."""
+        """Start at 0, or from an earlier result of of_all_ranks(), also if the number of ranks has changed."""
         self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         if saved:
             if len(saved) == get_world_size():
@@ -38,7 +92,7 @@ class Meters:
             self.sums.copy_(torch.tensor(own, dtype=torch.float64))
 
     def add(self, loss: torch.Tensor, samples: int, skipped: torch.Tensor, overflowed: torch.Tensor) -> None:
-        """One update: mean loss over `samples`, and whether (0. or 1.) it was skipped or overflowed."""
+        """Add an update: mean loss over `samples`, and 1. or 0. for a skip and an overflow."""
         self.sums[0] += torch.where(skipped > 0, 0., loss.double() * samples)
         self.sums[1] += samples * (1 - skipped)
         for i, flag in ((2, skipped), (4, overflowed)):
@@ -46,16 +100,17 @@ class Meters:
             self.sums[i + 1] = (self.sums[i + 1] + 1) * flag
 
     def read(self) -> dict[str, float]:
+        """Return the sums of this rank; a host sync."""
         return dict(zip(self.NAMES, self.sums.tolist()))
 
     def total(self) -> dict[str, float]:
-        """The figures of all ranks together."""
+        """Return the sums over all ranks; a host sync."""
         saved = self.of_all_ranks()
         sums = [sum(values) for values in zip(*saved)]
         return dict(zip(self.NAMES, sums[:self.OF_A_RANK] + saved[0][self.OF_A_RANK:]))
 
     def of_all_ranks(self) -> list[list[float]]:
-        """The sums of each rank, in the order of ranks."""
+        """Return the sums of each rank, in the order of ranks; a host sync."""
         if not dist.is_initialized():
             return [self.sums.tolist()]
         parts = [torch.empty_like(self.sums) for _ in range(dist.get_world_size())]
@@ -63,59 +118,44 @@ class Meters:
         return [part.tolist() for part in parts]
 
 
+@dataclass
 class TrainStep:
-    """One update of the weights from one or several batches.
+    """Update the weights once, from one or several batches.
 
     The order: prepare the batch on the device, forward under autocast, loss, backward, unscale, agree on finiteness
     over all ranks, clip, optimizer, EMA. Nothing in it waits for the device.
 
-    Args:
+    Attributes:
         model: with or without DistributedDataParallel or compilation around it.
-        criterion: loss of outputs and targets.
-        optimizer: a fused one can leave a step out without a host sync.
-        prepare: see Prepare.
+        criterion: loss of outputs and targets, and of the teacher's logits (B, classes) if there is a teacher.
+        optimizer: a fused one can skip a step without a host sync.
+        prepare: moves, normalises, erases and mixes a batch.
         scaler: NativeScaler or ApexScaler.
         autocast: makes the context of the forward pass.
-        ema: timm's ModelEmaV3 and the module that it averages.
-        clip_grad, clip_mode: as timm's dispatch_clip_grad.
-        skip_nonfinite: leave out updates whose loss or gradient is not finite, and their BatchNorm statistics.
-        seed, rank: what (seed, epoch, step, rank) keys the draws of a step with.
-        teacher: gives the logits (B, classes) that `criterion` takes as a third argument.
+        ema: timm's ModelEmaV3 and the module whose weights it averages.
+        clip_grad, clip_mode: arguments of timm's dispatch_clip_grad.
+        skip_nonfinite: skip updates whose loss or gradient is not finite, and their BatchNorm statistics.
+        seed, rank: the draws of a step follow from (seed, epoch, step, rank).
+        teacher: model whose logits `criterion` compares with.
         frozen: modules that stay in eval mode.
     """
+    model: nn.Module
+    criterion: Callable
+    optimizer: torch.optim.Optimizer
+    prepare: Prepare
+    scaler: NativeScaler | ApexScaler
+    autocast: Callable
+    ema: tuple[ModelEmaV3, nn.Module] | None = None
+    clip_grad: float | None = None
+    clip_mode: str = 'norm'
+    skip_nonfinite: bool = False
+    seed: int = 0
+    rank: int = 0
+    teacher: nn.Module | None = None
+    frozen: list[nn.Module] = field(default_factory=list)
 
-    def __init__(
-            self,
-            model: nn.Module,
-            criterion: nn.Module,
-            optimizer: torch.optim.Optimizer,
-            prepare: Prepare,
-            scaler: NativeScaler | ApexScaler,
-            autocast: Callable,
-            ema: tuple | None = None,
-            clip_grad: float | None = None,
-            clip_mode: str = 'norm',
-            skip_nonfinite: bool = False,
-            seed: int = 0,
-            rank: int = 0,
-            teacher: nn.Module | None = None,
-            frozen: list[nn.Module] | None = None,
-    ):
-        self.model = model
-        self.criterion = criterion
-        self.optimizer = optimizer
-        self.prepare = prepare
-        self.scaler = scaler
-        self.autocast = autocast
-        self.ema = ema
-        self.clip_grad = clip_grad
-        self.clip_mode = clip_mode
-        self.skip_nonfinite = skip_nonfinite
-        self.seed = seed
-        self.rank = rank
-        self.teacher = teacher
-        self.frozen = frozen or []
-        self.statistics = [b for b in model.buffers() if b.is_floating_point()] if skip_nonfinite else []
+    def __post_init__(self):
+        self.statistics = [b for b in self.model.buffers() if b.is_floating_point()] if self.skip_nonfinite else []
 
     def __call__(self, batches: list[tuple[torch.Tensor, torch.Tensor]], epoch: int, step: int, meters: Meters) -> None:
         """Train on `batches` of (B, 3, H, W) uint8 images and (B,) class indices, as step `step` of `epoch`."""
@@ -128,19 +168,19 @@ class TrainStep:
             images, targets = self.prepare(images, targets)
             with contextlib.nullcontext() if last or not hasattr(self.model, 'no_sync') else self.model.no_sync():
                 with self.autocast():
-                    taught = [] if self.teacher is None else [self.teacher(images)]
-                    batch_loss = self.criterion(self.model(images), targets, *taught) / len(batches)
+                    teacher_logits = [] if self.teacher is None else [self.teacher(images)]
+                    batch_loss = self.criterion(self.model(images), targets, *teacher_logits) / len(batches)
                 self.scaler.backward(batch_loss, self.optimizer, last)
             loss = loss + batch_loss.detach()
 
         self.scaler.unscale_(self.optimizer)
         parameters = self.scaler.parameters(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        # gradients are the same on all ranks by now, losses are not
+        # gradients are equal on all ranks here, losses are not
         bad_loss = reduce_((~torch.isfinite(loss)).float(), dist.ReduceOp.MAX)
         bad_norm = (~torch.isfinite(norm)).float()
-        scales = self.scaler.scales  # then overflowing gradients are the scaler's business
-        bad = bad_loss if scales else torch.maximum(bad_loss, bad_norm)
+        skips_overflows = self.scaler.skips_overflows
+        bad = bad_loss if skips_overflows else torch.maximum(bad_loss, bad_norm)
 
         if self.clip_grad is not None:
             if self.clip_mode == 'norm':
@@ -158,17 +198,17 @@ class TrainStep:
             average, module = self.ema
             average.update(module)
         samples = sum(len(targets) for _, targets in batches)
-        meters.add(loss, samples, bad, bad_norm * (1 - bad_loss) if scales else torch.zeros_like(bad))
+        meters.add(loss, samples, bad, bad_norm * (1 - bad_loss) if skips_overflows else torch.zeros_like(bad))
 
     def _optimizer_step(self, bad: torch.Tensor) -> None:
-        if self.scaler.scales or not self.skip_nonfinite:
+        if self.scaler.skips_overflows or not self.skip_nonfinite:
             self.scaler.step(self.optimizer)
         elif getattr(self.optimizer, '_step_supports_amp_scaling', False):
-            # the way GradScaler tells a fused optimizer to leave a step out, decided on the device
+            # GradScaler's protocol by which a fused optimizer skips a step, decided on the device
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
             self.optimizer.step()
             del self.optimizer.grad_scale, self.optimizer.found_inf
-        elif not bad.item():  # this is a host sync: other optimizers can't leave a step out on the device
+        elif not bad.item():  # this is a host sync: other optimizers cannot skip a step on the device
             self.optimizer.step()
 
 
@@ -184,22 +224,22 @@ def train_one_epoch(
         check_every: int = 1,
         skips_in_a_row: int = 0,
 ) -> Iterator[int]:
-    """Train for the rest of an epoch, yielding at each step's border the number of updates done in the epoch.
+    """Train for the rest of an epoch, yielding the number of updates done in the epoch after each.
 
     Args:
         train_step: the update.
-        loader: batches, from where the epoch stands.
-        epoch: its number.
-        first_step: updates done in it before.
+        loader: batches from the epoch's position on.
+        epoch: number of the epoch.
+        first_step: updates done in the epoch before.
         updates: updates to do.
-        accum_steps: batches to an update.
-        meters: go on from their sums.
-        progress: shown to a person.
-        check_every: updates between two looks at the meters, each a host sync.
-        skips_in_a_row: updates that may be left out one after the other for a loss or gradient that is not finite.
+        accum_steps: batches of an update.
+        meters: running sums to add to.
+        progress: bar or lines for a person.
+        check_every: updates between two readings of the meters, each a host sync.
+        skips_in_a_row: updates in a row that may be skipped for a loss or gradient that is not finite.
 
     Raises:
-        TrainingFault: on all ranks, where losses or gradients are not finite.
+        TrainingFault: on all ranks, if losses or gradients are not finite.
     """
     train_step.model.train()
     for module in train_step.frozen:
@@ -209,7 +249,7 @@ def train_one_epoch(
     for step in range(first_step, first_step + updates):
         asked = time.monotonic()
         group = list(islice(batches, accum_steps))
-        if step > first_step:  # for the first one loaders have to start
+        if step > first_step:  # before the first one, loaders start
             progress.waited += time.monotonic() - asked
         train_step(group, epoch, step, meters)
         images += sum(len(targets) for _, targets in group)
@@ -232,7 +272,7 @@ def train_one_epoch(
 
 
 def check_faults(sums: dict[str, float], epoch: int, step: int, skips_in_a_row: int) -> None:
-    """Raise TrainingFault where the meters say that training can't go on."""
+    """Raise TrainingFault if updates were skipped or overflowed more often than allowed."""
     where = f'epoch {epoch}, step {step}'
     if sums['skipped_in_a_row'] > skips_in_a_row or (sums['skipped'] and not skips_in_a_row):
         raise TrainingFault(
@@ -251,9 +291,9 @@ def evaluate(
         autocast: Callable,
         progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Score `model` on the shares of all ranks.
+    """Evaluate `model` on the shares of all ranks.
 
-    timm's accuracy() gives percentages of a batch; what is summed here are counts, exact over batches and ranks.
+    timm's accuracy() returns percentages of a batch; these are counts, exact over batches and ranks.
 
     Returns:
         acc1, acc5 (%; top-5 counts all classes where there are fewer), loss (mean cross-entropy), count (images).
@@ -277,7 +317,7 @@ def evaluate(
 
 
 def throughput(model: nn.Module, images: torch.Tensor, autocast: Callable, warmup: int = 50, runs: int = 30) -> float:
-    """Images per second of forward passes over one prepared batch, mean of `runs` after `warmup`."""
+    """Return images per second of forward passes over one prepared batch, mean of `runs` after `warmup`."""
     model.eval()
     with torch.inference_mode(), autocast():
         for i in range(warmup + runs):

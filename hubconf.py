@@ -1,9 +1,9 @@
-"""torch.hub.load(REPO, 'cmt_s', pretrained=True): the models, under their own names and MindCV's.
+"""Offer the models to torch.hub, under their own names and MindCV's.
 
     import torch
     model = torch.hub.load('path/to/this/folder', 'cmt_s', source='local', pretrained=True)
 
-Each takes what timm.create_model takes: num_classes, img_size, in_chans, features_only, ...
+Every entry point accepts the arguments of timm.create_model: num_classes, img_size, in_chans, features_only, ...
 """
 import timm as _timm
 
@@ -20,7 +20,5 @@ def _entrypoint(alias: str, name: str):
     return create
 
 
-for _name in ('cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'):
-    globals()[_name] = _entrypoint(_name, _name)
-for _alias, _name in _cmt.ALIASES.items():
+for _alias, _name in {**{name: name for name in _cmt.ALIASES.values()}, **_cmt.ALIASES}.items():
     globals()[_alias] = _entrypoint(_alias, _name)

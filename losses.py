@@ -1,4 +1,4 @@
-"""Criteria: what the model's outputs are held against."""
+"""Compute training losses: smoothing, soft targets, distillation."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -7,11 +7,11 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 
 def build_criterion(soft_targets: bool, smoothing: float = 0.) -> nn.Module:
-    """The training loss.
+    """Build the training loss.
 
     Args:
-        soft_targets: targets are (B, classes) distributions, as mixup and cutmix make them, already smoothed there.
-        smoothing: label smoothing for class-index targets (B,).
+        soft_targets: whether targets are (B, classes) distributions. Mixup and CutMix make these, already smoothed.
+        smoothing: label smoothing of class indices (B,).
     """
     if soft_targets:
         return SoftTargetCrossEntropy()
@@ -21,14 +21,16 @@ def build_criterion(soft_targets: bool, smoothing: float = 0.) -> nn.Module:
 
 
 class DistillationLoss(nn.Module):
-    """DeiT's knowledge distillation for a model with one head: (1 - alpha) * criterion + alpha * teacher's part.
+    """Compute DeiT's distillation loss for a model with one head.
+
+    The loss is (1 - alpha) * criterion + alpha * distillation.
 
     Args:
         criterion: loss of outputs and targets.
-        kind: 'soft', tau^2 times the KL divergence from the teacher's distribution to the model's, both at temperature
-            tau, mean over batch and classes as in DeiT's code; or 'hard', cross-entropy against the teacher's decision.
-        alpha: share of the teacher's part. With K classes the soft one is 1 / K of an image's divergence: both parts
-            weigh the same at K / (K + 1).
+        kind: 'hard' for cross-entropy against the teacher's decision. 'soft' for tau^2 times the KL divergence from
+            the teacher's distribution to the model's, both at temperature tau, mean over batch and classes as in DeiT.
+        alpha: weight of the distillation term. With K classes the soft term is 1 / K of an image's divergence, so that
+            both terms weigh the same at alpha = K / (K + 1).
         tau: temperature.
     """
 
@@ -40,48 +42,43 @@ class DistillationLoss(nn.Module):
         self.alpha = alpha
         self.tau = tau
 
-    def forward(self, outputs: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-        """Outputs and teacher's logits (B, classes), targets as `criterion` takes them."""
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        """Compute the loss of outputs and teacher logits (B, classes) and targets for `criterion`."""
         if self.kind == 'hard':
-            distillation = F.cross_entropy(outputs, taught.argmax(dim=1))
+            distillation = F.cross_entropy(outputs, teacher_logits.argmax(dim=1))
         else:
             distillation = self.tau ** 2 / outputs.numel() * F.kl_div(
-                F.log_softmax(outputs / self.tau, dim=1), F.log_softmax(taught / self.tau, dim=1),
+                F.log_softmax(outputs / self.tau, dim=1), F.log_softmax(teacher_logits / self.tau, dim=1),
                 reduction='sum', log_target=True)
         return (1 - self.alpha) * self.criterion(outputs, targets) + self.alpha * distillation
 
 
 class Teacher(nn.Module):
-    """A trained model that looks at the batches of another: in eval mode, without gradient.
+    """Run a trained model on another model's batches, in eval mode and without gradients.
 
     Args:
-        model: of timm; its cfg says how images are normalised and, where it has no img_size, how large they are.
-        mean, std: normalisation of the images that come.
+        model: timm model. The model's cfg gives the normalisation, and the image size if the model has no img_size.
     """
 
-    def __init__(
-            self,
-            model: nn.Module,
-            mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-            std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
-    ):
+    def __init__(self, model: nn.Module):
         super().__init__()
         config = resolve_model_data_config(model)
         size = getattr(model, 'img_size', None) or config['input_size'][-2:]
         self.size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        mean, std, own_mean, own_std = (
-            torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std, config['mean'], config['std']))
+        mean, std, own_mean, own_std = (torch.tensor(value).view(1, -1, 1, 1) for value in (
+            IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, config['mean'], config['std']))
         self.register_buffer('scale', std / own_std)
         self.register_buffer('shift', (mean - own_mean) / own_std)
         self.model = model.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> 'Teacher':
+        """Stay in eval mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) normalised images of any size to logits (B, classes)."""
+        """Compute logits (B, classes) of images (B, 3, H, W) of any size, normalised as engine.Prepare does."""
         if tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, size=self.size, mode='bicubic', align_corners=False, antialias=True)
         return self.model(images * self.scale + self.shift)

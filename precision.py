@@ -1,42 +1,57 @@
-"""Number formats of training: which one, and what scales the loss for it."""
+"""Choose the number format of training, and scale the loss."""
+import functools
+import logging
+from collections.abc import Callable
+
 import torch
+import torch.nn as nn
+
+logger = logging.getLogger(__name__)
 
 
 def find_apex():
-    """apex.amp where NVIDIA's apex is installed and still has it, else None. (PyPI's apex is something else.)"""
+    """Return NVIDIA's apex.amp, or None if not installed.
+
+    Releases after 25.04 have no amp, and PyPI's apex is unrelated.
+    """
     try:
         from apex import amp
-    except Exception:  # whatever an unrelated package of that name does when imported
+    except Exception:  # an unrelated package of this name may raise anything
         return None
     return amp if hasattr(amp, 'initialize') and hasattr(amp, 'scale_loss') else None
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of --amp-dtype; 'auto' is float32 on CPU, and 16 bits wide on CUDA."""
     if name == 'auto':
         name = 'float32' if device.type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
     return getattr(torch, name)
 
 
 class NativeScaler(torch.amp.GradScaler):
-    """torch's loss scaling, for float16; disabled, it passes everything through."""
+    """Scale the loss as torch does for float16; if disabled, change nothing."""
 
     def backward(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, last: bool) -> None:
+        """Compute scaled gradients; `last` is True for the last batch of an update."""
         self.scale(loss).backward()
 
     def parameters(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        """Return the parameters that have a gradient."""
         return [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
 
     @property
-    def scales(self) -> bool:
-        """Whether gradients that overflow are left out by the scale's own doing."""
+    def skips_overflows(self) -> bool:
+        """Return whether the scaler itself skips updates whose gradients overflow."""
         return self.is_enabled()
 
 
 class ApexScaler(NativeScaler):
-    """apex.amp's loss scaling: it unscales when scale_loss's context ends, and patches the optimizer to leave out steps
-    that overflowed. timm's ApexScaler unscales, clips and steps in one call, which leaves no room between.
+    """Scale the loss by apex.amp.
+
+    apex unscales at the end of the context of scale_loss, and patches the optimizer to skip steps that overflowed.
+    timm's ApexScaler unscales, clips and steps in one call, with no room for a check between.
     """
-    scales = True
+    skips_overflows = True
 
     def __init__(self, amp):
         super().__init__(enabled=False)
@@ -47,7 +62,49 @@ class ApexScaler(NativeScaler):
             scaled.backward()
 
     def state_dict(self) -> dict:
+        """Return the state of apex.amp."""
         return self.amp.state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Load the state of apex.amp."""
         self.amp.load_state_dict(state_dict)
+
+
+def autocast_to(dtype: torch.dtype, device: torch.device) -> Callable:
+    """Return a function that makes the context of a forward pass; float32 needs none."""
+    return functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+
+
+def build_precision(
+        model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp_dtype: str,
+        apex_opt_level: str | None = None) -> tuple[nn.Module, torch.optim.Optimizer, NativeScaler, torch.dtype]:
+    """Choose the number format of training.
+
+    Args:
+        model, optimizer: apex patches both.
+        device: where the model is.
+        amp_dtype: name of the type of autocast, or 'auto'.
+        apex_opt_level: use apex.amp at this level if it is installed, else float16 (on a CPU bfloat16).
+
+    Returns:
+        Model, optimizer, loss scaler and the type of autocast.
+    """
+    dtype = resolve_dtype(amp_dtype, device)
+    if apex_opt_level is not None:
+        apex = find_apex()
+        if apex is not None:
+            model, optimizer = apex.initialize(model, optimizer, opt_level=apex_opt_level)
+            return model, optimizer, ApexScaler(apex), torch.float32
+        dtype = torch.float16 if device.type == 'cuda' else torch.bfloat16
+        logger.info('--apex-amp: apex.amp is not installed, using torch.autocast to %s', str(dtype)[6:])
+    return model, optimizer, NativeScaler(device.type, enabled=dtype == torch.float16), dtype
+
+
+def load_scaler(scaler: torch.amp.GradScaler, state: dict | None, source: str) -> None:
+    """Load the loss scale."""
+    if state:
+        try:
+            scaler.load_state_dict(state)
+        except (KeyError, RuntimeError):
+            raise ValueError(f'{source} was trained with another loss scaling: give the same --apex-amp and '
+                             '--amp-dtype') from None

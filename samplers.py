@@ -1,4 +1,4 @@
-"""Which sample comes when: an epoch's order, its split over ranks, and where to go on in the middle of it."""
+"""Order an epoch's samples, divide them among ranks, and resume in the middle of an epoch."""
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,25 +8,25 @@ from torch.utils.data import Sampler
 
 
 class TrainSampler(Sampler):
-    """An epoch's samples for one rank, as (index, seed) pairs.
+    """Yield an epoch's samples for one rank, as (index, seed) pairs.
 
-    The epoch is one sequence of positions, the same for every world size: at position p stands the sample `order[p]`,
-    to be augmented under `seeds[p]`; both follow from (seed, epoch) alone. Rank r of W takes the positions r, r + W,
-    r + 2 W, ... counted from where the epoch stands, so after any number of steps the samples seen are a prefix of the
-    sequence, and a run can go on from there with another number of ranks. timm's and torch's distributed samplers can
-    neither start in mid-epoch nor hand out seeds.
+    The epoch is one sequence of positions, the same for every world size. Position p has the sample `order[p]`, which
+    is augmented under `seeds[p]`. (seed, epoch) alone determine both. Rank r of W yields the positions r, r + W,
+    r + 2 W, ... counted from the first position not yet seen. So after any number of steps the samples seen are a
+    prefix of the sequence, and a run can resume there with another number of ranks. timm's and torch's distributed
+    samplers can neither start in mid-epoch nor yield seeds.
 
-    With repeated augmentation the order is that of DeiT's RASampler (timm's RepeatAugSampler): each sample
-    `repeats` times in a row, cut to the length of the data set, so that an epoch sees a third of it three times.
+    With repeated augmentation the order is that of DeiT's RASampler (timm's RepeatAugSampler): each sample `repeats`
+    times in a row, cut to the length of the data set. With 3 repeats an epoch sees a third of the samples three times.
 
     Args:
         length: samples in the data set.
-        batch_size: of one rank and one forward pass.
-        accum_steps: forward passes to an update.
+        batch_size: samples of one rank and one forward pass.
+        accum_steps: forward passes an update.
         repeats: copies of each sample (3 with repeated augmentation).
-        rank, world_size: this process, and how many share the epoch.
-        seed: of the run.
-        even: hand out an even number of samples even where there is just one partial batch, as mixup needs.
+        rank, world_size: this process, and the number of processes that share the epoch.
+        seed: seed of the run.
+        even: yield an even number of samples, which mixup needs, also if the only batch is partial.
     """
 
     def __init__(
@@ -55,24 +55,24 @@ class TrainSampler(Sampler):
         self.epoch_length = len(self.repeated) if self.repeated else length
 
     def set_position(self, epoch: int, samples_seen: int = 0) -> None:
-        """Go to `epoch`, of which all ranks together have seen `samples_seen` samples."""
+        """Set the epoch, and the number of its samples that all ranks together have seen."""
         self.epoch = epoch
         self.samples_seen = samples_seen
 
     @property
     def samples_per_update(self) -> int:
-        """Samples that all ranks together spend on an update."""
+        """Count the samples of an update over all ranks."""
         return min(self.batch_size * self.accum_steps, self._partial()) * self.world_size
 
     @property
     def updates(self) -> int:
-        """Updates from here to the end of the epoch; the last partial one is dropped unless it is the only one."""
+        """Count the updates left in the epoch; a partial update counts only if no other exists."""
         if self.epoch_length >= self.batch_size * self.accum_steps * self.world_size:
             return (self.epoch_length - self.samples_seen) // self.samples_per_update
         return int(self.samples_seen == 0)
 
     def _partial(self) -> int:
-        """Samples of one rank where the whole epoch is less than an update."""
+        """Count one rank's samples of an epoch that is shorter than an update."""
         batch = min(self.batch_size, self.epoch_length // self.world_size)
         if self.even:
             batch -= batch % 2
@@ -97,5 +97,5 @@ class TrainSampler(Sampler):
 
 
 def eval_indices(length: int, rank: int = 0, world_size: int = 1) -> range:
-    """This rank's share of a validation set: every sample once over all ranks, no padding, so counts are exact."""
+    """Return this rank's share of a validation set; without padding, so that counts are exact."""
     return range(rank, length, world_size)

@@ -1,306 +1,356 @@
 """torchrun --nproc-per-node 8 train.py --model cmt_s --data-path /path/to/imagenet --output-dir output/cmt_s
 
-Train, resume and evaluate CMT: on one CPU, one GPU, eight of them or many nodes, with the same command line.
+Train, resume and evaluate CMT: on one CPU, one GPU, eight GPUs or many nodes, with the same command line.
 """
 import argparse
 import contextlib
 import copy
 import functools
 import logging
-import os
 import shlex
 import signal
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 import torch.nn as nn
 import yaml
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn, random_seed
-from timm.utils.distributed import world_info_from_env
+from torch.utils.data import DataLoader, Dataset
 
 import checkpoints
 import cmt
+import options
 import sources
 import utils
-from datasets import UnreadableImage, build_dataset, build_loader, build_transform, open_cache
-from engine import (
-    Meters,
-    TrainingFault,
-    TrainStep,
-    check_faults,
-    evaluate,
-    throughput,
-    train_one_epoch,
-)
+from datasets import UnreadableImage, build_dataset, build_loader
+from engine import Meters, Prepare, TrainingFault, TrainStep, check_faults, evaluate, throughput, train_one_epoch
+from fast_transforms import HAS_FAST, FastTransform
 from losses import DistillationLoss, Teacher, build_criterion
-from options import parse_args
-from precision import ApexScaler, NativeScaler, find_apex, resolve_dtype
+from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule
+from precision import ApexScaler, NativeScaler, autocast_to, build_precision, load_scaler, resolve_dtype
 from samplers import TrainSampler
-from transforms import HAS_FAST, Prepare
+from transforms import build_transform
 from utils import Progress, UsageError, usage_errors
+from weights import Weights, build_teacher, create_cmt, find_checkpoint, identify, load_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
-GO_ON, SAVE, STOP, FAILED = range(4)  # what ranks agree on at a step's border, the largest wish of all
+# All ranks must do the same after a step: each rank's action is all-reduced with MAX, the most urgent one wins.
+CONTINUE, SAVE, STOP, FAIL = range(4)
 
 
-def build_data(args: argparse.Namespace):
-    """Training and validation set; the first is None for --eval where there is only a validation folder."""
-    if args.loader is None:
-        args.loader = 'fast' if HAS_FAST else 'reference'
-        if not HAS_FAST and not (args.eval or args.throughput):
-            logger.info('no simplejpeg or OpenCV here: going on with --loader reference')
-    train_transform = build_transform(
-        True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
-        interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio,
-        fast=args.loader == 'fast',
-        # three copies are in a row over all ranks: from three ranks on, none has two
-        keep_decoded=args.repeated_aug and utils.get_world_size() < 3)
+@dataclass
+class Start:
+    """Hold what a run starts from, known before its data is read."""
+    model_args: dict[str, Any]  # arguments in which the weights differ from those of the model's name
+    weights: Weights | None  # of --resume or --finetune
+    checkpoint: dict[str, Any] | None  # of --resume
+    source: str | None  # of `checkpoint`
+
+
+@dataclass
+class RunState:
+    """Hold the position of a run and its best scores."""
+    epoch: int = 0
+    step: int = 0  # updates done in the epoch
+    samples_seen: int = 0  # in the epoch, by all ranks
+    meters: list[list[float]] = field(default_factory=list)  # sums of an unfinished epoch, by rank
+    best: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """Hold all that an epoch needs. Checkpoints store its state."""
+    args: argparse.Namespace
+    device: torch.device
+    core: nn.Module  # the model without wrappers: saved, evaluated, averaged
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any  # of timm
+    scaler: NativeScaler
+    train_step: TrainStep  # calls the model in its wrappers
+    sampler: TrainSampler
+    train_loader: DataLoader
+    val_loader: DataLoader
+    dtype: torch.dtype  # of autocast in training
+    eval_autocast: Callable
+    num_epochs: int  # with the cool-down
+    updates_per_epoch: int
+    state: RunState
+    writer: checkpoints.RunWriter | None = None  # on rank 0, with --output-dir
+    profiler: torch.profiler.profile | None = None
+    stop: utils.StopRequest | None = None
+    meters: Meters | None = None  # sums of the epoch in progress
+    record: dict[str, Any] = field(default_factory=dict)  # the epoch's line in log.txt
+    wait_share: float = 0.  # of the epoch's time, spent waiting for data
+    epoch_began: float = 0.  # s, time.monotonic()
+    saved_at: float = 0.  # s, time.monotonic() of the last checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the contents of a checkpoint."""
+        return {
+            'model': self.core.state_dict(), 'model_ema': self.ema.module.state_dict() if self.ema else None,
+            'optimizer': self.optimizer.state_dict(), 'lr_scheduler': self.scheduler.state_dict(),
+            'loss_scaler': self.scaler.state_dict(), 'epoch': self.state.epoch, 'step': self.state.step,
+            'meters': self.state.meters, 'best': self.state.best, 'world_size': utils.get_world_size(),
+            'samples_seen': self.state.samples_seen, 'args': vars(self.args),
+            'classes': list(self.val_loader.dataset.dataset.classes),
+        }
+
+    def load_state_dict(self, checkpoint: dict[str, Any], source: str) -> None:
+        """Load a checkpoint, except `model`: it was loaded when the model was built, before apex and DDP.
+
+        `lr_scheduler` follows from the position (position_schedule). A file of other code holds weights and epoch only.
+        """
+        if self.ema is not None:
+            load_weights(self.ema.module, Weights.of(checkpoint, source, use_ema=True))
+        saved = checkpoint.get('args')
+        if isinstance(saved, dict) and saved.get('opt', self.args.opt) != self.args.opt:
+            raise ValueError(f"{source} was trained with --opt {saved['opt']}: resume with that")
+        is_own = 'samples_seen' in checkpoint
+        if is_own:
+            load_optimizer(self.optimizer, checkpoint.get('optimizer'), source)
+            load_scaler(self.scaler, checkpoint.get('loss_scaler'), source)
+        else:  # other code orders its parameters differently
+            logger.warning('%s has no optimizer state of this project: moments start at zero', source)
+        epoch = checkpoint.get('epoch', self.args.start_epoch - 1)
+        if type(epoch) is not int or epoch < -1:
+            raise ValueError(f'{source} is of epoch {epoch!r}: start from it by --finetune')
+        self.state = RunState(epoch + 1, best=is_own and checkpoint.get('best') or {})
+        if is_own and checkpoint.get('meters'):  # the epoch was in progress
+            self.state = RunState(
+                epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint['meters'], self.state.best)
+        before, now = checkpoint.get('world_size'), utils.get_world_size()
+        if before not in (None, now):
+            logger.info('%d processes now, %d before: %d samples of epoch %d are done, the base learning rate is %g',
+                        now, before, self.state.samples_seen, self.state.epoch, learning_rate(self.args))
+        logger.info('resuming at epoch %d, step %d', self.state.epoch, self.state.step)
+
+    def save(self, copies: tuple[str, ...] = ()) -> None:
+        """Write a checkpoint in the background, and copies of it."""
+        if self.writer is not None:
+            self.writer.save(self.state_dict(), copies)
+        self.saved_at = time.monotonic()
+
+    def save_in_epoch(self) -> None:
+        """Write a checkpoint from which the epoch can be resumed; all ranks call it."""
+        self.state.meters = self.meters.of_all_ranks()
+        self.save()
+
+    def stop_signal(self) -> int:
+        """Return the number of the signal that asked any rank to stop, or 0; all ranks call it."""
+        return utils.all_reduce_max(self.stop.signal)
+
+
+# main and its steps
+
+def main(args: argparse.Namespace) -> None:
+    """Train, evaluate or time a model.
+
+    Raises:
+        UsageError: a mistake of the user; nothing was written.
+        TrainingFault: losses or gradients that are not finite, or a full disk; the last checkpoint is good.
+        SystemExit: stopped by a signal, after a checkpoint.
+    """
+    device = start_processes(args)
+    args, start = check_before_data(args, device)  # mistakes cost nothing yet
+    train_set, val_set = build_data(args)
+    model = load_model(args, start, len(val_set.classes), device)
+
+    if args.throughput or args.eval:
+        score_only(args, model, val_set, device)
+        return
+
+    run = build_run(args, model, train_set, val_set, device)
+    with usage_errors():
+        if start.checkpoint is not None:
+            run.load_state_dict(start.checkpoint, start.source)
+    open_output(run, start)
+    del start  # the tensors of its file
+    describe(run)
+
+    run.stop = utils.StopRequest()
+    while run.state.epoch < run.num_epochs:
+        if not train_epoch(run):
+            break
+        scores = evaluate_epoch(run)
+        if scores is None:  # stopped
+            break
+        end_epoch(run, scores)
+        if run.stop_signal():
+            break
+    finish(run)
+
+
+def start_processes(args: argparse.Namespace) -> torch.device:
+    """Join the other processes, if any, and return the device of this one."""
+    utils.setup_logging()
+    with usage_errors():
+        return utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
+
+
+@usage_errors()
+def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, Start]:
+    """Check all that needs no data, and read the checkpoint or weights to start from.
+
+    Returns:
+        `args` with the model's name and the loader filled in, and the start.
+    """
+    is_training, world_size = not (args.eval or args.throughput), utils.get_world_size()
+    output_dir = Path(args.output_dir) if args.output_dir else None
+    if args.world_size not in (None, 1, world_size):  # 1 is the default in DeiT's command lines
+        raise ValueError(f'--world-size {args.world_size}, but the launcher started {world_size}')
+    if is_training and args.sync_bn and device.type != 'cuda':
+        raise ValueError('--sync-bn needs CUDA: torch has no SyncBatchNorm for the CPU; leave the flag out')
+    utils.check_trackers(args.log_tensorboard, args.log_wandb)
+    if is_training and output_dir:
+        checkpoints.check_output_dir(output_dir, may_hold_run=args.overwrite or args.resume == 'auto' or (
+            bool(args.resume) and Path(args.resume).resolve().parent == output_dir.resolve()))
+
+    source, checkpoint = find_checkpoint(args.resume, output_dir, fall_back=is_training)
+    if args.eval and checkpoint is None:
+        raise ValueError(f'no checkpoint in {output_dir}: --eval needs one')
+    weights, name, model_args = None, args.model or 'cmt_s', {}
+    if checkpoint is not None:
+        weights = Weights.of(checkpoint, source, use_ema=args.model_ema and not is_training)
+    elif args.finetune:
+        weights = read_weights(args.finetune)
+    if weights is not None:
+        name, model_args = identify(weights, args.model)
+        if model_args.get('in_chans', 3) != 3:
+            raise ValueError(f"{weights.source} has {model_args['in_chans']} input channels, images here have 3")
+
+    loader = args.loader or ('fast' if HAS_FAST else 'reference')
+    if is_training and loader != args.loader and loader == 'reference':
+        logger.info('simplejpeg or OpenCV is not installed: using --loader reference')
+    args = argparse.Namespace(**{**vars(args), 'model': name, 'loader': loader})
+    with torch.device('meta'):
+        create_model(args, num_classes=1, **model_args)
+    return args, Start(model_args, weights, checkpoint, source)
+
+
+def build_data(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:
+    """Build the training and the validation set.
+
+    The training set is None for --eval and --throughput with a validation folder alone.
+    """
+    with usage_errors():  # before ranks wait for each other below
+        transform = build_transform(
+            True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
+            interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
+        if args.loader == 'fast':
+            transform = FastTransform(transform)
+        has_train = not (args.eval or args.throughput) or not args.data_path or bool(args.val_split) or \
+            not args.data_set.startswith(('IMNET', 'wds/')) or sources.has_part(args.data_path, 'train')
+        folder = Path(args.data_path or '') / 'train'
+        needs_no_turns = args.data_set == 'DIGITS' or (
+            args.data_set == 'IMNET' and folder.is_dir() and not any(folder.glob('*.tar')))
     build = functools.partial(
         build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
         val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category)
-    lacks_train = args.data_set.startswith(('IMNET', 'wds/')) and args.data_path and not args.val_split and \
-        not sources.has_part(args.data_path, 'train')
-    folder = args.data_set == 'IMNET' and args.data_path and (Path(args.data_path) / 'train').is_dir()
-    # downloads, and indices of tars; each process lists a folder by itself
-    with contextlib.nullcontext() if folder or args.data_set == 'DIGITS' else utils.first_on_each_node():
-        train = None if args.eval and lacks_train else build(is_train=True, transform=train_transform)
-        val = build(
-            is_train=False, transform=build_transform(False, args.input_size), classes=train.classes if train else None)
-    if args.cache != 'none' and not (args.eval or args.throughput):
-        with utils.first_on_each_node():
-            train.cache = open_cache(args.cache, args.cache_dir, args.cache_size, train)
+    # one process a node downloads and indexes tars; each process lists a folder by itself
+    turns = contextlib.nullcontext() if all(utils.gather_from_ranks(needs_no_turns)) else utils.first_on_each_node()
+    with usage_errors(), turns:
+        train = build(is_train=True, transform=transform) if has_train else None
+        val = build(is_train=False, transform=build_transform(False, args.input_size),
+                    classes=train.classes if train is not None else None)
     return train, val
 
 
-def build_model(args: argparse.Namespace, num_classes: int, **form) -> cmt.CMT:
-    """The model of --model; `form` sets it apart from the published one of its name (checkpoints.identify)."""
-    if not timm.is_model(args.model):
-        raise ValueError(f"unknown --model {args.model}: {', '.join(timm.list_models('cmt_*', module='cmt'))}")
+def create_model(args: argparse.Namespace, num_classes: int, **model_args) -> cmt.CMT:
+    """Build the model of --model, with arguments that replace those of its name."""
     rates = dict(drop_path_rate=args.drop_path, proj_drop_rate=args.drop)
     if args.head_drop is not None:
         rates['drop_rate'] = args.head_drop
-    model = checkpoints.create_cmt(args.model, num_classes=num_classes, img_size=args.input_size, **rates, **form)
+    model = create_cmt(args.model, num_classes=num_classes, img_size=args.input_size, **rates, **model_args)
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
 
-def frozen_parts(model: cmt.CMT, stages: int) -> list[nn.Module]:
-    return [model.stem, *model.stages[:stages]] if stages else []
-
-
-def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    options = dict(eps=args.opt_eps)
-    if args.opt_betas:
-        options['betas'] = tuple(args.opt_betas)
-    if args.opt in ('adamw', 'adam'):
-        options['fused'] = True  # the one that can leave a step out without a host sync
-    return create_optimizer_v2(
-        model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum,
-        layer_decay=args.layer_decay, **options)
-
-
-def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
-    """timm's scheduler, and the number of epochs with the cool-down."""
-    noise = args.lr_noise[0] if args.lr_noise and len(args.lr_noise) == 1 else args.lr_noise
-    return create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
-        cooldown_epochs=args.cooldown_epochs, decay_rate=args.decay_rate,
-        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs,
-        warmup_prefix=args.warmup_prefix, noise=noise,
-        noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed,
-        step_on_epochs=not args.sched_on_updates, updates_per_epoch=updates_per_epoch)
-
-
-def position_schedule(scheduler, epoch: int, updates: int) -> None:
-    """Set the learning rate in force in `epoch`, of a run that has done `updates` updates in all.
-
-    As in the authors' code an epoch's rate is the schedule's value for the epoch before.
-    """
-    if scheduler.t_in_epochs and epoch > 0:
-        scheduler.step(epoch - 1)
-    elif not scheduler.t_in_epochs and updates > 0:
-        scheduler.step_update(updates)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, source: str) -> None:
-    """Load moments and counts; rates and decays stay as this command line sets them."""
-    counts = ('params', 'step', 'lookahead_step')  # which some optimizers of timm keep among the settings
-    settings = [{k: v for k, v in group.items() if k not in counts} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f'the optimizer state in {source} is of another model or optimizer ({error})') from None
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
-        for p in group['params']:
-            for moment in optimizer.state[p].values():  # torch does not look at shapes; factored ones have axes of 1
-                if isinstance(moment, torch.Tensor) and moment.ndim == p.ndim and any(
-                        a not in (1, b) for a, b in zip(moment.shape, p.shape)):
-                    raise ValueError(f'the optimizer state in {source} is of another --input-size')
-
-
-def main(args: argparse.Namespace) -> None:
-    """Train or evaluate as `args` say.
-
-    Raises:
-        UsageError: what the user can mend; nothing was written.
-        TrainingFault: losses or gradients that are not finite; the last checkpoint is good.
-        SystemExit: stopped by a signal, after a checkpoint.
-    """
-    # processes
-    utils.setup_logging()
-    with usage_errors():
-        device = utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
-    rank, world_size = utils.get_rank(), utils.get_world_size()
-    output_dir = Path(args.output_dir) if args.output_dir else None
-    is_training = not (args.eval or args.throughput)
-
-    # what can be wrong without a look at the data
-    with usage_errors():
-        if args.world_size not in (None, 1, world_size):
-            raise ValueError(f'--world-size {args.world_size}, but the launcher started {world_size}')
-        if args.kernels and device.type != 'cuda':
-            raise ValueError(f'--kernels needs CUDA, and this is --device {device.type}')
-        cmt.use_kernels(args.kernels)
-        utils.check_trackers(args.log_tensorboard, args.log_wandb)
-        if is_training and output_dir:
-            checkpoints.check_output_dir(
-                output_dir, may_hold_run=args.overwrite or args.resume == 'auto' or
-                bool(args.resume) and Path(args.resume).resolve().parent == output_dir.resolve())
-        source, checkpoint = checkpoints.find_checkpoint(args.resume, output_dir, fall_back=is_training)
-        start, form = checkpoint, {}
-        if checkpoint is None and args.finetune:
-            source, start = args.finetune, checkpoints.read_weights(args.finetune)
-        if args.eval and checkpoint is None:
-            raise ValueError(f'no checkpoint in {output_dir}: --eval needs one')
-        if start is not None:
-            args.model, form, _ = checkpoints.identify(start, source, model=args.model)
-        args.model = args.model or 'cmt_s'
-        with torch.device('meta'):
-            build_model(args, num_classes=1, **form)
-
-    # data
-    with usage_errors():
-        dataset_train, dataset_val = build_data(args)
-    num_classes = len(dataset_val.classes)
-    mixup_active = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    sampler = TrainSampler(
-        len(dataset_train), args.batch_size, args.accum_steps, repeats=3 if args.repeated_aug else 1,
-        rank=rank, world_size=world_size, seed=args.seed, even=mixup_active) if is_training else None
-
-    # model
+@usage_errors()
+def load_model(args: argparse.Namespace, start: Start, num_classes: int, device: torch.device) -> cmt.CMT:
+    """Build the model, load the weights to start from, move it to the device, freeze stages."""
     random_seed(args.seed)
-    with usage_errors():
-        model = build_model(args, num_classes, **form)
-        if start is not None:
-            checkpoints.load_weights(model, start, source, use_ema=not is_training and args.model_ema,
-                                     new_head=checkpoint is None)
-        teacher = Teacher(checkpoints.build_teacher(args.teacher_model, args.teacher_path, dataset_val.classes)) \
-            if is_training and args.distillation_type != 'none' else None
+    model = create_model(args, num_classes, **start.model_args)
+    if start.weights is not None:
+        load_weights(model, start.weights, new_head=start.checkpoint is None)
     model.to(device)
     for module in frozen_parts(model, args.freeze_stages):
         module.requires_grad_(False)
-    loader_options = dict(
-        num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == 'cuda', timeout=args.dist_timeout)
-    loader_val = build_loader(
-        dataset_val, int(1.5 * args.batch_size), rank=rank, world_size=world_size, **loader_options)
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    dtype = resolve_dtype(args.amp_dtype, device)
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    return model
 
-    def score(module: nn.Module) -> dict[str, float]:
-        with contextlib.closing(Progress('test', len(loader_val), enabled=rank == 0)) as progress:
-            return evaluate(module, loader_val, Prepare(device), autocast, progress)
 
-    # evaluation only
+def frozen_parts(model: cmt.CMT, stages: int) -> list[nn.Module]:
+    """Return what --freeze-stages N keeps as it is: the stem and the first N stages, nothing for 0."""
+    return [model.stem, *model.stages[:stages]] if stages else []
+
+
+def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return what the training and the validation loader share."""
+    return dict(num_workers=args.num_workers, pin_memory=args.pin_mem and device.type == 'cuda',
+                timeout=args.dist_timeout)
+
+
+def build_val_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> DataLoader:
+    """Build the loader of this rank's share of the validation set."""
+    return build_loader(val_set, int(1.5 * args.batch_size), rank=utils.get_rank(), world_size=utils.get_world_size(),
+                        **loader_options(args, device))
+
+
+def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, device: torch.device) -> None:
+    """Measure throughput or evaluate, as --throughput or --eval asks."""
+    loader = build_val_loader(args, val_set, device)
+    autocast = autocast_to(resolve_dtype(args.amp_dtype, device), device)
     if args.throughput:
-        images, _ = Prepare(device)(*next(iter(loader_val)))
+        images, _ = Prepare(device)(*next(iter(loader)))
         logger.info('batch_size %d throughput %.1f', len(images), throughput(model, images, autocast))
-        return
-    if args.eval:
-        report(score(model))
-        return
+    else:
+        report(score(model, loader, device, autocast))
 
-    # EMA, optimizer and schedule; the learning rate follows the global batch
+
+def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> dict[str, float]:
+    """Evaluate `model` on the shares of all ranks, with a progress bar on rank 0."""
+    with contextlib.closing(Progress('test', len(loader), enabled=utils.get_rank() == 0)) as progress:
+        return evaluate(model, loader, Prepare(device), autocast, progress)
+
+
+# building a run
+
+def build_run(
+        args: argparse.Namespace, model: cmt.CMT, train_set: Dataset, val_set: Dataset, device: torch.device) -> Run:
+    """Build EMA, optimizer, schedule, precision, wrappers and loaders around a model."""
+    rank, world_size = utils.get_rank(), utils.get_world_size()
+    has_mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    sampler = TrainSampler(
+        len(train_set), args.batch_size, args.accum_steps, repeats=3 if args.repeated_aug else 1,
+        rank=rank, world_size=world_size, seed=args.seed, even=has_mixup)
     if args.sync_bn:
-        model = utils.convert_sync_batchnorm(model, device)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ema = ModelEmaV3(model, args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None) \
         if args.model_ema else None
-    global_batch = args.batch_size * args.accum_steps * world_size
-    lr = args.lr * global_batch / 512
-    updates_per_epoch = sampler.updates
-    with usage_errors():
-        optimizer = build_optimizer(args, model, lr)
-        scheduler, num_epochs = build_scheduler(args, optimizer, updates_per_epoch)
+    criterion, teacher = build_criterion(has_mixup, args.smoothing), None
+    with usage_errors():  # before DDP, whose constructor waits for all ranks
+        optimizer = build_optimizer(args, model, learning_rate(args))
+        scheduler, num_epochs = build_scheduler(args, optimizer, sampler.updates)
+        if args.distillation_type != 'none':
+            teacher = Teacher(build_teacher(args.teacher_model, args.teacher_path, val_set.classes)).to(device)
+            criterion = DistillationLoss(
+                criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    core, optimizer, scaler, dtype = build_precision(
+        model, optimizer, device, args.amp_dtype, args.apex_opt_level if args.apex_amp else None)
 
-    # precision of training
-    apex = find_apex() if args.apex_amp else None
-    if apex is not None:
-        model, optimizer = apex.initialize(model, optimizer, opt_level=args.apex_opt_level)
-        dtype, scaler = torch.float32, ApexScaler(apex)
-    else:
-        if args.apex_amp:
-            dtype = torch.float16 if device.type == 'cuda' else torch.bfloat16
-            logger.info('--apex-amp: no apex.amp here, going on with torch.autocast to %s', str(dtype)[6:])
-        scaler = NativeScaler(device.type, enabled=dtype == torch.float16)
-    train_autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-
-    # resume
-    epoch, step, samples_seen, sums, best = args.start_epoch, 0, 0, None, {}
-    with usage_errors():
-        if checkpoint is not None:
-            if ema is not None:
-                checkpoints.load_weights(ema.module, checkpoint, source, use_ema=True)
-            saved = checkpoint.get('args')
-            if isinstance(saved, dict) and saved.get('opt', args.opt) != args.opt:
-                raise ValueError(f"{source} was trained with --opt {saved['opt']}: go on with that")
-            own = 'samples_seen' in checkpoint
-            if own and not isinstance(checkpoint.get('optimizer'), dict):
-                raise ValueError(f'{source} holds no optimizer: start from it by --finetune')
-            if own:
-                load_optimizer(optimizer, checkpoint['optimizer'], source)
-            elif 'optimizer' in checkpoint:  # parameters in another order
-                logger.warning("the optimizer's moments in %s are of another code: they start afresh", source)
-            if own and checkpoint.get('loss_scaler'):
-                try:
-                    scaler.load_state_dict(checkpoint['loss_scaler'])
-                except (KeyError, RuntimeError):
-                    raise ValueError(f'{source} was trained with another loss scaling: give the same '
-                                     '--apex-amp and --amp-dtype') from None
-            best = own and checkpoint.get('best') or {}
-            epoch = checkpoint.get('epoch', args.start_epoch - 1)
-            if type(epoch) is not int or epoch < -1:
-                raise ValueError(f'{source} is of epoch {epoch!r}: start from it by --finetune')
-            epoch += 1
-            if own and checkpoint.get('meters'):  # sums of an epoch that is not in the log yet
-                epoch, step, samples_seen = (checkpoint[key] for key in ('epoch', 'step', 'samples_seen'))
-                sums = checkpoint['meters']
-            if checkpoint.get('world_size', world_size) != world_size:
-                logger.info(
-                    '%d processes now, %d before: %d samples of epoch %d are done, the base learning rate is %g',
-                    world_size, checkpoint['world_size'], samples_seen, epoch, lr)
-            logger.info('going on at epoch %d, step %d', epoch, step)
-        if len(set(utils.of_all_ranks((epoch, step, samples_seen)))) > 1:
-            raise ValueError('processes found different checkpoints: --output-dir has to lie on a file system that all '
-                             'nodes share')
-
-        if output_dir:
-            output_dir.mkdir(parents=True, exist_ok=True)
-
-    # wrappers
-    core = model
+    model = core
     if world_size > 1:
-        # of depthwise weights, whose one input channel may have any stride: the layouts are the same
+        # depthwise weights have one input channel, whose stride is arbitrary: the layouts are equal
         warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
         warnings.filterwarnings('ignore', '.*broadcast_buffers. is deprecated')  # torch 2.11 has no other name for it
         model = nn.parallel.DistributedDataParallel(
@@ -309,226 +359,262 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         model = torch.compile(model)
 
-    # training step
+    train_step = TrainStep(
+        model, criterion, optimizer, build_prepare(args, has_mixup, len(val_set.classes), device), scaler,
+        autocast_to(dtype, device), ema=(ema, core) if ema else None, clip_grad=args.clip_grad,
+        clip_mode=args.clip_mode, skip_nonfinite=args.on_nonfinite == 'skip', seed=args.seed, rank=rank,
+        teacher=teacher, frozen=frozen_parts(core, args.freeze_stages))
+    return Run(
+        args, device, core, ema, optimizer, scheduler, scaler, train_step, sampler,
+        train_loader=build_loader(train_set, args.batch_size, sampler=sampler, **loader_options(args, device)),
+        val_loader=build_val_loader(args, val_set, device), dtype=dtype,
+        # of --amp-dtype under --apex-amp too, so that --eval prints the figures of the log
+        eval_autocast=autocast_to(resolve_dtype(args.amp_dtype, device), device),
+        num_epochs=num_epochs, updates_per_epoch=sampler.updates, state=RunState(args.start_epoch))
+
+
+def learning_rate(args: argparse.Namespace) -> float:
+    """Return the learning rate for the global batch; --lr is for 512 images."""
+    return args.lr * args.batch_size * args.accum_steps * utils.get_world_size() / 512
+
+
+def build_prepare(args: argparse.Namespace, has_mixup: bool, num_classes: int, device: torch.device) -> Prepare:
+    """Build what happens to a training batch on the device: normalise, erase, mix."""
     mixup = Mixup(
         mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
-        num_classes=num_classes) if mixup_active else None
+        num_classes=num_classes) if has_mixup else None
     erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) \
         if args.reprob > 0 else None
-    skips = args.max_skips if args.on_nonfinite == 'skip' else 0
-    criterion = build_criterion(mixup_active, args.smoothing)
-    if teacher is not None:
-        teacher.to(device)
-        criterion = DistillationLoss(criterion, args.distillation_type, args.distillation_alpha, args.distillation_tau)
-    train_step = TrainStep(
-        model, criterion, optimizer, Prepare(device, mixup, erasing), scaler, train_autocast,
-        ema=(ema, core) if ema else None, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
-        skip_nonfinite=skips > 0, seed=args.seed, rank=rank, teacher=teacher,
-        frozen=frozen_parts(core, args.freeze_stages))
-    loader_train = build_loader(dataset_train, args.batch_size, sampler=sampler, **loader_options)
+    return Prepare(device, mixup, erasing)
 
-    # output
-    writer = None
-    with usage_errors():
-        if output_dir and rank == 0:
-            writer = checkpoints.RunWriter(output_dir, args.keep_checkpoints)
-            is_inside = checkpoint is not None and Path(source).resolve().parent == output_dir.resolve()
-            if is_inside:
-                checkpoints.make_last(Path(source))
-            elif checkpoint is None or args.overwrite:
-                checkpoints.remove_run(output_dir)
-            checkpoints.go_back(output_dir, epoch)
-            settings = {key.replace('_', '-'): value for key, value in vars(args).items()
-                        if key not in ('config', 'local_rank', 'resume', 'overwrite') and value is not None}
-            with checkpoints.replacing(output_dir / 'config.yaml') as file:
-                text = f'# train.py {shlex.join(sys.argv[1:])}\n' + yaml.safe_dump(settings, sort_keys=False)
-                file.write(text.encode())
-            writer.trackers = utils.build_trackers(args.log_tensorboard, args.log_wandb, output_dir, settings, epoch)
-        elif rank == 0:
+
+# output
+
+@usage_errors()
+def open_output(run: Run, start: Start) -> None:
+    """Prepare --output-dir: lock it, remove what is replaced or about to be trained again, write config.yaml."""
+    args, state = run.args, run.state
+    if len(set(utils.gather_from_ranks((state.epoch, state.step, state.samples_seen)))) > 1:
+        raise ValueError('processes found different checkpoints: --output-dir has to lie on a file system that all '
+                         'nodes share')
+    if not args.output_dir:
+        if utils.get_rank() == 0:
             logger.warning('no --output-dir: nothing will be saved')
+        return
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if utils.get_rank() != 0:
+        return
+    settings = {key.replace('_', '-'): value for key, value in vars(args).items()
+                if key not in ('config', 'local_rank', 'resume', 'overwrite') and value is not None}
+    run.writer = checkpoints.open_run(
+        folder, args.keep_checkpoints, state.epoch, start.source, replace=start.checkpoint is None or args.overwrite,
+        config=f'# train.py {shlex.join(sys.argv[1:])}\n' + yaml.safe_dump(settings, sort_keys=False))
+    run.writer.trackers = utils.build_trackers(args.log_tensorboard, args.log_wandb, folder, settings, state.epoch)
+    if args.profile:
+        run.profiler = utils.build_profiler(args.profile, folder / 'trace.json')
+        run.profiler.start()
+
+
+def n_parameters(model: nn.Module) -> int:
+    """Count the parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def describe(run: Run) -> None:
+    """Log what is about to be trained, and how."""
+    args, updates = run.args, run.updates_per_epoch * run.num_epochs
+    train_set, val_set = run.train_loader.dataset, run.val_loader.dataset
     logger.info('%s: %.2f M parameters, %d classes, %d training and %d validation images, %d updates an epoch',
-                args.model, n_parameters / 1e6, num_classes, len(dataset_train), len(dataset_val), updates_per_epoch)
+                args.model, n_parameters(run.core) / 1e6, run.core.num_classes, len(train_set), len(val_set),
+                run.updates_per_epoch)
+    precision = f'apex {args.apex_opt_level}' if isinstance(run.scaler, ApexScaler) else str(run.dtype)[6:]
     logger.info('learning rate %g = %g x %d / 512 (global batch = %d x %d accumulated x %d processes), %s, %s',
-                lr, args.lr, global_batch, args.batch_size, args.accum_steps, world_size, device.type,
-                f'apex {args.apex_opt_level}' if apex else str(dtype)[6:])
-    kept = args.model_ema_decay ** (updates_per_epoch * num_epochs)
-    if ema and kept > 0.05:
-        logger.warning('the moving average, which evaluation prefers, will still be %.0f%% initial weights at the end: '
-                       '--model-ema-decay %.4g is for %d updates, or --no-model-ema', 100 * kept,
-                       1 - 10 / max(updates_per_epoch * num_epochs, 20), updates_per_epoch * num_epochs)
-    if epoch >= num_epochs:
-        logger.info('nothing left to do: %d of %d epochs are done', epoch, num_epochs)
+                learning_rate(args), args.lr, args.batch_size * args.accum_steps * utils.get_world_size(),
+                args.batch_size, args.accum_steps, utils.get_world_size(), run.device.type, precision)
+    initial = args.model_ema_decay ** updates  # share of the initial weights in the EMA at the end
+    if run.ema is not None and initial > 0.05:
+        logger.warning('EMA decay %g is too slow for %d updates: %.0f%% of its weights would still be initial. '
+                       'Use --model-ema-decay %.4g or --no-model-ema.',
+                       args.model_ema_decay, updates, 100 * initial, 1 - 10 / max(updates, 20))
+    if run.state.epoch >= run.num_epochs:
+        logger.info('nothing left to do: %d of %d epochs are done', run.state.epoch, run.num_epochs)
 
-    def save(meters: list, copies: tuple[str, ...] = ()) -> None:
-        if writer is not None:
-            writer.save({
-                'model': core.state_dict(), 'model_ema': ema.module.state_dict() if ema else None,
-                'optimizer': optimizer.state_dict(), 'lr_scheduler': scheduler.state_dict(),
-                'loss_scaler': scaler.state_dict(), 'epoch': epoch, 'step': step, 'meters': meters, 'best': best,
-                'world_size': world_size, 'samples_seen': samples_seen, 'args': vars(args),
-                'classes': list(dataset_val.classes),
-            }, copies)
 
-    stop, wish = utils.StopRequest(), GO_ON
+# an epoch
 
-    def stopping() -> bool:
-        return utils.largest(stop.signal) > 0
-
-    profiler = utils.build_profiler(args.profile, output_dir / 'trace.json') if args.profile and writer else None
-    if profiler is not None:
-        profiler.start()
-    for epoch in range(epoch, num_epochs):  # noqa: B020
-        # train
-        began = saved = time.monotonic()
-        seen_before = samples_seen
-        sampler.set_position(epoch, samples_seen)
-        updates = sampler.updates
-        all_updates = epoch * updates_per_epoch + samples_seen // sampler.samples_per_update
-        position_schedule(scheduler, epoch, all_updates)
-        learning_rate = max(group['lr'] for group in optimizer.param_groups)  # of the head, with layer decay
-        meters = Meters(device, sums)
-        progress = Progress(f'epoch {epoch}/{num_epochs - 1}', step + updates, step, args.print_freq, rank == 0)
-        for step in train_one_epoch(  # noqa: B020
-                train_step, loader_train, epoch, step, updates, args.accum_steps, meters, progress,
-                check_every=1 if device.type == 'cpu' else args.print_freq, skips_in_a_row=skips):
-            samples_seen += sampler.samples_per_update
-            all_updates += 1
-            scheduler.step_update(all_updates)
-            if profiler is not None:
-                profiler.step()
-            due = args.save_every_steps and step % args.save_every_steps == 0 or \
-                args.save_every_minutes and time.monotonic() - saved > 60 * args.save_every_minutes
-            wish = FAILED if writer and writer.error else STOP if stop.signal else SAVE if due else GO_ON
-            wish = utils.largest(wish)
-            if wish in (SAVE, STOP):
-                check_faults(meters.read(), epoch, step, skips)
-                save(meters.of_all_ranks())
-                saved = time.monotonic()
-            if wish in (STOP, FAILED):
-                break
-        progress.close()
-        if wish in (STOP, FAILED):
+def train_epoch(run: Run) -> bool:
+    """Train for the rest of the epoch; return False if the run has to stop, after saving."""
+    args, state = run.args, run.state
+    run.epoch_began = run.saved_at = time.monotonic()
+    seen_before = state.samples_seen
+    run.sampler.set_position(state.epoch, state.samples_seen)
+    updates_left = run.sampler.updates  # of the epoch
+    updates_done = state.epoch * run.updates_per_epoch + state.samples_seen // run.sampler.samples_per_update
+    position_schedule(run.scheduler, state.epoch, updates_done)
+    rate = max(group['lr'] for group in run.optimizer.param_groups)  # of the head, with layer decay
+    run.meters = Meters(run.device, state.meters)
+    skips = args.max_skips if args.on_nonfinite == 'skip' else 0
+    title = f'epoch {state.epoch}/{run.num_epochs - 1}'
+    progress = Progress(title, state.step + updates_left, state.step, args.print_freq, utils.get_rank() == 0)
+    action = CONTINUE
+    for step in train_one_epoch(
+            run.train_step, run.train_loader, state.epoch, state.step, updates_left, args.accum_steps, run.meters,
+            progress, check_every=1 if run.device.type == 'cpu' else args.print_freq, skips_in_a_row=skips):
+        state.step, state.samples_seen = step, state.samples_seen + run.sampler.samples_per_update
+        updates_done += 1
+        run.scheduler.step_update(updates_done)
+        if run.profiler is not None:
+            run.profiler.step()
+        action = utils.all_reduce_max(requested_action(run))
+        if action in (SAVE, STOP):
+            check_faults(run.meters.read(), state.epoch, state.step, skips)
+            run.save_in_epoch()
+        if action in (STOP, FAIL):
             break
-        wait_share = progress.wait_share()
-        train_seconds = time.monotonic() - began
+    progress.close()
+    if action in (STOP, FAIL):
+        return False
 
-        # figures of all ranks
-        totals = meters.total()
-        record = {
-            'epoch': epoch, 'train_lr': learning_rate, 'train_loss': totals['loss'] / max(totals['samples'], 1),
-            'skipped_updates': int(totals['skipped']), 'n_parameters': n_parameters,
-            'train_images_per_s': (samples_seen - seen_before) / train_seconds,
-        }
+    run.wait_share = progress.wait_share()
+    seconds = time.monotonic() - run.epoch_began
+    totals = run.meters.total()
+    run.record = {
+        'epoch': state.epoch, 'train_lr': rate, 'train_loss': totals['loss'] / max(totals['samples'], 1),
+        'skipped_updates': int(totals['skipped']), 'n_parameters': n_parameters(run.core),
+        'train_images_per_s': (state.samples_seen - seen_before) / seconds,
+    }
+    return True
 
-        # evaluate what is saved: the first rank's BatchNorm statistics, or their mean
-        if world_size > 1:
-            for module in filter(None, (core, ema and ema.module)):
-                distribute_bn(module, world_size, reduce=args.dist_bn == 'reduce')
-        copies = [f'checkpoint_{epoch:04d}.pth'] if args.keep_checkpoints else []
-        if epoch % args.test_freq == 0 or epoch > args.test_epoch or epoch == num_epochs - 1:
-            # evaluation takes its time: a run that is stopped or killed in it goes on with it
-            is_long = args.save_every_steps or args.save_every_minutes or time.monotonic() - saved > 60
-            if utils.largest(int(bool(is_long))):
-                save(meters.of_all_ranks())
-            scores = {}
-            for prefix, module in (('', core), ('ema_', ema and ema.module)):
-                if module is not None and not stopping():
-                    away = next(module.parameters()).device != device  # --model-ema-force-cpu
-                    try:
-                        scores[prefix] = score(copy.deepcopy(module).to(device) if away else module)
-                    except UnreadableImage:  # the epoch is not lost by it; other ranks would have to know
-                        if world_size == 1 and writer is not None:
-                            save(meters.of_all_ranks())
-                            writer.wait()
-                        raise
-            if stopping():
-                save(meters.of_all_ranks())
-                wish = STOP
-                break
-            for prefix, stats in scores.items():
-                report(stats, 'EMA ' if prefix else '')
-                record.update({f'{prefix}test_{key}': stats[key] for key in ('acc1', 'acc5', 'loss')})
-                if stats['acc1'] > best.get(f'{prefix}acc1', -1):
-                    best = {**best, f'{prefix}acc1': stats['acc1'], f'{prefix}epoch': epoch}
-                    copies.append(f'checkpoint_{prefix}best.pth')
-        scheduler.step(epoch)
 
-        # log, then save: a run killed in between drops the line when it goes on
-        record.update(epoch_seconds=time.monotonic() - began, memory_mb=utils.memory_mb(device))
-        if writer is not None:
-            writer.log(record)
-        save(meters=[], copies=tuple(copies))
-        logger.info('epoch %d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s', epoch, record['train_loss'],
-                    learning_rate, record['train_images_per_s'], record['epoch_seconds'],
-                    f"  best {best['acc1']:.3f}%" if best else '')
-        if wait_share >= 0.1:
-            logger.info(waiting(args, wait_share, can_cache=isinstance(dataset_train, sources.EncodedImages)))
-        step, samples_seen, sums = 0, 0, None
-        if stopping():
-            wish = STOP
+def requested_action(run: Run) -> int:
+    """Return what this rank requests after a step."""
+    args = run.args
+    if run.writer is not None and run.writer.error:
+        return FAIL
+    if run.stop.signal:
+        return STOP
+    is_due = args.save_every_steps and run.state.step % args.save_every_steps == 0 or \
+        args.save_every_minutes and time.monotonic() - run.saved_at > 60 * args.save_every_minutes
+    return SAVE if is_due else CONTINUE
+
+
+def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
+    """Evaluate model and EMA if validation is due in this epoch.
+
+    Returns:
+        Scores by the prefix of their keys in log.txt ('' and 'ema_'); {} if validation is not due; None if stopped.
+    """
+    args, state, world_size = run.args, run.state, utils.get_world_size()
+    models = {'': run.core, 'ema_': run.ema.module} if run.ema else {'': run.core}
+    if world_size > 1:  # in every epoch, so that what is saved is what is scored
+        for model in models.values():
+            distribute_bn(model, world_size, reduce=args.dist_bn == 'reduce')
+    if not (state.epoch % args.test_freq == 0 or state.epoch > args.test_epoch or state.epoch == run.num_epochs - 1):
+        return {}
+
+    # a run that is killed during a long evaluation resumes with the evaluation
+    is_long = args.save_every_steps or args.save_every_minutes or time.monotonic() - run.saved_at > 60
+    if utils.all_reduce_max(int(bool(is_long))):
+        run.save_in_epoch()
+    scores = {}
+    for prefix, model in models.items():
+        if run.stop_signal():
             break
+        if next(model.parameters()).device != run.device:  # --model-ema-force-cpu
+            model = copy.deepcopy(model).to(run.device)
+        try:
+            scores[prefix] = score(model, run.val_loader, run.device, run.eval_autocast)
+        except UnreadableImage:
+            if world_size == 1 and run.writer is not None:  # with more ranks, the others would have to save too
+                run.save_in_epoch()
+                run.writer.wait()
+            raise
+    if run.stop_signal():
+        run.save_in_epoch()
+        return None
+    return scores
 
-    if profiler is not None:
-        profiler.stop()
-    if writer is not None:
-        writer.wait()
-    if utils.largest(FAILED if writer and writer.error else GO_ON) == FAILED:
-        raise TrainingFault(f'{output_dir} can not be written to any more, the files before are good '
-                            f'({writer and writer.error})')
-    if wish == STOP:
-        where = f'in epoch {epoch} after {step} of its steps' if step else f'after epoch {epoch}'
-        logger.info('stopped %s; --resume auto goes on there', where)
-        number = utils.largest(stop.signal)  # one rank may have had the signal alone
-        goes_on = args.resume == 'auto' and number != signal.SIGINT
-        raise SystemExit(0 if goes_on else 128 + number)
+
+def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
+    """Log the epoch, save it, and go to the next."""
+    args, state, record = run.args, run.state, run.record
+    copies = [f'checkpoint_{state.epoch:04d}.pth'] if args.keep_checkpoints else []
+    for prefix, stats in scores.items():
+        report(stats, 'EMA ' if prefix else '')
+        record.update({f'{prefix}test_{key}': stats[key] for key in ('acc1', 'acc5', 'loss')})
+        if stats['acc1'] > state.best.get(f'{prefix}acc1', -1):
+            state.best = {**state.best, f'{prefix}acc1': stats['acc1'], f'{prefix}epoch': state.epoch}
+            copies.append(f'checkpoint_{prefix}best.pth')
+    run.scheduler.step(state.epoch)
+
+    # log, then save: a run killed between them drops the line when it is resumed
+    record.update(epoch_seconds=time.monotonic() - run.epoch_began, memory_mb=utils.memory_mb(run.device))
+    if run.writer is not None:
+        run.writer.log(record)
+    state.meters = []
+    run.save(tuple(copies))
+    logger.info('epoch %d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s', state.epoch, record['train_loss'],
+                record['train_lr'], record['train_images_per_s'], record['epoch_seconds'],
+                f"  best {state.best['acc1']:.3f}%" if state.best else '')
+    if run.wait_share >= 0.1:
+        logger.info(utils.waiting_advice(run.wait_share, args.loader, args.num_workers))
+    state.epoch, state.step, state.samples_seen = state.epoch + 1, 0, 0
 
 
-def waiting(args: argparse.Namespace, share: float, can_cache: bool) -> str:
-    """A line for a run whose data come too slowly."""
-    cores, processes = utils.cores(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    changes = []
-    if args.loader == 'reference':
-        changes.append('--loader fast')
-    if args.num_workers * processes < cores:
-        changes.append(f'more --num-workers ({args.num_workers} now, {cores} cores for {processes} '
-                       f'process{"es" if processes > 1 else ""})')
-    if args.cache == 'none' and can_cache:
-        changes.append('--cache ram where the files come from a slow disk')
-    return (f'{share:.0%} of the time went to waiting for data: '
-            + ', '.join(changes or ['more cores, or a larger --model']) + ' (scripts/benchmark_data.py measures)')
+def finish(run: Run) -> None:
+    """Wait for the last checkpoint; raise what the run ended with besides success."""
+    if run.profiler is not None:
+        run.profiler.stop()
+    error = None
+    if run.writer is not None:
+        run.writer.wait()
+        error = run.writer.error
+    if utils.all_reduce_max(int(error is not None)):
+        raise TrainingFault(
+            f'{run.args.output_dir} can not be written to any more, the files before are good ({error})')
+    number = run.stop_signal()
+    if number:
+        state = run.state
+        where = f'in epoch {state.epoch} after {state.step} of its steps' if state.step else \
+            f'after epoch {state.epoch - 1}'
+        logger.info('stopped %s; --resume auto resumes there', where)
+        resumes_itself = run.args.resume == 'auto' and number != signal.SIGINT
+        raise SystemExit(0 if resumes_itself else 128 + number)
 
 
 def report(stats: dict[str, float], title: str = '') -> None:
-    """The authors' two lines."""
+    """Log accuracy and loss, in the two lines of DeiT's code."""
     logger.info('* %sAcc@1 %.3f Acc@5 %.3f loss %.3f', title, stats['acc1'], stats['acc5'], stats['loss'])
     logger.info('%sAccuracy of the network on the %d test images: %.3f%%', title, stats['count'], stats['acc1'])
 
 
 def cli() -> int:
-    """Exit status: 0 done or stopped under --resume auto, 1 a fault, 2 a mistake, 128 + n stopped by signal n."""
-    args = parse_args()
+    """Return the exit status.
+
+    0 done or stopped under --resume auto, 1 a fault, 2 a mistake of the user, 128 + n stopped by signal n.
+    """
+    args = options.parse_args()
     try:
-        try:
-            main(args)
-        finally:  # only a run that is killed leaves it, to the next one on the same data
-            for cache in sources.in_memory:
-                cache.remove()
+        main(args)
         status = 0
     except (UsageError, TrainingFault) as error:
-        if world_info_from_env()[1] == 0:
+        local_rank, rank, _ = options.ranks_from_env()
+        # before the process group exists, a mistake is known on one node alone
+        if (rank if torch.distributed.is_initialized() else local_rank) == 0:
             sys.stderr.write(f'train.py: error: {error}\n')
         status = 2 if isinstance(error, UsageError) else 1
     except SystemExit as stopped:
         status = stopped.code
-    except UnreadableImage as error:  # of one rank: the others wait for it
+    except UnreadableImage as error:  # on this rank alone: the others wait for it
         sys.stderr.write(f'train.py: error: {error.line}\n')
-        utils.leave_at_once(2 if args.eval else 1)
+        utils.exit_now(2 if args.eval else 1)
     except KeyboardInterrupt:
-        utils.leave_at_once(130)
+        utils.exit_now(130)
     except Exception:
         traceback.print_exc()
-        utils.leave_at_once(1)
+        utils.exit_now(1)
     if torch.distributed.is_initialized():  # all ranks come here
         torch.distributed.destroy_process_group()
     return status

@@ -1,12 +1,12 @@
 """python scripts/convert_checkpoint.py output/digits/checkpoint_best.pth digits_cmt
 
-Converts weights of any origin: .pth of this project or of the authors' release, safetensors, MindSpore's .ckpt, or the
-name of a model with published weights. What comes out is, by --format or by the ending of OUT:
+Convert weights of any origin: .pth of this project or of the authors' release, safetensors, MindSpore's .ckpt, or the
+name of a model with published weights. --format, or else the ending of OUT, chooses the output:
 
     dir          a folder of safetensors and config.json, for timm.create_model('local-dir:digits_cmt', pretrained=True)
     safetensors  the weights alone, under this project's names
-    pth          torch.save of them, with class names and epoch; --resume, --finetune and every script take it
-    released     the same under the names of the authors' code
+    pth          torch.save of the weights, with class names and epoch, for --resume, --finetune and every script
+    released     as pth, under the names of the authors' code
 """
 import argparse
 import hashlib
@@ -27,33 +27,34 @@ from timm.models._hub import save_config_for_hf
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402
 import utils  # noqa: E402
-from checkpoints import build_model, read_weights, replacing, weights_of  # noqa: E402
+from checkpoints import replacing  # noqa: E402
 from options import Parser  # noqa: E402
+from weights import Weights, build_model, identify, read  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 
-def load(source: str, averages: list[bool], model: str | None) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """Models by the kind of their weights, 'model' or 'model_ema', each with what is known of it.
+def load(source: str, kinds: list[bool], name: str | None) -> dict[str, tuple[Weights, nn.Module]]:
+    """Return weights and models by kind, 'model' or 'model_ema'.
 
     Args:
         source: file or name.
-        averages: what to look for: the weights (False), their average where there is one (True), or both.
-        model: name, for files that do not tell it.
+        kinds: for each model, whether to load the EMA if `source` contains one.
+        name: of the model; None for the name in the file.
 
     Raises:
-        ValueError: no checkpoint, or of no CMT.
+        ValueError: no checkpoint, or weights of no CMT.
     """
-    checkpoint = read_weights(source)
+    checkpoint = read(source)
     loaded = {}
-    for use_ema in averages:
-        state, kind = weights_of(checkpoint, use_ema)
-        kind = 'model_ema' if kind == 'model_ema' else 'model'
+    for use_ema in kinds:
+        weights = Weights.of(checkpoint, source, use_ema)
+        kind = 'model_ema' if weights.kind == 'model_ema' else 'model'
         if kind not in loaded:
+            types = [value.dtype for value in weights.state.values() if value.is_floating_point()]
             # every other precision passes through float64 unchanged
-            net, info = build_model(checkpoint, source, model, use_ema=use_ema, dtype=torch.float64)
-            types = [value.dtype for value in state.values() if value.is_floating_point()]
-            loaded[kind] = net.to(max(types, key=lambda dtype: dtype.itemsize)), info
+            model = build_model(weights, name, dtype=torch.float64)
+            loaded[kind] = weights, model.to(max(types, key=lambda dtype: dtype.itemsize))
     return loaded
 
 
@@ -64,34 +65,50 @@ def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
     logger.info('wrote %s  %.1f MB  sha256 %s', path, len(content) / 1e6, hashlib.sha256(content).hexdigest())
 
 
-def write_safetensors(path: Path, net: nn.Module) -> None:
-    content = safetensors.torch.save(contiguous(net.state_dict()), {'format': 'pt'})
+def write_safetensors(path: Path, model: nn.Module) -> None:
+    content = safetensors.torch.save(contiguous(model.state_dict()), {'format': 'pt'})
     write(path, lambda file: file.write(content))
 
 
 def contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor in memory of its own: a half of K and V in one would be written with both."""
+    """Copy each tensor to its own memory: a file would otherwise store K and V, halves of one tensor, twice."""
     return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
 
-def write_folder(folder: Path, net: nn.Module, info: dict[str, Any], is_published: bool) -> None:
-    """What timm opens as 'local-dir:FOLDER'."""
-    model_args = {key: value for key, value in info['model_args'].items() if key != 'dtype'}
+def write_folder(folder: Path, model: nn.Module, weights: Weights, name: str | None) -> None:
+    """Write a folder that timm opens as 'local-dir:FOLDER'."""
+    name, model_args = identify(weights, name)
     with torch.device('meta'):
-        model = timm.create_model(info['name'], num_classes=net.num_classes, img_size=info['img_size'], **model_args)
+        described = timm.create_model(name, num_classes=model.num_classes, img_size=model.img_size, **model_args)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / 'model.safetensors', net)
+    write_safetensors(folder / 'model.safetensors', model)
     with tempfile.TemporaryDirectory() as place:
         config = Path(place) / 'config.json'
-        # up to 32 px images are evaluated whole (datasets.build_transform)
+        # images of up to 32 px are evaluated whole (transforms.build_transform)
         save_config_for_hf(
-            model, config, model_config={'label_names': info['classes']},
-            data_config={'crop_pct': 1.0 if max(info['img_size']) <= 32 else 0.875})
+            described, config, model_config={'label_names': weights.classes_for(model)},
+            data_config={'crop_pct': 1.0 if max(model.img_size) <= 32 else 0.875})
         content = json.loads(config.read_text())
-    if not is_published:  # what timm knows of the published weights of that name
+    if Path(weights.source).exists() or ':' in weights.source:  # not the published weights, which timm describes
         for key in ('tag', 'license', 'origin_url'):
             content['pretrained_cfg'].pop(key, None)
     write(folder / 'config.json', lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def write_checkpoint(
+        path: Path, loaded: dict[str, tuple[Weights, nn.Module]], name: str | None, is_released: bool) -> None:
+    """Write models as a checkpoint, under the names of the authors' code if `is_released`."""
+    rename = cmt.to_released if is_released else dict
+    state = {kind: contiguous(rename(model.state_dict())) for kind, (_, model) in loaded.items()}
+    weights, model = next(iter(loaded.values()))
+    facts = {'epoch': weights.epoch, 'classes': weights.classes_for(model)}
+    state.update({key: value for key, value in facts.items() if value is not None})
+    if not is_released:
+        name, model_args = identify(weights, name)
+        state['args'] = {'input_size': model.img_size[0]}
+        if 'embed_dims' not in model_args:  # a CMT of no published size is recognised by its tensors
+            state['args']['model'] = name
+    write(path, lambda file: torch.save(state, file))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -102,55 +119,55 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--format', choices=['dir', 'released', 'pth', 'safetensors'],
                         help='default: by the ending of OUT, .pth or .safetensors, else dir')
     parser.add_argument('--weights', choices=['ema', 'model'],
-                        help='default: both where the format holds both (released, pth), else the average if any')
-    parser.add_argument('--model', help='name of the model, where the file does not tell it')
+                        help='default: both in a format that can contain both (released, pth), else the EMA if any')
+    parser.add_argument('--model', help='name of the model, for files without it')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
+
+
+def check_output(source: str, output: Path, output_format: str, overwrite: bool) -> None:
+    """Raise ValueError if `output` cannot or must not be written."""
+    exists = any(output.iterdir()) if output.is_dir() else output.exists()
+    if exists and output.resolve() == Path(source).resolve():
+        raise ValueError(f'{output} is the file to convert: give another name')
+    if exists and not overwrite:
+        raise ValueError(f'{output} exists: --overwrite replaces it')
+    if output.exists() and output.is_dir() != (output_format == 'dir'):
+        raise ValueError(f'{output} is a {"folder" if output.is_dir() else "file"}: --format {output_format} '
+                         f'writes a {"folder" if output_format == "dir" else "file"}')
+    if output_format != 'dir' and not output.absolute().parent.is_dir():
+        raise ValueError(f'there is no folder {output.parent}')
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     utils.setup_logging()
-    form = args.format or {'.pth': 'pth', '.safetensors': 'safetensors'}.get(args.output.suffix, 'dir')
-    there = any(args.output.iterdir()) if args.output.is_dir() else args.output.exists()
+    output_format = args.format or {'.pth': 'pth', '.safetensors': 'safetensors'}.get(args.output.suffix, 'dir')
+    holds_both = output_format in ('pth', 'released')
+    kinds = {'model': [False], 'ema': [True], None: [False, True] if holds_both else [True]}[args.weights]
     try:
-        if there and args.output.resolve() == Path(args.source).resolve():
-            raise ValueError(f'{args.output} is what is to be converted: give another name')
-        if there and not args.overwrite:
-            raise ValueError(f'{args.output} is there already: --overwrite replaces it')
-        if args.output.exists() and args.output.is_dir() != (form == 'dir'):
-            raise ValueError(f'{args.output} is a {"folder" if args.output.is_dir() else "file"}, not what '
-                             f'--format {form} writes')
-        if form != 'dir' and not args.output.absolute().parent.is_dir():
-            raise ValueError(f'there is no folder {args.output.parent}')
-        averages = {'model': [False], 'ema': [True], None: [True] if form in ('dir', 'safetensors') else [False, True]}
-        loaded = load(args.source, averages[args.weights], args.model)
+        check_output(args.source, args.output, output_format, args.overwrite)
+        loaded = load(args.source, kinds, args.model)
         if args.weights == 'ema' and 'model_ema' not in loaded:
-            raise ValueError(f'{args.source} holds no average: leave --weights out')
-        net, info = loaded.get('model_ema') or loaded['model']
-
-        if form == 'dir':
-            write_folder(args.output, net, info, is_published=not Path(args.source).is_file())
-        elif form == 'safetensors':
-            write_safetensors(args.output, net)
+            raise ValueError(f'{args.source} contains no EMA: leave --weights out')
+        weights, model = loaded.get('model_ema') or loaded['model']
+        if output_format == 'dir':
+            write_folder(args.output, model, weights, args.model)
+        elif output_format == 'safetensors':
+            write_safetensors(args.output, model)
         else:
-            if args.weights:  # the one wanted takes the place that is looked at first
-                loaded = {'model': (net, info)}
-            rename = cmt.to_released if form == 'released' else dict
-            state = {kind: contiguous(rename(model.state_dict())) for kind, (model, _) in loaded.items()}
-            state.update({key: info[key] for key in ('epoch', 'classes') if info[key] is not None})
-            if form == 'pth':
-                state['args'] = {'input_size': info['img_size'][0]}
-                if 'embed_dims' not in info['model_args']:  # of a published shape or name; others tell it by their own
-                    state['args']['model'] = info['name']
-            write(args.output, lambda file: torch.save(state, file))
+            if args.weights:  # every reader takes 'model' unless asked for the EMA
+                loaded = {'model': (weights, model)}
+            write_checkpoint(args.output, loaded, args.model, output_format == 'released')
     except (ValueError, OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         parser.error(str(error))
-    classes = f'{net.num_classes} classes' + (f' ({", ".join(info["classes"][:3])}, ...)' if info['classes'] else '')
-    height, width = info['img_size']
-    logger.info('%s at %dx%d, %s, as %s', info['name'], height, width, classes, form)
-    if form == 'dir':
+    classes = weights.classes_for(model)
+    examples = f' ({", ".join(classes[:3])}, ...)' if classes else ''
+    height, width = model.img_size
+    logger.info('%s at %dx%d, %d classes%s, as %s', identify(weights, args.model)[0], height, width, model.num_classes,
+                examples, output_format)
+    if output_format == 'dir':
         logger.info("import cmt, timm; timm.create_model('local-dir:%s', pretrained=True)", args.output)
 
 

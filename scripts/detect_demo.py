@@ -1,17 +1,16 @@
 """python scripts/detect_demo.py --model retinanet
 
-CMT as the backbone of torchvision's RetinaNet and Mask R-CNN, shown on circles, squares and triangles that are drawn as
-it trains: a few hundred steps on a CPU, average precision rising, and a picture of what is found.
+Train torchvision's RetinaNet or Mask R-CNN on a CMT backbone, for a few hundred steps on a CPU. The images are drawn
+circles, squares and triangles. The script prints the average precision and draws a picture of detections.
 
     python scripts/detect_demo.py --model maskrcnn --steps 600 --output shapes.png
     python scripts/detect_demo.py --backbone cmt_s --checkpoint cmt_small.pth
 
-RetinaNet on CMT-Ti, `--steps 240 --eval-every 60`: AP50 42.1, 52.8, 62.6 and 73.1 % of 48 images that were not trained
-on (one seed), 395 s on 2 cores of a 2.5 GHz Xeon that had other work, one thread, torch 2.15.
+RetinaNet on CMT-Ti, `--steps 240 --eval-every 60`: AP50 42.1, 52.8, 62.6 and 73.1 % on 48 held-out images (one seed),
+395 s on 2 cores of a 2.5 GHz Xeon that had other work, one thread, torch 2.15.
 
-`build_detector` is all that a detector of one's own needs. For whoever has COCO the target is the paper's: 44.3 AP,
-RetinaNet with CMT-S. That is pycocotools' mean over ten IoUs; the AP here is at one, 0.5, in a few lines of its own, so
-that the demonstration needs no package besides torchvision.
+`build_detector` builds a detector for other data. On COCO the paper reports 44.3 AP for RetinaNet with CMT-S, the mean
+over ten IoUs by pycocotools. The AP here is at IoU 0.5 alone and needs no package besides torchvision.
 """
 import argparse
 import colorsys
@@ -30,25 +29,29 @@ from PIL import Image, ImageDraw
 from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import FeaturePyramidNetwork, box_iou, nms
+from torchvision.ops import FeaturePyramidNetwork, box_iou, masks_to_boxes, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoints import build_model, create_cmt, replacing  # noqa: E402
+from checkpoints import replacing  # noqa: E402
 from options import Parser, number, output_file, positive, rate  # noqa: E402
+from weights import build_model, create_cmt, identify, read_weights  # noqa: E402
 
 CLASSES = ('circle', 'square', 'triangle')  # labels 1, 2, 3; 0 is the background
 COLORS = ((66, 133, 244), (219, 68, 55), (15, 157, 88))
 
 
 class CMTWithFPN(nn.Module):
-    """Maps of a CMT's stages, through a feature pyramid.
+    """Compute a feature pyramid on the stages of a CMT.
 
     Args:
         body: from timm.create_model(..., features_only=True, dynamic_img_size=True).
-        levels: stages used: (1, 2, 3) has strides 8, 16, 32.
-        extra: torchvision's further levels above the last stage, given the channels of the last stage.
-        frozen_bn: keep BatchNorm of the body at its running statistics, for batches too small to have good ones.
+        levels: indices of the stages used; (1, 2, 3) have strides 8, 16, 32.
+        extra: function from the channels of the last stage to torchvision's levels above that stage.
+        frozen_bn: keep BatchNorm of the body at its running statistics, for small batches.
     """
 
     def __init__(self, body: nn.Module, levels: tuple[int, ...], extra, out_channels: int, frozen_bn: bool):
@@ -84,39 +87,40 @@ def build_detector(
         out_channels: int = 256,
         **kwargs,
 ) -> nn.Module:
-    """torchvision's RetinaNet or Mask R-CNN on a CMT.
+    """Build torchvision's RetinaNet or Mask R-CNN on a CMT.
 
     Args:
         detector: 'retinanet' or 'maskrcnn'.
         backbone: name of the CMT.
-        num_classes: with the background, as torchvision counts.
-        checkpoint: weights of the backbone; None for random ones.
-        frozen_bn: BatchNorm of the backbone at running statistics; where None, with a checkpoint and not without.
-        img_size: size that the position bias is kept at; other images resample it. About that of the images saves time.
-        anchor_size: side of the smallest anchors (pixels); each level doubles it.
+        num_classes: classes, the background included.
+        checkpoint: file or name with weights of the backbone, their EMA if any; None for random weights.
+        frozen_bn: keep BatchNorm of the backbone at its running statistics; None: only with a checkpoint.
+        img_size: size of the position bias; images of another size cost a resampling.
+        anchor_size: side of the smallest anchors (pixels), doubled from level to level.
         out_channels: width of the pyramid.
-        kwargs: of torchvision's class, such as min_size and max_size.
+        kwargs: further arguments of torchvision's class, such as min_size and max_size.
 
     Raises:
-        ValueError: a checkpoint that does not fit.
+        ValueError: a checkpoint that does not fit `backbone`.
     """
     options = dict(features_only=True, dynamic_img_size=True, **({'img_size': img_size} if img_size else {}))
     if checkpoint:
-        # loaded whole, by the loader that says what is wrong; timm then takes the stages out of it
-        whole, info = build_model(None, checkpoint, backbone, img_size=img_size)
+        # build_model reports what does not fit; timm then extracts the stages
+        weights = read_weights(checkpoint, use_ema=True)
+        whole = build_model(weights, backbone, img_size=img_size)
         options.update(
-            img_size=info['img_size'], num_classes=whole.num_classes, pretrained=True,
-            pretrained_cfg_overlay=dict(state_dict=whole.state_dict(), num_classes=whole.num_classes))
-        options.update({key: value for key, value in info['model_args'].items() if key != 'dtype'})
+            img_size=whole.img_size, num_classes=whole.num_classes, pretrained=True,
+            pretrained_cfg_overlay=dict(state_dict=whole.state_dict(), num_classes=whole.num_classes),
+            **identify(weights, backbone)[1])
     body = timm.create_model(backbone, **options)
     frozen_bn = bool(checkpoint) if frozen_bn is None else frozen_bn
-    # GeneralizedRCNNTransform pads to multiples of 32 (size_divisible), which is what CMT takes
+    # CMT needs multiples of 32: GeneralizedRCNNTransform pads to those (size_divisible)
     if detector == 'retinanet':
         neck = CMTWithFPN(body, (1, 2, 3), lambda chs: LastLevelP6P7(out_channels, out_channels), out_channels,
                           frozen_bn)
         sizes = tuple(tuple(int(anchor_size * 2 ** (i + j / 3)) for j in range(3)) for i in range(5))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        # normalised as in torchvision's retinanet_resnet50_fpn_v2: from random weights the plain head hardly learns
+        # GroupNorm as in torchvision's retinanet_resnet50_fpn_v2: the head without norms hardly learns from scratch
         head = RetinaNetHead(out_channels, anchors.num_anchors_per_location()[0], num_classes,
                              norm_layer=functools.partial(nn.GroupNorm, min(32, out_channels)))
         return RetinaNet(neck, num_classes, anchor_generator=anchors, head=head, **kwargs)
@@ -126,38 +130,38 @@ def build_detector(
 
 
 def draw_shapes(rng: np.random.Generator, height: int, width: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """An image (3, height, width) in [0, 1] of one to four bright shapes on dull noise, and torchvision's target."""
+    """Draw one to four bright shapes on dull noise.
+
+    Returns:
+        An image (3, height, width) in [0, 1], and torchvision's target: boxes, labels, masks.
+    """
     noise = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).point(lambda v: 40 + v // 4)
     draw = ImageDraw.Draw(image)
     boxes, labels, masks = [], [], []
     for _ in range(rng.integers(1, 5)):
-        radius = rng.integers(min(height, width) // 9, min(height, width) // 5 + 1)
-        x, y = rng.integers(radius, width - radius), rng.integers(radius, height - radius)
-        box = [x - radius, y - radius, x + radius, y + radius]
-        reach = torch.tensor([[box[0], box[1], box[2] + 1, box[3] + 1]])
-        if boxes and box_iou(reach.float(), torch.tensor(np.array(boxes)).float()).max() > 0:
-            continue  # none hides another
+        radius = int(rng.integers(min(height, width) // 9, min(height, width) // 5 + 1))
+        x, y = (int(rng.integers(radius, side - radius)) for side in (width, height))
+        reach = torch.tensor([[x - radius, y - radius, x + radius + 1, y + radius + 1]])
+        if boxes and box_iou(reach, torch.stack(boxes)).max() > 0:
+            continue  # shapes do not overlap
         label = int(rng.integers(1, 4))
-        mask = Image.new('1', (width, height))
+        sides = 4 if label == 2 else 3
         turn = (math.pi / 4 if label == 2 else -math.pi / 2) + rng.uniform(-0.3, 0.3)  # about upright
-        color = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.2, 0.8), rng.uniform(0.8, 1))  # of any class
+        corners = [(x + radius * math.cos(a), y + radius * math.sin(a))
+                   for a in turn + np.arange(sides) * 2 * math.pi / sides]
+        color = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.2, 0.8), rng.uniform(0.8, 1))  # whatever the class
+        mask = Image.new('1', (width, height))
         for canvas, fill in ((draw, tuple(int(255 * c) for c in color)), (ImageDraw.Draw(mask), 1)):
             if label == 1:
-                canvas.ellipse(box, fill)
+                canvas.ellipse([x - radius, y - radius, x + radius, y + radius], fill)
             else:
-                corners = 4 if label == 2 else 3
-                angles = turn + np.arange(corners) * 2 * math.pi / corners
-                canvas.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles], fill)
-        mask = np.asarray(mask)
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+                canvas.polygon(corners, fill)
         labels.append(label)
-        masks.append(mask)
-    target = {
-        'boxes': torch.tensor(np.array(boxes), dtype=torch.float32), 'labels': torch.tensor(labels),
-        'masks': torch.from_numpy(np.stack(masks)).to(torch.uint8)}
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255, target
+        masks.append(pil_to_tensor(mask)[0].to(torch.uint8))
+        boxes.append(masks_to_boxes(masks[-1][None])[0] + torch.tensor([0, 0, 1, 1]))
+    target = {'boxes': torch.stack(boxes), 'labels': torch.tensor(labels), 'masks': torch.stack(masks)}
+    return pil_to_tensor(image) / 255, target
 
 
 def mask_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -169,13 +173,13 @@ def mask_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def average_precision(
         outputs: list[dict[str, torch.Tensor]], targets: list[dict[str, torch.Tensor]], masks: bool = False,
         threshold: float = 0.5) -> float:
-    """Mean over classes of the area under precision-recall, all points, at one IoU.
+    """Return the mean over classes of the area under precision-recall, all points, at one IoU.
 
     Args:
-        outputs: torchvision's, an image each.
+        outputs: torchvision's output for each image.
         targets: boxes, labels, masks of the same images.
-        masks: IoU of masks, not of boxes.
-        threshold: IoU from which a detection is right, once for each object, the most confident first.
+        masks: use the IoU of masks, not of boxes.
+        threshold: least IoU of a correct detection. An object counts once, for the most confident detection.
     """
     scores = []
     for label in sorted({int(c) for target in targets for c in target['labels']}):
@@ -203,49 +207,29 @@ def average_precision(
     return float(np.mean(scores))
 
 
-def draw_detections(images, outputs, targets, columns: int = 4, scale: int = 2, threshold: float = 0.3) -> Image.Image:
-    """A sheet of images with what was found, class and confidence; dashed grey is what is there.
+def draw_detections(images, outputs, targets, scale: int = 3) -> Image.Image:
+    """Draw a sheet of images with detections, class and confidence; boxes of targets are thin and grey.
 
-    Of boxes that overlap by 0.7 the most confident is drawn, of any class: detectors suppress within one alone.
+    Of boxes that overlap by IoU 0.7 the most confident is drawn, whatever the class: detectors suppress within a class.
     """
-    gap, columns = 12, min(columns, len(images))
-    height, width = (s * scale for s in images[0].shape[1:])
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new('RGB', (gap + columns * (width + gap), gap + rows * (height + gap)), 'white')
-    for n, (image, output, target) in enumerate(zip(images, outputs, targets)):
-        pixels = (image * 255).byte().permute(1, 2, 0).numpy().copy()
+    pictures = []
+    for image, output, target in zip(images, outputs, targets):
+        picture = resize((image * 255).byte(), [scale * side for side in image.shape[1:]], InterpolationMode.BICUBIC)
+        picture = draw_bounding_boxes(picture, scale * target['boxes'], colors='#dddddd')
         keep = nms(output['boxes'], output['scores'], 0.7)
-        keep = keep[output['scores'][keep] >= threshold]
-        for mask, label in zip(output.get('masks', torch.zeros(0))[keep] if 'masks' in output else [],
-                               output['labels'][keep].tolist()):
-            inside = mask[0].numpy() > 0.5
-            pixels[inside] = 0.45 * pixels[inside] + 0.55 * np.array(COLORS[label - 1])
-        picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-        draw = ImageDraw.Draw(picture)
-        for box in (target['boxes'] * scale).tolist():
-            dashed_box(draw, box)
-        for box, label, score in zip((output['boxes'][keep] * scale).tolist(), output['labels'][keep].tolist(),
-                                     output['scores'][keep].tolist()):
-            color = COLORS[label - 1]
-            draw.rectangle(box, outline=color, width=2)
-            text = f'{CLASSES[label - 1]} {score:.2f}'
-            w, h = draw.textlength(text) + 6, 14
-            x = min(max(box[0], 0), width - w)
-            y = box[1] - h if box[1] >= h else min(box[3], height - h)
-            draw.rectangle((x, y, x + w, y + h), fill=color)
-            draw.text((x + 3, y + h / 2), text, 'white', anchor='lm')
-        sheet.paste(picture, (gap + n % columns * (width + gap), gap + n // columns * (height + gap)))
-    return sheet
-
-
-def dashed_box(draw: ImageDraw.ImageDraw, box: list[float], dash: int = 5) -> None:
-    x0, y0, x1, y1 = map(round, box)
-    for start in range(x0, x1, 2 * dash):
-        for y in (y0, y1):
-            draw.line((start, y, min(start + dash, x1), y), '#dddddd')
-    for start in range(y0, y1, 2 * dash):
-        for x in (x0, x1):
-            draw.line((x, start, x, min(start + dash, y1)), '#dddddd')
+        keep = keep[output['scores'][keep] >= 0.3]
+        if len(keep):
+            labels, scores = output['labels'][keep].tolist(), output['scores'][keep].tolist()
+            colors = [COLORS[label - 1] for label in labels]
+            if 'masks' in output:
+                masks = resize(output['masks'][keep, 0], list(picture.shape[1:])) > 0.5
+                picture = draw_segmentation_masks(picture, masks, 0.55, colors)
+            picture = draw_bounding_boxes(
+                picture, scale * output['boxes'][keep],
+                [f'{CLASSES[label - 1]} {score:.2f}' for label, score in zip(labels, scores)], colors, width=2,
+                label_colors='white', fill_labels=True)
+        pictures.append(picture)
+    return to_pil_image(make_grid(pictures, min(4, len(pictures)), padding=12, pad_value=255))
 
 
 @torch.no_grad()
@@ -263,7 +247,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--backbone', default='cmt_ti', help='name of a CMT (default: %(default)s)')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights of the backbone (default: random)')
     parser.add_argument('--batch-norm', choices=['train', 'frozen'],
-                        help="the backbone's (default: frozen with --checkpoint, else train)")
+                        help="BatchNorm of the backbone (default: frozen with --checkpoint, else train)")
     parser.add_argument('--steps', type=positive, default=400)
     parser.add_argument('--batch-size', type=positive, default=8)
     parser.add_argument('--input-size', type=number(int, 64), nargs='+', default=[128], metavar='N',
@@ -277,12 +261,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    """Train and show; returns the box AP of each evaluation."""
+    """Train and draw detections; return the box AP of each evaluation."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     height, width = (args.input_size * 2)[:2]
     if len(args.input_size) > 2:
-        parser.error('--input-size takes one number, or height and width')
+        parser.error('--input-size needs one number, or height and width')
     if args.output.suffix.lower() != '.png':
         parser.error(f'--output {args.output}: the name must end in .png')
     try:
@@ -290,25 +274,23 @@ def main(argv: list[str] | None = None) -> list[float]:
     except (RuntimeError, ValueError) as error:
         parser.error(f'--backbone: {error}')
     torch.manual_seed(args.seed)
+    few = {}  # an image has at most four shapes: a tenth of the proposals for COCO is enough
+    if args.model == 'maskrcnn':
+        few = dict(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100, box_batch_size_per_image=64,
+                   box_detections_per_img=20)
     try:
-        multiple = [math.ceil(side / 32) * 32 for side in (height, width)]
-        few = {}  # four shapes an image at most: a tenth of the proposals that COCO asks for
-        if args.model == 'maskrcnn':
-            few = dict(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100, box_batch_size_per_image=64,
-                       box_detections_per_img=20)
         model = build_detector(
             args.model, args.backbone, len(CLASSES) + 1, args.checkpoint,
-            None if args.batch_norm is None else args.batch_norm == 'frozen', img_size=tuple(multiple),
+            None if args.batch_norm is None else args.batch_norm == 'frozen',
+            img_size=tuple(math.ceil(side / 32) * 32 for side in (height, width)),
             anchor_size=16, out_channels=64, min_size=min(height, width), max_size=max(height, width),
             image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], **few)
     except (RuntimeError, ValueError) as error:
         parser.error(' '.join(str(error).split()))
 
     rng = np.random.default_rng([args.seed, 1])
-    held_out = [draw_shapes(rng, height, width) for _ in range(args.eval_images)]
-    images, targets = [image for image, _ in held_out], [target for _, target in held_out]
+    images, targets = map(list, zip(*[draw_shapes(rng, height, width) for _ in range(args.eval_images)]))
     rng = np.random.default_rng([args.seed, 0])
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1, pct_start=0.15)
     began, losses, history = time.monotonic(), [], []
@@ -328,7 +310,7 @@ def main(argv: list[str] | None = None) -> list[float]:
             outputs = detect(model, images, args.batch_size)
             history.append(average_precision(outputs, targets))
             extra = ''
-            if 'masks' in outputs[0]:
+            if args.model == 'maskrcnn':
                 extra = f'  mask AP50 {average_precision(outputs, targets, masks=True):.1%}'
             mean = np.mean(losses[-args.eval_every:])
             print(f'step {step:4d}/{args.steps}  loss {mean:.3f}  box AP50 {history[-1]:.1%}{extra}  '
@@ -336,7 +318,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     sheet = draw_detections(images[:8], outputs[:8], targets[:8])
     with replacing(args.output) as file:
         sheet.save(file, 'PNG')
-    print(f'{args.output}: detections above 0.3 on {len(images[:8])} images that were not trained on')
+    print(f'{args.output}: detections above 0.3 on {len(images[:8])} held-out images')
     return history
 
 

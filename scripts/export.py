@@ -1,13 +1,13 @@
 """python scripts/export.py output/digits/checkpoint_best.pth digits.onnx
 
-Exports a checkpoint, or a model by its name, for inference elsewhere. The ending of OUT tells the format:
+Export a checkpoint, or a model by its name, for inference elsewhere. The ending of OUT chooses the format:
 
-    .onnx                ONNX, any batch size; run by onnxruntime and compared with torch
+    .onnx                ONNX, any batch size; compared with torch by onnxruntime
     .pt2                 torch.export, any batch size: torch.export.load('digits.pt2').module()
     .ts .torchscript .pt TorchScript: torch.jit.load('digits.ts')
 
-The exported model takes normalised images (B, 3, H, W), float32, and gives logits. Name, size, mean, std and class
-names travel in the file's metadata, under the key 'cmt', as JSON. It is written once it agrees with the model.
+The exported model maps normalised images (B, 3, H, W), float32, to logits. The file's metadata contain name, size,
+mean, std and class names under the key 'cmt', as JSON. No file is written unless its logits equal the model's.
 """
 import argparse
 import contextlib
@@ -20,17 +20,17 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cmt  # noqa: E402, F401
-from checkpoints import build_model, create_cmt, replacing  # noqa: E402
-from options import Parser  # noqa: E402
+import cmt  # noqa: E402
+from checkpoints import replacing  # noqa: E402
+from options import Parser, output_file  # noqa: E402
+from weights import build_model, create_cmt, identify, read_weights  # noqa: E402
 
-BATCHES = (1, 5)  # sizes that are compared, neither of them the one exported with
+BATCHES = (1, 5)  # batch sizes whose logits are compared; the example input of the exporters has another
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -39,7 +39,7 @@ def to_onnx(model: nn.Module, images: torch.Tensor, metadata: str) -> tuple[byte
     if missing:
         raise ValueError(f'.onnx needs packages that are not installed: pip install {" ".join(missing)}')
     import onnxruntime
-    for module in model.modules():  # MatMul and Softmax, which every runtime fuses by itself
+    for module in model.modules():  # MatMul and Softmax, which every runtime fuses
         if hasattr(module, 'fused_attn'):
             module.fused_attn = False
     program = torch.onnx.export(
@@ -64,7 +64,7 @@ def to_pt2(model: nn.Module, images: torch.Tensor, metadata: str) -> tuple[bytes
 def to_torchscript(model: nn.Module, images: torch.Tensor, metadata: str) -> tuple[bytes, Function]:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)  # deprecated, and still what runs in many places
+        warnings.simplefilter('ignore', FutureWarning)  # TorchScript is deprecated, but many runtimes load nothing else
         torch.jit.save(torch.jit.script(model), file, _extra_files={'cmt': metadata})
         file.seek(0)
         return file.getvalue(), torch.jit.load(file)
@@ -77,58 +77,56 @@ FORMATS |= dict.fromkeys(('.ts', '.torchscript', '.pt'), (to_torchscript, 1e-5))
 
 @torch.no_grad()
 def worst_difference(model: Function, exported: Function, size: tuple[int, ...]) -> float:
-    """Largest difference of two models' logits on random images, at several batch sizes.
+    """Return the largest difference of two models' logits on random images, at several batch sizes.
 
-    Relative to the largest logit where that is above 1, below which float32 can't tell.
+    The difference is relative to the largest logit if that is above 1.
     """
     generator = torch.Generator().manual_seed(0)
-    worst = 0.
+    differences = []
     for batch in BATCHES:
         x = torch.randn(batch, *size, generator=generator)
         expected = model(x)
-        difference = (expected - exported(x)).abs().max() / expected.abs().max().clamp(min=1)
-        worst = max(worst, difference.item() if difference.isfinite() else float('inf'))
-    return worst
+        differences.append((expected - exported(x)).abs().max() / expected.abs().max().clamp(min=1))
+    return torch.stack(differences).max().item()
 
 
-def export(model: nn.Module, info: dict[str, Any], suffix: str, fuse: bool = False) -> tuple[bytes, float]:
-    """A model in the format of a suffix, and how far its logits are from the model's own.
+def export(
+        model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fuse: bool = False) -> tuple[bytes, float]:
+    """Return the file of a model, and the largest difference of its logits from the model's.
 
     Args:
         model: in eval mode.
-        info: from checkpoints.build_model.
+        name: of the model, for the metadata.
+        classes: names of the classes, for the metadata.
         suffix: a key of FORMATS.
-        fuse: fold what inference needs no more than once.
+        fuse: fold BatchNorm into convolutions before the export.
 
     Raises:
-        ValueError: a format that can't carry the model, or logits that differ.
+        ValueError: a format that cannot represent the model, or logits that differ.
     """
     convert, allowed = FORMATS[suffix]
     if model.dynamic_img_size and convert is not to_torchscript:
-        raise ValueError(f'{suffix} holds one input size: with dynamic_img_size the position bias is resampled to the '
-                         'size of each batch, a choice that is made while exporting; export once a size, or as .ts')
-    reference = copy.deepcopy(model)
-    if fuse:
-        if not hasattr(model, 'fuse'):
-            raise ValueError('--fuse: this model has no fuse(), which folds its normalisation into its convolutions')
-        model = model.fuse()
+        raise ValueError(f'{suffix} files have one input size: the resampling of the position bias with '
+                         '--dynamic-img-size cannot be exported; export a file for each size, or .ts')
     cfg = getattr(model, 'pretrained_cfg', cmt.default_cfgs['cmt_s'].default.to_dict())
     metadata = json.dumps({
-        'model': info['name'], 'input_size': [model.in_chans, *info['img_size']],
-        'mean': cfg['mean'], 'std': cfg['std'], 'classes': info['classes']})
-    images = torch.zeros(2, model.in_chans, *info['img_size'])
+        'model': name, 'input_size': [model.in_chans, *model.img_size],
+        'mean': cfg['mean'], 'std': cfg['std'], 'classes': classes})
+    images = torch.zeros(2, model.in_chans, *model.img_size)
+    exportable = model.fuse() if fuse else copy.deepcopy(model)
     noise = io.StringIO()
-    logging.disable(logging.WARNING)  # exporters talk a lot
+    logging.disable(logging.WARNING)  # exporters log much
     try:
         with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-            content, exported = convert(model, images, metadata)
+            content, exported = convert(exportable, images, metadata)
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f'{suffix} cannot carry this model ({str(error).strip().splitlines()[0]})') from None
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f'this model cannot be exported to {suffix} ({reason})') from None
     finally:
         logging.disable(logging.NOTSET)
-    worst = worst_difference(reference, exported, images.shape[1:])
-    if worst > allowed:
-        raise ValueError(f'nothing written: its logits differ by {worst:.1e}, more than {allowed:.0e}')
+    worst = worst_difference(model, exported, images.shape[1:])
+    if not worst <= allowed:  # NaN is not either
+        raise ValueError(f'no file written: its logits differ by {worst:.1e}, more than {allowed:.0e}')
     return content, worst
 
 
@@ -137,53 +135,55 @@ def get_args_parser() -> argparse.ArgumentParser:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', metavar='CKPT|MODEL',
                         help='a checkpoint, a converted folder, or a name with published weights')
-    parser.add_argument('output', metavar='OUT', type=Path)
+    parser.add_argument('output', metavar='OUT', type=output_file)
     parser.add_argument('--input-size', type=int, nargs='+', metavar='N',
                         help="one number or height and width, multiples of 32 (default: the checkpoint's)")
-    parser.add_argument('--dynamic-img-size', action='store_true', help='take images of any size (TorchScript)')
-    parser.add_argument('--model-weights', action='store_true', help='the weights themselves, not their average')
+    parser.add_argument('--dynamic-img-size', action='store_true', help='accept images of any size (TorchScript)')
+    parser.add_argument('--model-weights', action='store_true', help='export the weights, not their EMA')
     parser.add_argument('--random-weights', action='store_true',
-                        help="of a MODEL: to try a runtime's speed without published weights")
-    parser.add_argument('--fuse', action='store_true', help='fold normalisation into convolutions first')
+                        help="export MODEL untrained, to measure a runtime's speed without a download")
+    parser.add_argument('--fuse', action='store_true', help='fold BatchNorm into convolutions before the export')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
+
+
+def check_output(source: str, output: Path, overwrite: bool) -> None:
+    """Raise ValueError if `output` cannot or must not be written."""
+    if output.suffix.lower() not in FORMATS:
+        raise ValueError(f'{output}: the name must end in {", ".join(FORMATS)}')
+    if output.exists() and output.resolve() == Path(source).resolve():
+        raise ValueError(f'{output} is the checkpoint itself: give another name')
+    if output.exists() and not overwrite:
+        raise ValueError(f'{output} exists: --overwrite replaces it')
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     try:
-        suffix = args.output.suffix.lower()
-        if suffix not in FORMATS:
-            raise ValueError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
-        if not args.output.absolute().parent.is_dir():
-            raise ValueError(f'there is no folder {args.output.parent}')
-        if args.output.is_dir():
-            raise ValueError(f'{args.output} is a folder')
-        if args.output.exists() and args.output.resolve() == Path(args.source).resolve():
-            raise ValueError(f'{args.output} is the checkpoint itself: give another name')
-        if args.output.exists() and not args.overwrite:
-            raise ValueError(f'{args.output} is there already: --overwrite replaces it')
+        check_output(args.source, args.output, args.overwrite)
         if args.input_size and len(args.input_size) > 2:
-            raise ValueError('--input-size takes one number, or height and width')
+            raise ValueError('--input-size needs one number, or height and width')
         options = {'dynamic_img_size': True} if args.dynamic_img_size else {}
-        size = tuple(args.input_size * 2)[:2] if args.input_size else None
+        if args.input_size:
+            options['img_size'] = tuple(args.input_size * 2)[:2]
         if args.random_weights:
             torch.manual_seed(0)
-            model = create_cmt(args.source, **options, **({'img_size': size} if size else {})).eval()
-            info = dict(name=args.source, classes=None, img_size=model.img_size, kind='random')
+            model = create_cmt(args.source, **options).eval()
+            name, classes, origin = args.source, None, ' (random weights)'
         else:
-            model, info = build_model(None, args.source, img_size=size, use_ema=not args.model_weights, **options)
-        content, worst = export(model, info, suffix, args.fuse)
+            weights = read_weights(args.source, use_ema=not args.model_weights)
+            model = build_model(weights, **options)
+            name, classes = identify(weights)[0], weights.classes_for(model)
+            origin = ' (EMA of the weights)' if weights.kind == 'model_ema' else ''
+        content, worst = export(model, name, classes, args.output.suffix.lower(), args.fuse)
         with replacing(args.output) as file:
             file.write(content)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    height, width = info['img_size']
-    weights = {'model_ema': ' (average of the weights)', 'random': ' (random weights)'}.get(info['kind'], '')
-    print(f'{args.output}: {info["name"]}{weights} at {"any size" if args.dynamic_img_size else f"{height}x{width}"}, '
-          f'{model.num_classes} classes, {len(content) / 1e6:.1f} MB; largest difference of the logits {worst:.1e} '
-          f'(batches of {" and ".join(map(str, BATCHES))})')
+    size = 'any size' if args.dynamic_img_size else '{}x{}'.format(*model.img_size)
+    print(f'{args.output}: {name}{origin} at {size}, {model.num_classes} classes, {len(content) / 1e6:.1f} MB; largest '
+          f'difference of the logits {worst:.1e} (batches of {" and ".join(map(str, BATCHES))})')
 
 
 if __name__ == '__main__':

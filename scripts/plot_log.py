@@ -1,20 +1,24 @@
 """python scripts/plot_log.py output/digits -o curves.png
 
-Draws the loss, accuracy, learning rate and images per second of one or several runs into one picture. A run is its
-folder or its log.txt; --watch redraws whenever a log grows. Works without a display.
+Draw the loss, accuracy, learning rate and images per second of one or several runs into one picture. A run is given
+by its folder or its log.txt; --watch redraws the picture when a log has changed. No display is needed.
 """
 import argparse
 import json
 import math
 import os
+import sys
 import textwrap
 import time
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from options import Parser, number, output_file  # noqa: E402
 
 # title, [(key in log.txt, label, line style)]
 PANELS = [
@@ -23,60 +27,56 @@ PANELS = [
     ('Learning rate', [('train_lr', 'learning rate', '-')]),
     ('Training images per second', [('train_images_per_s', 'images per second', '-')]),
 ]
-MARKED = 40  # epochs at most whose points are marked one by one; more would hide the line
+MARKED = 40  # more markers than this hide the line
 
 
-class Parser(argparse.ArgumentParser):
-    """One line an error. options.Parser does the same, but brings torch along: seconds to a plot."""
+def read_log(path: Path) -> list[dict]:
+    """Read the records of a log.txt in order of epoch.
 
-    def error(self, message):
-        self.exit(2, f'{self.prog}: error: {message}\n')
+    Of an epoch with two records (a resumed run) the later one is kept. A last line that is still being written is left
+    out.
 
-
-def read_log(path):
-    """The records of a log.txt in order of epoch; of an epoch that is there twice (a resumed run), the later.
-
-    A last line that is still being written is left out. ValueError names any other line that is no record.
+    Raises:
+        ValueError: another line is no record.
     """
     text = path.read_text(encoding='utf-8', errors='replace')
     records = {}
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
+    for n, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            if line.startswith('{') and not line.endswith('\n'):  # only a last line lacks its end
+            if line.startswith('{') and not line.endswith('\n'):  # only the last line can lack its end
                 break
-            raise ValueError(f'{path}, line {number} is no JSON: {error}') from None
+            raise ValueError(f'{path}, line {n} is no JSON: {error}') from None
         if not isinstance(record, dict) or not isinstance(record.get('epoch'), int):
-            raise ValueError(f'{path}, line {number} is no record of an epoch (a JSON object with the key "epoch")')
+            raise ValueError(f'{path}, line {n} is no record of an epoch (a JSON object with the key "epoch")')
         records[record['epoch']] = record
     return [records[epoch] for epoch in sorted(records)]
 
 
-def points(records, key):
-    """Epochs and values of a key, without the epochs that lack it: those without validation, or a NaN loss."""
-    found = [(record['epoch'], record[key]) for record in records if isinstance(record.get(key), (int, float))]
-    found = [(epoch, value) for epoch, value in found if math.isfinite(value)]
-    return [epoch for epoch, _ in found], [value for _, value in found]
+def points(records: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Return epochs and values of `key`, without epochs that lack a finite value."""
+    found = {record['epoch']: record[key] for record in records
+             if isinstance(record.get(key), (int, float)) and math.isfinite(record[key])}
+    return list(found), list(found.values())
 
 
-def run_names(paths):
-    """What tells the runs apart: the folder's name, or as much of the path as is needed."""
+def run_names(paths: list[Path]) -> list[str]:
+    """Name each run by its folder, or by its whole path if folder names repeat."""
     folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
     names = [folder.name for folder in folders]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def draw(runs):
-    """The figure of {name: records}: a colour a run, a line style a quantity."""
+def draw(runs: dict[str, list[dict]]) -> Figure:
+    """Draw {name: records}, with a colour for each run and a line style for each quantity."""
     labels = [textwrap.fill(f'{name}{best(records)}', 90) for name, records in runs.items()]
-    columns = max(1, min(len(runs), 3, 120 // (max(map(len, labels)) + 7)))  # what 11 inches hold
+    columns = max(1, min(len(runs), 3, 120 // (max(map(len, labels)) + 7)))  # that fit into 11 inches
     lines = sum(label.count('\n') for label in labels) + math.ceil(len(labels) / columns)
     figure = Figure(figsize=(11, 7.3 + 0.2 * lines), dpi=120, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    FigureCanvasAgg(figure)
     colors = [f'C{i}' for i in range(len(runs))]
     few = max(len(records) for records in runs.values()) <= MARKED
     for axes, (title, series) in zip(figure.subplots(2, 2).flat, PANELS):
@@ -105,77 +105,73 @@ def draw(runs):
     return figure
 
 
-def best(records):
+def best(records: list[dict]) -> str:
+    """Format the best accuracies for the legend."""
     found = [(label, points(records, key)[1]) for key, label in (('test_acc1', 'best'), ('ema_test_acc1', 'EMA'))]
     return ''.join(f', {label} {max(values):.2f} %' for label, values in found if values)
 
 
-def save(figure, path):
-    # renamed into place: a viewer that follows the picture never opens half of it
-    temporary = path.with_name(f'.{path.name}.tmp')
-    figure.savefig(temporary, format=path.suffix[1:].lower())
-    os.replace(temporary, path)
-
-
-def get_args_parser():
+def get_args_parser() -> Parser:
+    """Build the parser."""
     parser = Parser(prog='plot_log.py', description=__doc__.split('\n', 2)[2],
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='a run\'s folder, or its log.txt')
-    parser.add_argument('-o', '--output', type=Path, metavar='FILE',
-                        help='the picture (default: curves.png beside the log; for several runs, in this folder)')
-    parser.add_argument('--watch', nargs='?', type=float, const=10, metavar='SECONDS',
-                        help='redraw when a log has changed, looking every so often (default 10); Ctrl-C ends it')
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run, or its log.txt')
+    parser.add_argument('-o', '--output', type=output_file, metavar='FILE',
+                        help='the picture (default: curves.png beside the log, or in this folder for several runs)')
+    parser.add_argument('--watch', nargs='?', type=number(float, 0, 86400, above=True), const=10, metavar='SECONDS',
+                        help='redraw when a log has changed, with a look every SECONDS (default: 10); Ctrl-C ends it')
     return parser
 
 
-def main(argv=None):
+def check_args(args: argparse.Namespace, logs: list[Path], output: Path) -> None:
+    """Raise ValueError for a mistake that shows before a log is read."""
+    known = FigureCanvasBase.get_supported_filetypes()
+    if output.suffix[1:].lower() not in known:
+        raise ValueError(f'--output {output}: the name must end in one of .{", .".join(sorted(known))}')
+    for log in logs:  # with --watch, a run may not have ended its first epoch
+        if not log.is_file() and not (args.watch and log.name == 'log.txt' and log.parent.is_dir()):
+            raise ValueError(f'there is no {log}: give the folder of a run (its --output-dir) or its log.txt')
+
+
+def plot(args: argparse.Namespace, logs: list[Path], output: Path) -> None:
+    """Draw all logs once."""
+    records = [read_log(log) if log.is_file() else [] for log in logs]
+    empty = [log for log, lines in zip(logs, records) if not lines]
+    if empty and not args.watch:
+        raise ValueError(f'{empty[0]} is empty: wait for the first epoch to end')
+    for log in empty:
+        print(f'waiting for the first epoch in {log}', flush=True)
+    if len(empty) < len(logs):
+        temporary = output.with_name(f'.{output.name}.tmp')
+        draw(dict(zip(run_names(args.runs), records))).savefig(temporary, format=output.suffix[1:].lower())
+        os.replace(temporary, output)  # a viewer never opens half a picture
+        print(f'{output}: {", ".join(f"{len(lines)} epochs" for lines in records)}', flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Plot once, or with --watch whenever a log has changed."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    if args.watch is not None and not 0 < args.watch <= 86400:
-        parser.error(f'--watch {args.watch:g}: give a number of seconds above 0 and at most 86400, a day')
     logs = [path / 'log.txt' if path.is_dir() else path for path in args.runs]
     output = args.output or (logs[0].parent if len(logs) == 1 else Path()) / 'curves.png'
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if output.suffix[1:].lower() not in known:
-        parser.error(f'--output {output}: the name must end in one of .{", .".join(sorted(known))}')
-    if not output.parent.is_dir():
-        parser.error(f'--output {output}: there is no folder {output.parent}')
-    if output.is_dir():
-        parser.error(f'--output {output} is a folder: give a file in it')
-
-    # a run that is watched may not have ended its first epoch
-    for log in logs:
-        if not log.is_file() and not (args.watch and log.name == 'log.txt' and log.parent.is_dir()):
-            parser.error(f'there is no {log}: give the folder of a run (its --output_dir) or its log.txt')
-
-    seen = None
-    while True:
-        now = [log.stat() if log.is_file() else None for log in logs]
-        now = [stat and (stat.st_mtime_ns, stat.st_size) for stat in now]
-        if now != seen:
-            try:
-                records = [read_log(log) if stat else [] for log, stat in zip(logs, now)]
-            except (OSError, ValueError) as error:
-                parser.error(str(error))
-            empty = [log for log, lines in zip(logs, records) if not lines]
-            if empty and not args.watch:
-                parser.error(f'{empty[0]} is empty: wait for the first epoch to end')
-            for log in empty:
-                print(f'waiting for the first epoch in {log}', flush=True)
-            if len(empty) < len(logs):
-                try:
-                    save(draw(dict(zip(run_names(args.runs), records))), output)
-                except OSError as error:
-                    parser.error(f'--output {output}: {error.strerror or error}')
-                print(f'{output}: {", ".join(f"{len(lines)} epochs" for lines in records)}', flush=True)
-            seen = now
-        if not args.watch:
-            return
-        time.sleep(args.watch)
+    try:
+        check_args(args, logs, output)
+        seen = None
+        while True:
+            stats = [log.stat() if log.is_file() else None for log in logs]
+            now = [stat and (stat.st_mtime_ns, stat.st_size) for stat in stats]
+            if now != seen:
+                plot(args, logs, output)
+                seen = now
+            if not args.watch:
+                return
+            time.sleep(args.watch)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == '__main__':
     try:
         main()
-    except KeyboardInterrupt:  # the way to end --watch
+    except KeyboardInterrupt:  # ends --watch
         pass

@@ -1,22 +1,24 @@
 """python scripts/predict.py output/digits/checkpoint_best.pth photos/ --picture answers.png
 
-Says what is in images: the most probable classes of each, as a table, JSON or CSV. Images are files, folders (searched
-for images at any depth) or -, standard input: an image, or paths one a line:
+Print the most probable classes of images, as a table, JSON or CSV. IMAGE is a file, a folder (searched at any depth) or
+-, standard input: an image, or paths one a line:
 
     find photos -newer last | python scripts/predict.py cmt_s - --csv
     curl -s https://example.org/cat.jpg | python scripts/predict.py cmt_s -
 
---picture draws a sheet of the images with their answers, as the model sees them, and beside each where it looked: the
-Grad-CAM of its last stage for the first answer. An image that can't be read is named and left out (status 1).
+--picture draws a sheet: each image after resizing and cropping, the Grad-CAM of the last stage for the first answer,
+and the answers. An image that cannot be read is reported and left out (exit status 1).
 """
 import argparse
 import csv
+import functools
 import io
 import json
 import math
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +30,26 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cmt  # noqa: E402, F401
-from checkpoints import build_model, create_cmt, replacing  # noqa: E402
-from datasets import build_transform, one_line  # noqa: E402
-from options import Parser  # noqa: E402
+import cmt  # noqa: E402
+from checkpoints import replacing  # noqa: E402
+from datasets import one_line  # noqa: E402
+from options import Parser, output_file, positive  # noqa: E402
+from transforms import build_transform  # noqa: E402
+from weights import build_model, create_cmt, read_weights  # noqa: E402
 
 SHEET = 120  # images on a sheet at most
+INK, GREY = '#202124', '#70757a'
+PAD, LINE = 14, 27  # of a card: margin and height of an answer (pixels)
 
 
 def find_images(sources: list[str]) -> list[tuple[str, Any]]:
-    """(name, what default_loader opens) of all images that the command line names.
+    """Return (name, argument of default_loader) of each image that `sources` name.
 
     Raises:
-        ValueError: a folder without images, nothing on standard input.
+        ValueError: a folder without images, or standard input without an image or a path.
     """
     found = []
     for source in sources:
@@ -54,7 +61,7 @@ def find_images(sources: list[str]) -> list[tuple[str, Any]]:
             except OSError:  # no image: paths
                 lines = content.decode(errors='surrogateescape').splitlines()
                 if not any(map(str.strip, lines)) or b'\0' in content:
-                    raise ValueError('-: standard input holds neither an image nor paths of images') from None
+                    raise ValueError('-: standard input contains neither an image nor paths of images') from None
                 found += find_images([line for line in lines if line.strip() and line != '-'])
         elif os.path.isdir(source):
             inside = sorted(str(path) for path in Path(source).rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
@@ -67,10 +74,15 @@ def find_images(sources: list[str]) -> list[tuple[str, Any]]:
 
 
 def class_names(path: Path | None, known: list[str] | None, num_classes: int) -> list[str]:
-    """Names in the order of their index: of a file, of the checkpoint, ImageNet's for 1000 classes, or numbers.
+    """Return the names of the classes in the order of their index.
+
+    Args:
+        path: file of names, one a line or JSON.
+        known: the checkpoint's names, used without `path`.
+        num_classes: without names, 1000 classes get ImageNet's names and other counts get numbers.
 
     Raises:
-        ValueError: another number of names than of classes.
+        ValueError: no such file, or another number of names than of classes.
     """
     if path is not None:
         try:
@@ -86,7 +98,7 @@ def class_names(path: Path | None, known: list[str] | None, num_classes: int) ->
             names = [names[key] for key in sorted(names, key=int)]
         if not isinstance(names, list) or len(names) != num_classes:
             count = len(names) if isinstance(names, list) else 'no'
-            raise ValueError(f'{path} holds {count} names, the model has {num_classes} classes')
+            raise ValueError(f'{path} contains {count} names, the model has {num_classes} classes')
         return [str(name) for name in names]
     imagenet = ImageNetInfo()
     if known:
@@ -98,22 +110,22 @@ def class_names(path: Path | None, known: list[str] | None, num_classes: int) ->
 
 
 def answers(logits: torch.Tensor, names: list[str], k: int) -> list[list[dict[str, Any]]]:
-    """The k most probable classes of each image."""
+    """Return the `k` most probable classes of each image."""
     probabilities, indices = logits.double().softmax(dim=-1).topk(min(k, len(names)))
     return [[{'index': index, 'class': names[index], 'probability': p} for p, index in zip(*row)]
             for row in zip(probabilities.tolist(), indices.tolist())]
 
 
 def grad_cam(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and where the first answer of each image comes from (Selvaraju et al., arXiv 1610.02391).
+    """Return logits and the Grad-CAM of each image's first answer (Selvaraju et al., arXiv 1610.02391).
 
     Args:
         model: a CMT in eval mode.
         images: (B, 3, H, W), normalised.
 
     Returns:
-        Logits (B, classes), and maps (B, H, W) in [0, 1]: the last stage's channels, weighted by the mean gradient of
-        the largest logit, positive part.
+        Logits (B, classes), and maps (B, H, W) in [0, 1]: the positive part of the last stage's channels, each
+        weighted by the mean gradient of the largest logit.
     """
     with torch.enable_grad():
         maps = model.stages(model.stem(images))  # (B, C, H / 32, W / 32)
@@ -126,15 +138,22 @@ def grad_cam(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def overlay(image: Image.Image, cam: np.ndarray) -> Image.Image:
-    """Heat over the image in grey, so that all colour is heat; turbo's ends, too dark to see through, are left out."""
-    heat = matplotlib.colormaps['turbo'](0.06 + 0.82 * cam)[..., :3] * 255
-    grey = np.asarray(image.convert('L'), dtype=np.float64)[..., None]
-    strength = 0.25 + 0.25 * cam[..., None]
-    return Image.fromarray((grey * (1 - strength) + heat * strength).round().astype(np.uint8))
+    """Blend the heat map over the image in grey.
+
+    The ends of matplotlib's turbo are left out: they are too dark to see the image through.
+    """
+    heat = Image.fromarray(matplotlib.colormaps['turbo'](0.06 + 0.82 * cam, bytes=True)[..., :3])
+    strength = Image.fromarray((64 + 64 * cam).astype(np.uint8))
+    return Image.composite(heat, image.convert('L').convert('RGB'), strength)
+
+
+@functools.cache
+def find_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / f'{name}.ttf'), size)
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float, keep_end: bool = False) -> str:
-    """`text`, with an ellipsis where it is wider than `width`."""
+    """Shorten `text` to `width` pixels, with an ellipsis."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + '…') > width:
@@ -143,68 +162,64 @@ def shorten(text: str, font: ImageFont.FreeTypeFont, width: float, keep_end: boo
 
 
 def draw_sheet(entries: list[dict[str, Any]], title: str, side: int = 224) -> Image.Image:
-    """A card an image: what the model sees, the heat map beside it, file name and answers below.
+    """Draw a card for each image: the model's input, the heat map beside it, file name and answers below.
 
     Args:
-        entries: name, image (PIL), cam (H, W), predictions.
-        title: above all.
+        entries: dicts of name, image (PIL), cam (H, W) and predictions.
+        title: of the sheet.
         side: of an image on the sheet (pixels).
     """
-    fonts = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
-    small, plain = (ImageFont.truetype(str(fonts / 'DejaVuSans.ttf'), size) for size in (13, 16))
-    bold, large = (ImageFont.truetype(str(fonts / 'DejaVuSans-Bold.ttf'), size) for size in (16, 22))
-    ink, grey, bar, first_bar = '#202124', '#70757a', '#c9d3e0', '#3b6fb6'
-    gap, pad, line = 20, 14, 27
+    gap, header = 20, 58
     rows_of_text = max(len(entry['predictions']) for entry in entries)
-    card_w = 2 * side + 3 * pad
-    card_h = pad + side + 34 + line * rows_of_text + pad
-    # as many columns as make the sheet about 3:2
+    card_w, card_h = 2 * side + 3 * PAD, PAD + side + 34 + LINE * rows_of_text + PAD
+    # the number of columns that makes the sheet about 3:2
     columns = min(len(entries), max(1, round(math.sqrt(1.5 * len(entries) * (card_h + gap) / (card_w + gap)))))
     rows = math.ceil(len(entries) / columns)
-    header = 58
     width, height = gap + columns * (card_w + gap), header + rows * (card_h + gap)
     sheet = Image.new('RGB', (width, height), '#f1f3f4')
     draw = ImageDraw.Draw(sheet)
-    legend = 'right: where the first answer comes from (Grad-CAM, blue to red)'
-    room = width - 2 * gap - small.getlength(legend) - 40
-    draw.text((gap, header / 2), shorten(title, large, max(room, card_w)), ink, large, anchor='lm')
-    if room >= min(card_w, large.getlength(title)):
-        draw.text((width - gap, header / 2), legend, grey, small, anchor='rm')
+    small, large = find_font('DejaVuSans', 13), find_font('DejaVuSans-Bold', 22)
+    legend = 'right: Grad-CAM of the first answer (blue to red)'
+    draw.text((gap, 20), shorten(title, large, width - 2 * gap), INK, large, anchor='lm')
+    draw.text((gap, 43), shorten(legend, small, width - 2 * gap), GREY, small, anchor='lm')
     for i, entry in enumerate(entries):
         x = gap + (i % columns) * (card_w + gap)
         y = header + (i // columns) * (card_h + gap)
         draw.rounded_rectangle((x, y, x + card_w, y + card_h), 10, 'white', '#dadce0')
         image = entry['image'].resize((side, side), Image.Resampling.BICUBIC)
         cam = Image.fromarray(entry['cam'].astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR)
-        sheet.paste(image, (x + pad, y + pad))
-        sheet.paste(overlay(image, np.asarray(cam).clip(0, 1)), (x + 2 * pad + side, y + pad))
-        x, y, inner = x + pad, y + pad + side, card_w - 2 * pad
-        draw.text((x, y + 18), shorten(entry['name'], small, inner, keep_end=True), grey, small, anchor='lm')
-        y += 34
-        for rank, answer in enumerate(entry['predictions']):
-            font, middle, name_w = bold if rank == 0 else plain, y + line / 2, inner - 170
-            draw.text((x, middle), shorten(answer['class'], font, name_w), ink, font, anchor='lm')
-            bar_x, bar_w = x + inner - 158, 90
-            draw.rounded_rectangle((bar_x, middle - 5, bar_x + bar_w, middle + 5), 5, '#eceff1')
-            filled = bar_w * answer['probability']
-            if filled >= 1:
-                draw.rounded_rectangle((bar_x, middle - 5, bar_x + filled, middle + 5), min(5, filled / 2),
-                                       first_bar if rank == 0 else bar)
-            draw.text((x + inner, middle), f"{answer['probability']:.1%}", ink, font, anchor='rm')
-            y += line
+        sheet.paste(image, (x + PAD, y + PAD))
+        sheet.paste(overlay(image, np.asarray(cam).clip(0, 1)), (x + 2 * PAD + side, y + PAD))
+        draw_answers(draw, entry, x + PAD, y + PAD + side, card_w - 2 * PAD)
     return sheet
 
 
+def draw_answers(draw: ImageDraw.ImageDraw, entry: dict[str, Any], x: int, y: int, width: int) -> None:
+    """Draw file name and answers of an entry of draw_sheet at (x, y), with a bar for each probability."""
+    small = find_font('DejaVuSans', 13)
+    draw.text((x, y + 18), shorten(entry['name'], small, width, keep_end=True), GREY, small, anchor='lm')
+    for rank, answer in enumerate(entry['predictions']):
+        middle = y + 34 + LINE * (rank + 0.5)
+        font = find_font('DejaVuSans' if rank else 'DejaVuSans-Bold', 16)
+        draw.text((x, middle), shorten(answer['class'], font, width - 178), INK, font, anchor='lm')
+        bar_x, bar_w = x + width - 166, 90
+        draw.rounded_rectangle((bar_x, middle - 5, bar_x + bar_w, middle + 5), 5, '#eceff1')
+        filled = bar_w * answer['probability']
+        if filled >= 1:
+            draw.rounded_rectangle((bar_x, middle - 5, bar_x + filled, middle + 5), min(5, filled / 2),
+                                   '#c9d3e0' if rank else '#3b6fb6')
+        draw.text((x + width, middle), f"{answer['probability']:.1%}", INK, font, anchor='rm')
+
+
 def print_table(results: list[dict[str, Any]]) -> None:
-    rows = []
+    rows = [('image', 'class', 'probability')]
     for result in results:
         for rank, answer in enumerate(result['predictions']):
-            rows.append(['' if rank else result['image'], answer['class'], f"{answer['probability']:.2%}"])
-    table = [['image', 'class', 'probability'], *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(3)]
-    table.insert(1, ['-' * width for width in widths])
-    for row in table:
-        print(f'{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}')
+            rows.append(('' if rank else result['image'], answer['class'], f"{answer['probability']:.2%}"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ['-' * width for width in widths])
+    for image, name, probability in rows:
+        print(f'{image:{widths[0]}}  {name:{widths[1]}}  {probability:>{widths[2]}}')
 
 
 def print_csv(results: list[dict[str, Any]]) -> None:
@@ -221,33 +236,36 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('model', metavar='CKPT|MODEL',
                         help='a checkpoint, a converted folder, or a name with published weights')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder or -')
-    parser.add_argument('--top', type=int, default=5, metavar='K', help='answers for each image (default: %(default)s)')
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument('--json', action='store_true')
-    form.add_argument('--csv', action='store_true')
-    parser.add_argument('--class-names', type=Path, metavar='FILE', help='a name a line, or JSON')
-    parser.add_argument('--picture', type=Path, metavar='OUT.png', help=f'draw a sheet of the first {SHEET} images')
+    parser.add_argument('--top', type=positive, default=5, metavar='K',
+                        help='answers for each image (default: %(default)s)')
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument('--json', action='store_true', help='print JSON')
+    output.add_argument('--csv', action='store_true', help='print CSV')
+    parser.add_argument('--class-names', type=Path, metavar='FILE', help='names of the classes, one a line or JSON')
+    parser.add_argument('--picture', type=output_file, metavar='OUT.png',
+                        help=f'draw a sheet of the first {SHEET} images')
     parser.add_argument('--input-size', type=int, metavar='N', help="a multiple of 32 (default: the checkpoint's)")
-    parser.add_argument('--model-weights', action='store_true', help='the weights themselves, not their average')
-    parser.add_argument('--random-weights', action='store_true', help='of a MODEL, to see what an untrained one says')
-    parser.add_argument('--batch-size', type=int, default=32, metavar='N')
-    parser.add_argument('--device', help='default: cuda where there is one')
+    parser.add_argument('--model-weights', action='store_true', help='use the weights, not their EMA')
+    parser.add_argument('--random-weights', action='store_true', help='use MODEL untrained, to try the output')
+    parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='default: %(default)s')
+    parser.add_argument('--device', help='default: cuda if available')
     return parser
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
-    """The model on its device, and names of its classes."""
+    """Return the model on its device, and the names of its classes."""
     size = {'img_size': args.input_size} if args.input_size else {}
     if args.random_weights:
         torch.manual_seed(0)
         model, known = create_cmt(args.model, **size).eval(), None
     else:
-        model, info = build_model(None, args.model, use_ema=not args.model_weights, **size)
-        known = info['classes']
-        if info['kind'] == 'model_ema':
-            print('the average of the weights answers; --model-weights: the weights themselves', file=sys.stderr)
+        weights = read_weights(args.model, use_ema=not args.model_weights)
+        model = build_model(weights, **size)
+        known = weights.classes_for(model)
+        if weights.kind == 'model_ema':
+            print('using the EMA of the weights; --model-weights uses the weights', file=sys.stderr)
     if model.img_size[0] != model.img_size[1]:
-        raise ValueError(f'{args.model} is for {model.img_size[0]}x{model.img_size[1]} images; evaluation crops '
+        raise ValueError(f'{args.model} has an input of {model.img_size[0]}x{model.img_size[1]}, evaluation crops '
                          'squares: give an --input-size')
     if model.num_classes == 0:
         raise ValueError(f'{args.model} has no classifier')
@@ -261,53 +279,58 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
 def predict(
         model: nn.Module, names: list[str], found: list[tuple[str, Any]], k: int, batch_size: int, pictures: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Answers for all images that can be read, and what a sheet shows of the first `pictures`."""
+    """Return the answers for all readable images, and the first `pictures` entries for draw_sheet."""
     device, size = next(model.parameters()).device, model.img_size[0]
     cfg = getattr(model, 'pretrained_cfg', None) or cmt.default_cfgs['cmt_s'].default.to_dict()
     mean, std = (torch.tensor(cfg[key], device=device).view(1, -1, 1, 1) * 255 for key in ('mean', 'std'))
-    transform = build_transform(False, size)
-    results, entries, read = [], [], []
-
-    def flush() -> None:
-        pixels = torch.stack([torch.as_tensor(image) for _, image in read])  # (B, 3, H, W), uint8
-        images = pixels.to(device, torch.float32).sub_(mean).div_(std)
+    results, entries = [], []
+    for start in range(0, len(found), batch_size):
+        read = list(read_images(found[start:start + batch_size], build_transform(False, size)))
+        if not read:
+            continue
+        images = torch.stack([pixels for _, pixels in read]).to(device, torch.float32).sub_(mean).div_(std)
+        cams = []
         if len(entries) < pictures:
             logits, cams = grad_cam(model, images)
         else:
             with torch.no_grad():
-                logits, cams = model(images), images[:0]
-        for i, predictions in enumerate(answers(logits.float().cpu(), names, k)):
-            results.append({'image': read[i][0], 'predictions': predictions})
-            if len(entries) < pictures:
-                image = Image.fromarray(pixels[i].permute(1, 2, 0).numpy())
-                entries.append({'name': read[i][0], 'image': image, 'cam': cams[i].cpu().numpy(),
-                                'predictions': predictions})
-        read.clear()
+                logits = model(images)
+        predictions = answers(logits.float().cpu(), names, k)
+        results += [{'image': name, 'predictions': ranked} for (name, _), ranked in zip(read, predictions)]
+        entries += [{'name': name, 'image': to_pil_image(pixels), 'cam': cam.cpu().numpy(), 'predictions': ranked}
+                    for (name, pixels), cam, ranked in zip(read, cams, predictions)]
+    return results, entries[:pictures]
 
+
+def read_images(found: list[tuple[str, Any]], transform: Callable) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and pixels (3, H, W), uint8, of each readable image, and report the others."""
     for name, source in found:
         try:
             image = default_loader(source) if name != '-' else Image.open(source).convert('RGB')
-            read.append((name, transform(image)))
-        except Exception as error:  # Pillow's plugins raise whatever comes on damaged files
+            yield name, transform(image)
+        except Exception as error:  # Pillow's plugins raise anything on damaged files
             reason = getattr(error, 'strerror', None) or one_line(error)
             print(f'cannot read {name} ({reason})', file=sys.stderr)
-        if len(read) == batch_size:
-            flush()
-    if read:
-        flush()
-    return results, entries
+
+
+def write_picture(path: Path, entries: list[dict[str, Any]], model: str, count: int) -> None:
+    """Write the sheet of `entries`, the first of `count` images, with the file names' common folder left out."""
+    title = f'{model}: {count} image{"s"[:count > 1]}' + (f', the first {len(entries)}' if len(entries) < count else '')
+    folder = os.path.commonpath([os.path.dirname(entry['name']) or '.' for entry in entries])
+    for entry in entries:
+        entry['name'] = os.path.relpath(entry['name'], folder) if folder else entry['name']
+        entry['predictions'] = entry['predictions'][:5]
+    picture = draw_sheet(entries, title)
+    with replacing(path) as file:
+        picture.save(file, Image.registered_extensions()[path.suffix.lower()])
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     try:
-        if args.top < 1 or args.batch_size < 1:
-            raise ValueError('--top and --batch-size: give at least 1')
         if args.picture and args.picture.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'):
             raise ValueError(f'--picture {args.picture}: the name must end in .png, .jpg or .webp')
-        if args.picture and not args.picture.absolute().parent.is_dir():
-            raise ValueError(f'--picture {args.picture}: there is no folder {args.picture.parent}')
         found = find_images(args.images)
         model, names = load(args)
     except (ValueError, OSError) as error:
@@ -315,16 +338,7 @@ def main(argv: list[str] | None = None) -> None:
 
     results, entries = predict(model, names, found, args.top, args.batch_size, SHEET if args.picture else 0)
     if entries:
-        title = f'{args.model}: {len(results)} image{"s"[:len(results) > 1]}'
-        if len(entries) < len(results):
-            title += f', the first {len(entries)}'
-        folder = os.path.commonpath([os.path.dirname(entry['name']) or '.' for entry in entries])
-        for entry in entries:
-            entry['name'] = os.path.relpath(entry['name'], folder) if folder else entry['name']
-            entry['predictions'] = entry['predictions'][:5]
-        picture = draw_sheet(entries, title)
-        with replacing(args.picture) as file:
-            picture.save(file, Image.registered_extensions()[args.picture.suffix.lower()])
+        write_picture(args.picture, entries, args.model, len(results))
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     elif args.csv:
@@ -339,5 +353,5 @@ if __name__ == '__main__':
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # bash scripts/quickstart.sh [arguments of train.py]
 #
-# On a machine with Python 3.10 or newer and a network for pip, no GPU and no data: installs what is needed into a virtual
-# environment, trains cmt_ti on the scanned digits that ship with scikit-learn, evaluates what it saved, draws the curves.
+# Install the requirements into a virtual environment, train cmt_ti on the scanned digits of scikit-learn, evaluate the
+# checkpoints and draw the curves. Python 3.10 or newer and a network for pip are needed, no GPU and no data.
 #
 #     PYTHON, VENV   see env.sh
 #     OUTPUT         the run's folder (default output/digits in the repository). A run in the default folder is
-#                    replaced, unless --resume auto is given; one in a folder of your choice only with --overwrite.
+#                    replaced, unless --resume auto is given; a run in OUTPUT is replaced only with --overwrite.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -17,10 +17,8 @@ for argument; do
 done
 
 prepare_environment
-install_requirements
-release_lock
 
-# a small model: more threads only wait for each other, and on a busy machine they should not burn time doing it
+# threads beyond two do not speed up a model so small, and active waiting burns time on a busy machine
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 overwrite=
@@ -45,7 +43,7 @@ cat <<END
 
 The run is in $output
     checkpoint_best.pth, checkpoint_ema_best.pth   the best weights, and the best of their average
-    checkpoint_last.pth                            to go on from, with --resume
+    checkpoint_last.pth                            to resume from, with --resume
     log.txt                                        a JSON object an epoch
     curves.png                                     its curves
 

@@ -1,12 +1,15 @@
-"""What small real runs share: a folder of images, main() in this process, and processes that it can kill."""
+"""Fixtures of small real runs: a folder of images, their flags, and a run that nothing has disturbed.
+
+To add a test: put it into the file of the room that it tests, and name it as a sentence that can be false. Run the real
+code on small data: nano.train(flags) in this process, nano.start(flags, ranks=2) in processes that may be killed,
+nano.small() for a model without a run. Break the code once and see the test fail. Mark minutes as `soak`.
+"""
 import logging
 import os
 import signal
 import sys
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-if not os.path.exists('/dev/nvidiactl'):  # CUDA is asked too late: Triton wants to know when it is imported
-    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -30,6 +33,27 @@ def _as_before():
     logging.captureWarnings(False)
     logging.root.handlers = []
     logging.root.setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def mistake(tmp_path, monkeypatch, capsys):
+    """Return a function from a script and its flags to the line of its error; the script must write nothing else."""
+    def files():
+        return {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+
+    def run(script, *argv):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, 'argv', [f'{script.__name__}.py', *map(str, argv)])
+        capsys.readouterr()
+        before = files()
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        said = capsys.readouterr()
+        start = f'{script.__name__}.py: error: '
+        assert stop.value.code == 2 and not said.out and files() == before
+        assert said.err.startswith(start) and said.err.endswith('\n') and said.err.count('\n') == 1
+        return said.err.removeprefix(start)
+    return run
 
 
 @pytest.fixture(scope='session')

@@ -6,6 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
+import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
@@ -26,7 +27,27 @@ def cmt_nano(pretrained: bool = False, **kwargs) -> cmt.CMT:
         stem_chs=4, embed_dims=(8, 16, 16, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), mlp_ratios=(2,) * 4,
         num_features=32, drop_rate=0.1)
     return build_model_with_cfg(
-        cmt.CMT, 'cmt_nano', pretrained, pretrained_filter_fn=cmt.checkpoint_filter_fn, **dict(model_args, **kwargs))
+        cmt.CMT, 'cmt_nano', pretrained, pretrained_filter_fn=cmt.checkpoint_filter_fn,
+        feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3)), **dict(model_args, **kwargs))
+
+
+def warm(seed=0, **kwargs) -> cmt.CMT:
+    """cmt_nano at 64 px in eval mode, with the statistics of a batch and logits far apart."""
+    torch.manual_seed(seed)
+    model = timm.create_model('cmt_nano', img_size=64, **kwargs).train()
+    with torch.no_grad():
+        model(torch.randn(16, 3, 64, 64))
+        model.head.weight.mul_(30)
+    return model.eval()
+
+
+SMALL = dict(img_size=64, stem_chs=8, embed_dims=(8, 16, 32, 64), depths=(1, 2, 2, 1), num_features=64, num_classes=5)
+
+
+def small(seed=0, **kwargs) -> cmt.CMT:
+    """A CMT at 64 px, for tests that need no training."""
+    torch.manual_seed(seed)
+    return cmt.CMT(**{**SMALL, **kwargs})
 
 
 def train(argv, **changes) -> None:

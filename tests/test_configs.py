@@ -1,4 +1,4 @@
-"""Every file in configs/ is accepted, and does two steps on a little data of its kind."""
+"""Files in configs/: each parses and trains for two steps on a little data of its kind."""
 import functools
 import pickle
 from pathlib import Path
@@ -13,9 +13,10 @@ import yaml
 from PIL import Image
 from test_finetune import write_inat
 
+import engine
 import nano
+import optim
 import options
-import train
 
 CONFIGS = sorted(Path(__file__).parent.parent.glob('configs/*.yaml'))
 
@@ -25,6 +26,7 @@ def test_two_steps(path, images, tmp_path, monkeypatch):
     header = path.read_text().split('\n\n')[0]
     assert f'--config configs/{path.name}' in header and 'Hardware: ' in header and 'ccuracy' in header
     config = yaml.safe_load(path.read_text())
+    assert config.get('model', 'cmt_s').startswith('cmt_')
     kind = config.get('data-set', 'IMNET')
     count = 100 if kind == 'IMNET' else 1437 if kind == 'DIGITS' else 16
     argv = ['--config', path, '--model', 'cmt_nano', '--input-size', 32, '--batch-size', count // 2 & ~1,
@@ -39,8 +41,8 @@ def test_two_steps(path, images, tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.cifar, 'check_integrity', lambda *_: True)
     monkeypatch.setattr(torchvision.datasets.flowers102, 'check_integrity', lambda *_: True)
     steps = []
-    once = train.TrainStep.__call__
-    monkeypatch.setattr(train.TrainStep, '__call__', lambda self, *a: steps.append(a) or once(self, *a))
+    once = engine.TrainStep.__call__
+    monkeypatch.setattr(engine.TrainStep, '__call__', lambda self, *a: steps.append(a) or once(self, *a))
     nano.train(argv)
     assert len(steps) == 2 and len(nano.log(tmp_path / 'run')) == 1
 
@@ -48,7 +50,7 @@ def test_two_steps(path, images, tmp_path, monkeypatch):
 def test_mindcvs_schedule():
     args = options.parse_args(['--config', str(next(p for p in CONFIGS if p.stem == 'cmt_s_mindcv'))])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr * 8 * args.batch_size / 512)
-    scheduler, epochs = train.build_scheduler(args, optimizer, 1)
+    scheduler, epochs = optim.build_scheduler(args, optimizer, 1)
     rates = []
     for epoch in range(epochs):
         scheduler.step(epoch)
@@ -109,8 +111,7 @@ def write_pets(root):
     pictures(root / 'images', [f'{"AB"[i % 2]}_{i}.jpg' for i in range(20)])
     (root / 'annotations').mkdir()
     for part, ids in (('trainval', range(16)), ('test', range(16, 20))):
-        (root / 'annotations' / f'{part}.txt').write_text(
-            ''.join(f'{"AB"[i % 2]}_{i} {1 + i % 2} 1 1\n' for i in ids))
+        (root / 'annotations' / f'{part}.txt').write_text(''.join(f'{"AB"[i % 2]}_{i} {1 + i % 2} 1 1\n' for i in ids))
 
 
 WRITERS = {'CIFAR10': write_cifar10, 'CIFAR100': write_cifar100, 'CARS': write_cars, 'FLOWERS102': write_flowers,

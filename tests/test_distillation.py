@@ -12,9 +12,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 import nano
 import options
 import train
-from checkpoints import build_teacher
 from datasets import Digits
 from losses import DistillationLoss, Teacher
+from weights import build_teacher
 
 
 def softmax(row):
@@ -23,25 +23,25 @@ def softmax(row):
 
 
 def test_soft_loss_by_hand():
-    outputs, taught, targets = [[1., 2., 0.], [0., -1., 3.]], [[2., 0., 1.], [1., 1., -2.]], [1, 2]
+    outputs, teacher_outputs, targets = [[1., 2., 0.], [0., -1., 3.]], [[2., 0., 1.], [1., 1., -2.]], [1, 2]
     alpha, tau = 0.3, 2.5
     entropy = -sum(math.log(softmax(row)[t]) for row, t in zip(outputs, targets)) / 2
     divergence = 0.
-    for row, teacher in zip(outputs, taught):
+    for row, teacher in zip(outputs, teacher_outputs):
         q, p = softmax([v / tau for v in row]), softmax([v / tau for v in teacher])
         divergence += sum(b * math.log(b / a) for a, b in zip(q, p))
     expected = 0.7 * entropy + 0.3 * tau ** 2 * divergence / 6  # 2 images x 3 classes
     found = DistillationLoss(nn.CrossEntropyLoss(), 'soft', alpha, tau)(
-        torch.tensor(outputs), torch.tensor(targets), torch.tensor(taught))
+        torch.tensor(outputs), torch.tensor(targets), torch.tensor(teacher_outputs))
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_hard_loss_by_hand():
-    outputs, taught, targets = [[1., 2., 0.], [0., -1., 3.]], [[2., 0., 1.], [1., 1.5, -2.]], [1, 2]
+    outputs, teacher_outputs, targets = [[1., 2., 0.], [0., -1., 3.]], [[2., 0., 1.], [1., 1.5, -2.]], [1, 2]
     entropy, distillation = (
         -sum(math.log(softmax(row)[t]) for row, t in zip(outputs, labels)) / 2 for labels in (targets, [0, 1]))
     found = DistillationLoss(nn.CrossEntropyLoss(), 'hard', 0.25)(
-        torch.tensor(outputs), torch.tensor(targets), torch.tensor(taught))
+        torch.tensor(outputs), torch.tensor(targets), torch.tensor(teacher_outputs))
     assert found.item() == pytest.approx(0.75 * entropy + 0.25 * distillation, rel=1e-5)
 
 
@@ -85,9 +85,16 @@ def test_a_run_with_a_teacher(flags, whole, tmp_path, monkeypatch):
     assert len({*losses, nano.log(whole)[0]['train_loss']}) == 3
 
 
-def test_teachers_that_do_not_fit(whole, tmp_path):
+def test_teachers_that_do_not_fit(tmp_path):
+    path = tmp_path / 'run.pth'
+    model, ema = nano.small(1, num_classes=3), nano.small(2, num_classes=3)
+    torch.save({'model': model.state_dict(), 'model_ema': ema.state_dict(), 'classes': ['a', 'b', 'x']}, path)
     with pytest.raises(ValueError, match='other classes'):
-        build_teacher(None, str(whole / 'checkpoint_last.pth'), ['a', 'b', 'c'])
+        build_teacher(None, str(path), ['a', 'b', 'c'])
+    torch.save(model.state_dict(), tmp_path / 'nameless.pth')
+    with pytest.raises(ValueError, match='the teacher has 3 classes, the data 2'):
+        build_teacher(None, str(tmp_path / 'nameless.pth'), ['a', 'b'])
+    assert nano.same(build_teacher(None, str(path), ['a', 'b', 'x']).state_dict(), model.state_dict())  # not the EMA
     torch.save(timm.create_model('resnet18', num_classes=2).state_dict(), tmp_path / 'resnet.pth')
     assert Teacher(build_teacher('resnet18', str(tmp_path / 'resnet.pth'), ['a', 'b'])).size == (224, 224)
     with pytest.raises(ValueError, match='does not fit'):
@@ -104,7 +111,7 @@ def test_mistakes(capsys, line, words):
 
 
 def few_digits(root, per_class=20):
-    """A folder of the first scanned digits of each class for training, and all of the held-out ones."""
+    """Write a folder of the first scanned digits of each class for training, and all held-out digits."""
     for part in ('train', 'val'):
         digits, count = Digits(part == 'train', 32), {}
         for image, label in zip(digits.images, digits.targets):
@@ -115,8 +122,7 @@ def few_digits(root, per_class=20):
     return root
 
 
-# mixed images show a student what its few images do not, and a teacher knows what is on them better than their mixed
-# labels do
+# mixup and cutmix make more images of the few; a teacher's outputs fit mixed images better than mixed labels do
 SEEDS = os.environ.get('SEEDS', '1 2 3').split()
 KINDS = os.environ.get('KINDS', 'none soft').split()
 STUDENT = (
@@ -128,9 +134,9 @@ STUDENT = (
 
 @pytest.mark.soak
 def test_students_of_a_teacher_are_better(tmp_path):
-    """Students of 200 digits, 100 epochs of mixup and cutmix, each with and without a teacher that has seen 1,437.
+    """Train students on 200 digits, 100 epochs of mixup and cutmix, with and without a teacher trained on 1,437.
 
-    SEEDS='4 5 6' and KINDS='none soft hard' choose others; -s prints the figures.
+    The environment variables SEEDS='4 5 6' and KINDS='none soft hard' choose other runs; -s prints the figures.
     """
     nano.train([*STUDENT, '--data-set', 'DIGITS', '--mixup', 0, '--cutmix', 0, '--epochs', 30, '--seed', 0,
                 '--output-dir', tmp_path / 'teacher'])

@@ -17,10 +17,9 @@ from timm.utils.agc import adaptive_clip_grad
 
 import engine
 import nano
-from engine import Meters, TrainingFault, TrainStep, check_faults, evaluate, train_one_epoch
+from engine import Meters, Prepare, TrainingFault, TrainStep, check_faults, evaluate, train_one_epoch
 from losses import build_criterion
 from precision import NativeScaler
-from transforms import Prepare
 from utils import Progress
 
 CPU = torch.device('cpu')
@@ -428,5 +427,5 @@ def test_without_apexs_amp_training_goes_on_and_says_so(flags, tmp_path, monkeyp
         monkeypatch.delitem(sys.modules, 'apex.amp', raising=False)
     nano.train([*flags, '--epochs', 1, '--batch-size', 48, '--apex-amp', '--output-dir', tmp_path / 'run'])
     out = capsys.readouterr().out
-    assert out.count('apex') == 2 and '--apex-amp: no apex.amp here, going on with torch.autocast to bfloat16' in out
+    assert out.count('apex') == 2 and '--apex-amp: apex.amp is not installed, using torch.autocast to bfloat16' in out
     assert nano.read(tmp_path / 'run')['epoch'] == 0

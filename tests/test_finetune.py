@@ -1,4 +1,4 @@
-"""Fine-tuning: other sizes, other classes, frozen stages, and where images come from."""
+"""Fine-tuning: other sizes, other classes, frozen stages, and the sources of images."""
 import json
 import pickle
 
@@ -11,6 +11,7 @@ from test_cmt import cubic_matrix
 import datasets
 import nano
 import train
+from transforms import build_transform
 
 PLAIN = ('--device cpu --num-workers 0 --batch-size 16 --cooldown-epochs 0 --warmup-epochs 0 --lr 0.1 --min-lr 1e-3 '
          '--mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0 --hflip 0 --no-repeated-aug --drop-path 0 '
@@ -19,7 +20,7 @@ PLAIN = ('--device cpu --num-workers 0 --batch-size 16 --cooldown-epochs 0 --war
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-    """A model trained on DIGITS at 64 px for an epoch, and a folder with seven of the ten classes."""
+    """Train a model on DIGITS at 64 px for an epoch, and write a folder with seven of the ten classes."""
     root = tmp_path_factory.mktemp('digits')
     nano.train([*PLAIN, '--batch-size', 8, '--model', 'cmt_nano', '--data-set', 'DIGITS', '--input-size', 64,
                 '--epochs', 1, '--output-dir', root / 'source'])
@@ -47,7 +48,7 @@ def test_64_to_96_px_and_10_to_7_classes(digits, tmp_path, capsys):
 
 
 def first_model(monkeypatch, *argv):
-    """The model as training begins with it."""
+    """Return the model as it is when training begins."""
     seen = []
     monkeypatch.setattr(train, 'train_one_epoch', lambda step, *_, **__: seen.append(step.model) or iter(()))
     monkeypatch.setattr(train, 'evaluate', lambda *_: dict(acc1=0, acc5=0, loss=0, count=0))
@@ -69,7 +70,7 @@ def test_the_bias_is_resampled_bicubic(digits, monkeypatch):
     assert model.head.weight.shape == (7, 32) and model.head.weight.std() < 0.03
 
 
-def test_a_run_that_was_fine_tuning_goes_on(flags, whole, tmp_path):
+def test_a_fine_tuning_run_resumes(flags, whole, tmp_path):
     argv = [*flags, '--finetune', whole / 'checkpoint_last.pth', '--output-dir', tmp_path / 'run']
     nano.train([*argv, '--epochs', 1])
     nano.train([*argv, '--epochs', 2, '--resume', 'auto'])
@@ -123,7 +124,7 @@ def test_class_map(images, tmp_path):
 
 
 def write_inat(root, year=2019):
-    """An iNaturalist of 16 training and 4 validation images of four species in two genera."""
+    """Write an iNaturalist of 16 training and 4 validation images of four species in two genera."""
     categories = [{'id': i, 'name': f'genus{i // 2} species{i}', 'genus': f'genus{i // 2}'} for i in range(4)]
     for part, count in (('train', 16), ('val', 4)):
         names = [f'{part}/{i}.jpg' for i in range(count)]
@@ -154,7 +155,7 @@ def test_torch_readers(tmp_path):
         (raw / f'{part}-images-idx3-ubyte').write_bytes(b'\0\0\x08\x03' + b''.join(
             n.to_bytes(4, 'big') for n in (2, 28, 28)) + bytes(2 * 28 * 28))
         (raw / f'{part}-labels-idx1-ubyte').write_bytes(b'\0\0\x08\x01' + (2).to_bytes(4, 'big') + bytes([7, 3]))
-    data = datasets.build_dataset('torch/mnist', False, str(tmp_path), 32, datasets.build_transform(False, 32))
+    data = datasets.build_dataset('torch/mnist', False, str(tmp_path), 32, build_transform(False, 32))
     image, label = pickle.loads(pickle.dumps(data))[0]
     assert image.shape == (3, 32, 32) and label == 7 and len(data.classes) == 10
 

@@ -1,4 +1,6 @@
 """The inference form computes what the model does."""
+import re
+
 import pytest
 import timm
 import torch
@@ -32,13 +34,30 @@ def test_fused_equals_plain(name, size):
     difference = (fused(images) - before).abs().max() / before.abs().max()
     assert difference < 1e-9
     assert torch.equal(model(images), before)  # the model itself is as it was
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    left = {name for name, module in fused.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert all(re.fullmatch(r'stem\.norm[123]|stages\.\d\.blocks\.\d+\.irffn\.norm1', name) for name in left)
 
 
 def test_a_fused_model_is_fused_already():
     model = with_statistics('cmt_ti', img_size=32).fuse()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert torch.equal(model.fuse()(images), model(images)) and model.fuse() is not model
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize('wrap', [lambda model: model, nn.Sequential], ids=['bare', 'wrapped'])
+@torch.no_grad()
+def test_timms_tool_fuses_a_model_in_train_mode(wrap, inplace):
+    """timm's validate.py and benchmark.py reparameterize before model.eval()."""
+    model = wrap(with_statistics('cmt_ti', img_size=32))
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    before, names = model(images), set(model.state_dict())
+    for _ in range(2):
+        fused = timm.utils.reparameterize_model(model.train(), inplace=inplace).eval()
+        assert (fused is model) == inplace and len(fused.state_dict()) < len(names)
+        assert (fused(images) - before).abs().max() / before.abs().max() < 1e-9
+    if not inplace:
+        assert set(model.state_dict()) == names and torch.equal(model.eval()(images), before)
 
 
 @torch.no_grad()

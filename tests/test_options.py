@@ -1,10 +1,16 @@
-"""Flags, their checks, and the YAML files that set their defaults."""
+"""Flags, their checks, YAML files of defaults, and the ranks that launchers set."""
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from timm.utils import distributed
 
+import options
 from options import get_parser, parse_args
+
+ROOT = Path(options.__file__).parent
 
 # as the authors publish them
 PUBLISHED = {
@@ -18,23 +24,17 @@ PUBLISHED = {
     'cmt_b': '--batch-size 64  --input-size 256 --weight-decay 0.05 --drop-path 0.25 --epochs 300 --test_freq 100 '
              '--test_epoch 260 --warmup-lr 1e-6 --min-lr 2e-5 --warmup-epochs 20 --apex-amp',
 }
-# every flag of the authors' parser, with a value where it takes one
-AUTHORS = """--batch-size 4 | --epochs 3 | --model cmt_ti | --input-size 64 | --drop 0.1 | --drop-path 0.1 |
-    --drop-block 0.1 | --model-ema | --no-model-ema | --model-ema-decay 0.9 | --model-ema-force-cpu | --opt adamw |
-    --opt-eps 1e-8 | --opt-betas 0.9 0.99 | --clip-grad 1 | --momentum 0.9 | --weight-decay 0.1 | --sched step |
-    --lr 1e-3 | --lr-noise 0.4 0.9 | --lr-noise-pct 0.5 | --lr-noise-std 1 | --warmup-lr 1e-6 | --min-lr 1e-5 |
-    --decay-epochs 3.5 | --warmup-epochs 3 | --cooldown-epochs 0 | --patience-epochs 5 | --decay-rate 0.5 |
-    --dr 0.5 | --color-jitter 0.3 | --aa original | --smoothing 0 | --train-interpolation random | --repeated-aug |
-    --no-repeated-aug | --reprob 0 | --remode const | --recount 2 | --resplit | --mixup 0 | --cutmix 0 |
-    --cutmix-minmax 0.2 0.8 | --mixup-prob 0.5 | --mixup-switch-prob 0.1 | --mixup-mode elem | --data-path x |
-    --data-set IMNET | --inat-category name | --output_dir x | --device cpu | --seed 1 | --resume x |
-    --start_epoch 2 | --eval --resume x | --num_workers 1 | --pin-mem | --no-pin-mem | --test_freq 2 |
-    --test_epoch 2 | --debug | --update_temperature | --warmup-drop-path | --warmup-drop-path-epochs 100 |
-    --apex-amp | --apex-opt-level O2 | --throughput | --world_size 8 | --dist_url env:// | --init_method x |
-    --local_rank 1"""
-REFUSED = {
-    '--drop-block', '--resplit', '--debug', '--update_temperature', '--warmup-drop-path',
-    '--warmup-drop-path-epochs', '--init_method', '--patience-epochs'}
+# all other flags of the authors' parser, with a value where it takes one
+AUTHORS = """--drop 0.1 | --model-ema | --model-ema-force-cpu | --opt adamw | --opt-eps 1e-8 | --opt-betas 0.9 0.99 |
+    --clip-grad 1 | --momentum 0.9 | --sched step | --lr-noise 0.4 0.9 | --lr-noise-pct 0.5 | --lr-noise-std 1 |
+    --decay-epochs 3.5 | --cooldown-epochs 0 | --decay-rate 0.5 | --dr 0.5 | --color-jitter 0.3 | --aa original |
+    --smoothing 0 | --train-interpolation random | --repeated-aug | --no-repeated-aug | --reprob 0 | --remode const |
+    --recount 2 | --mixup 0 | --cutmix 0 | --cutmix-minmax 0.2 0.8 | --mixup-prob 0.5 | --mixup-switch-prob 0.1 |
+    --mixup-mode elem | --data-set IMNET | --inat-category name | --device cpu | --seed 1 | --resume x |
+    --start_epoch 2 | --eval --resume x | --num_workers 1 | --pin-mem | --no-pin-mem | --apex-opt-level O2 |
+    --throughput | --world_size 8 | --dist_url env:// | --local_rank 1"""
+REFUSED = """--drop-block 0.1 | --patience-epochs 5 | --resplit | --debug | --update_temperature | --warmup-drop-path |
+    --warmup-drop-path-epochs 100 | --init_method x"""
 
 
 def mistake(capsys, argv, words):
@@ -72,13 +72,31 @@ def test_defaults_are_the_authors():
     assert {key: getattr(args, key) for key in expected} == expected
 
 
-@pytest.mark.parametrize('flags', AUTHORS.split('|'), ids=lambda flags: flags.split()[0])
-def test_every_flag_of_the_authors_works_or_says_why_not(capsys, flags):
-    flags = flags.split()
-    if flags[0] in REFUSED:
+def test_every_flag_of_the_authors_works_or_says_why_not(capsys):
+    for flags in AUTHORS.split('|'):
+        parse_args(flags.split())
+    for flags in map(str.split, REFUSED.split('|')):
         mistake(capsys, flags, f'{flags[0].replace("_", "-")} is not supported: .+')
-    else:
-        parse_args(flags)
+
+
+def test_each_help_text_is_complete_by_itself():
+    bare = {'--seed', '--train-interpolation', '--sched', '--warmup-epochs', '--apex-opt-level'}
+    for action in get_parser()._actions:
+        text = re.sub(r'^\(default: .*\)$', '', action.help or '')
+        assert '...' not in text and (text or bare & set(action.option_strings)), action
+
+
+@pytest.mark.parametrize('flags, status', [('--help', 0), ('--lr fast', 2)])
+def test_help_and_mistakes_start_without_torch(flags, status):
+    code = f'''if True:
+        import sys
+        import options
+        try:
+            options.parse_args({flags.split()})
+        finally:
+            assert not {{'torch', 'numpy', 'timm'}} & set(sys.modules)'''
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and 'Traceback' not in done.stderr, done.stderr
 
 
 def test_both_spellings():
@@ -99,9 +117,15 @@ def test_both_spellings():
     ('--modle cmt_s', 'unrecognized arguments: --modle'),
     ('--mode cmt_s', 'unrecognized arguments: --mode'),
     ('--batch-size 7', '--batch-size 7 is odd: mixup'),
+    ('--opt-betas 0.9', '--opt-betas needs two numbers'),
+    ('--scale 1 0.5', '--scale 1.0 0.5: give the smaller number first'),
+    ('--teacher-model resnet18', 'a teacher needs --distillation-type'),
     ('--eval', '--eval needs --resume'),
     ('--resume auto', '--resume auto needs --output-dir'),
     ('--config nowhere.yaml', 'nowhere.yaml'),
+    ('--cache none', '--cache is not supported: .*page cache'),
+    ('--cache_size=1G', '--cache-size is not supported: .*page cache'),
+    ('--no-kernels', '--no-kernels is not supported: .*9777bd7'),
 ])
 def test_mistakes_get_one_line(capsys, argv, words):
     mistake(capsys, argv.split(), words)
@@ -118,6 +142,26 @@ def test_mistakes_of_a_launched_group_come_from_the_first_rank(capsys, monkeypat
     with pytest.raises(SystemExit):
         parse_args(['--lr', 'x'])
     assert not capsys.readouterr().err
+
+
+LAUNCHERS = (  # in the order in which their variables are looked for
+    {'LOCAL_RANK': 1, 'RANK': 5, 'WORLD_SIZE': 8, 'LOCAL_WORLD_SIZE': 4},  # torchrun
+    {'MPI_LOCALRANKID': 0, 'PMI_RANK': 3, 'PMI_SIZE': 6},  # Intel MPI
+    {'SLURM_LOCALID': 2, 'SLURM_PROCID': 6, 'SLURM_NTASKS': 16},
+    {'OMPI_COMM_WORLD_LOCAL_RANK': 3, 'OMPI_COMM_WORLD_RANK': 4, 'OMPI_COMM_WORLD_SIZE': 5},
+    {})
+
+
+def test_ranks_are_those_that_timm_reads(monkeypatch):
+    for variables in LAUNCHERS:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+    for variables in LAUNCHERS:  # each inside those after it
+        assert options.ranks_from_env() == distributed.world_info_from_env()
+        assert options.is_distributed_env() == distributed.is_distributed_env()
+        assert options.local_world_size(default=7) == variables.get('LOCAL_WORLD_SIZE', 7)
+        for name in variables:
+            monkeypatch.delenv(name)
 
 
 # YAML
@@ -159,7 +203,19 @@ def test_every_switch_of_a_yaml_can_be_turned_off_again(tmp_path):
     assert not any(args[name.replace('-', '_')] for name in lasting)
 
 
+def test_the_yaml_of_a_run_of_commit_9777bd7_parses(tmp_path):
+    """Its config.yaml contains every flag that was not null, with the defaults of flags that are gone."""
+    ours = vars(parse_args(['--lr', '1e-3', '--aa', 'none']))
+    text = ''.join(f'{name.replace("_", "-")}: {value!r}\n' for name, value in ours.items()
+                   if name not in ('config', 'local_rank', 'resume', 'overwrite') and value is not None)
+    flags = config(tmp_path, text.replace('True', 'true').replace('False', 'false') + 'cache: none\nkernels: false\n')
+    assert vars(parse_args(flags)) == {**ours, 'config': flags[1]}
+    parse_args(config(tmp_path, 'cache: none\ncache_dir: null\ncache-dir: null\ncache_size: null\nkernels: null\n'))
+
+
 @pytest.mark.parametrize('text, words', [
+    ('cache: disk', '--cache is not supported: .*page cache'),
+    ('kernels: true', '--kernels is not supported: .*9777bd7'),
     ('learning-rate: 1', "unknown key 'learning-rate'"),
     ('config: x.yaml', "unknown key 'config'"),
     ('help: true', "unknown key 'help'"),
@@ -177,9 +233,3 @@ def test_every_switch_of_a_yaml_can_be_turned_off_again(tmp_path):
 ])
 def test_yaml_mistakes(tmp_path, capsys, text, words):
     mistake(capsys, config(tmp_path, text), words)
-
-
-@pytest.mark.parametrize('path', sorted((Path(__file__).parents[1] / 'configs').glob('*.yaml')), ids=lambda p: p.stem)
-def test_the_configs_parse(path):
-    args = parse_args(['--config', str(path)])
-    assert args.model.startswith('cmt_') and get_parser().get_default('model') == 'cmt_s'

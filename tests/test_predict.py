@@ -1,4 +1,4 @@
-"""scripts/predict.py: probabilities, class names, what standard input holds, the heat map, the sheet."""
+"""scripts/predict.py: probabilities, class names, standard input, the heat map, the sheet."""
 import csv
 import io
 import json
@@ -7,32 +7,22 @@ import sys
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import convert_checkpoint
-import nano  # noqa: F401
+import nano
 import predict
-from datasets import build_transform
+from transforms import build_transform
 
 NAMES = ['cat', 'dog', 'eel', 'fox', 'gnu', 'hen']
 
 
-def nano_model(num_classes=6, **kwargs):
-    torch.manual_seed(0)
-    model = timm.create_model('cmt_nano', num_classes=num_classes, img_size=64, **kwargs).train()
-    with torch.no_grad():
-        model(torch.randn(16, 3, 64, 64))
-        model.head.weight.mul_(30)
-    return model.eval()
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A checkpoint with names, one without, and five photographs, in the folder of the test."""
+    """Write a checkpoint with names, a checkpoint without, and five photographs into the folder of the test."""
     rng = np.random.default_rng(0)
     (tmp_path / 'photos' / 'more').mkdir(parents=True)
     for i, (name, mode) in enumerate((('a.png', 'RGB'), ('b.JPEG', 'RGB'), ('more/c.png', 'L'), ('more/d.png', 'RGBA'),
@@ -40,7 +30,7 @@ def place(tmp_path, monkeypatch):
         pixels = rng.integers(0, 256, (5, 4 + i, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((70 + 13 * i, 80), 0).convert(mode).save(tmp_path / 'photos' / name)
     (tmp_path / 'photos' / 'notes.txt').write_text('no image')
-    state = {'model': nano_model().state_dict(), 'args': {'model': 'cmt_nano'}}
+    state = {'model': nano.warm(num_classes=6).state_dict(), 'args': {'model': 'cmt_nano'}}
     torch.save(state, tmp_path / 'nameless.pth')
     torch.save({**state, 'classes': NAMES}, tmp_path / 'named.pth')
     monkeypatch.chdir(tmp_path)
@@ -52,7 +42,7 @@ def expected(path):
     mean, std = (np.array(v)[:, None, None] for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     images = torch.from_numpy((np.asarray(pixels) / 255. - mean) / std).float()[None]
     with torch.no_grad():
-        return nano_model()(images).softmax(-1)[0], images
+        return nano.warm(num_classes=6)(images).softmax(-1)[0], images
 
 
 def as_json(capsys, *argv):
@@ -105,7 +95,7 @@ def test_class_names(place, capsys):
 
     convert_checkpoint.main(['named.pth', 'folder'])
     capsys.readouterr()
-    logging.root.setLevel(logging.WARNING)  # as it is in a process of its own
+    logging.root.setLevel(logging.WARNING)  # as at the start of a process
     assert names('folder') == names('named.pth')
 
     imagenet = predict.class_names(None, None, 1000)
@@ -114,7 +104,7 @@ def test_class_names(place, capsys):
     assert predict.class_names(None, ['n01440764', 'mine'], 2) == ['n01440764', 'mine']
 
 
-def test_the_average_unless_the_weights_are_asked_for(place, capsys):
+def test_the_ema_unless_model_weights_is_given(place, capsys):
     state = torch.load('named.pth', weights_only=True)
     state['model_ema'] = {key: value * 0 if key.startswith('head.') else value for key, value in state['model'].items()}
     torch.save(state, 'both.pth')
@@ -149,31 +139,26 @@ def test_an_image_that_cannot_be_read(place, capsys):
 
 @pytest.mark.parametrize('argv, reason', [
     (['gone.pth', 'photos'], 'gone.pth'),
-    (['photos/a.png', 'photos'], 'photos/a.png'),
     (['named.pth', 'empty'], 'no images in empty'),
-    (['named.pth', 'photos', '--class-names', 'two.txt'], 'holds 2 names, the model has 6'),
+    (['named.pth', 'photos', '--class-names', 'two.txt'], 'contains 2 names, the model has 6'),
     (['named.pth', 'photos', '--class-names', 'gone.txt'], 'gone.txt'),
     (['named.pth', 'photos', '--picture', 'a.gif'], '.png'),
-    (['named.pth', 'photos', '--picture', 'gone/a.png'], 'no folder'),
+    (['named.pth', 'photos', '--picture', 'gone/a.png'], "'gone/a.png' cannot be written"),
     (['named.pth', 'photos', '--input-size', '50'], 'multiples of 32'),
     (['named.pth', 'photos', '--top', '0'], 'at least 1'),
     (['named.pth', 'photos', '--random-weights'], 'unknown model'),
     (['resnet18', 'photos', '--random-weights'], 'resnet18 is no CMT'),
     (['named.pth', 'photos', '--class-names', 'photos/a.png'], '--class-names photos/a.png: '),
 ])
-def test_mistakes(place, capsys, argv, reason):
+def test_mistakes(place, mistake, argv, reason):
     (place / 'empty').mkdir()
     (place / 'two.txt').write_text('one\ntwo\n')
-    with pytest.raises(SystemExit) as stop:
-        predict.main(argv)
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.out == ''
-    assert ': error: ' in said.err and reason in said.err and said.err.count('\n') == 1
+    assert reason in mistake(predict, *argv)
 
 
 def test_grad_cam_is_its_definition(place):
-    """Weights of the maps by finite differences of the largest logit, in float64."""
-    model = nano_model().double()
+    """Compare with finite differences of the largest logit, in float64."""
+    model = nano.warm(num_classes=6).double()
     images = torch.cat([expected('photos/a.png')[1], expected('photos/b.JPEG')[1]]).double()
     logits, cams = predict.grad_cam(model, images)
     with torch.no_grad():
@@ -194,7 +179,7 @@ def test_grad_cam_is_its_definition(place):
 
 @pytest.mark.parametrize('count', [1, 2, 7])
 def test_sheet_holds_each_image_with_its_heat(count):
-    """Images stand where they should, whole; nothing is drawn beyond the sheet's margin."""
+    """Every image is drawn whole, and nothing beyond the sheet's margin."""
     side, entries = 96, []
     for i in range(count):
         color = (20 * i, 255 - 20 * i, 120)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,10 @@ import checkpoints
 import datasets
 import engine
 import nano
+import optim
 import options
 import sources
 import train
-import transforms
 import utils
 
 GOLDEN_LR = json.loads((Path(__file__).parent / 'golden_lr.json').read_text())
@@ -62,7 +63,7 @@ def test_learning_rates_are_the_authors(name, walking):
 
     def fresh():
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr)
-        return optimizer, *train.build_scheduler(args, optimizer, updates_per_epoch=7)
+        return optimizer, *optim.build_scheduler(args, optimizer, updates_per_epoch=7)
 
     optimizer, scheduler, num_epochs = fresh()
     assert num_epochs == golden['num_epochs'] == len(golden['lr_in_epoch'])
@@ -71,7 +72,7 @@ def test_learning_rates_are_the_authors(name, walking):
             if epoch % 13 and epoch < num_epochs - 12:
                 continue
             optimizer, scheduler, _ = fresh()
-        train.position_schedule(scheduler, epoch, 7 * epoch)
+        optim.position_schedule(scheduler, epoch, 7 * epoch)
         assert optimizer.param_groups[0]['lr'] == pytest.approx(expected, rel=1e-12, abs=0), epoch
         for update in range(7 * epoch, 7 * epoch + 7):
             scheduler.step_update(update + 1)
@@ -84,8 +85,8 @@ def test_schedule_on_updates_resumes_where_it_stood():
 
     def rates(first):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.)
-        scheduler, num_epochs = train.build_scheduler(args, optimizer, updates_per_epoch=5)
-        train.position_schedule(scheduler, first // 5, first)
+        scheduler, num_epochs = optim.build_scheduler(args, optimizer, updates_per_epoch=5)
+        optim.position_schedule(scheduler, first // 5, first)
         for update in range(first, 5 * num_epochs):
             yield optimizer.param_groups[0]['lr']
             scheduler.step_update(update + 1)
@@ -154,7 +155,7 @@ def test_ema_averages_from_the_first_step_with_the_rate_given(images, tmp_path):
     nano.train(argv)
     last = nano.read(tmp_path / 'run')
     random_seed(3407)
-    before = train.build_model(options.parse_args([str(arg) for arg in argv]), 3).state_dict()
+    before = train.create_model(options.parse_args([str(arg) for arg in argv]), 3).state_dict()
     assert {int(state['step']) for state in last['optimizer']['state'].values()} == {1}
     for name, after in last['model'].items():
         if after.is_floating_point():
@@ -174,22 +175,22 @@ def test_best_files_are_those_of_the_best_epochs(flags, tmp_path, monkeypatch):
 
 def test_head_drop_is_the_models_own_unless_given():
     args = options.parse_args(['--model', 'cmt_nano', '--input-size', '32', '--drop', '0.2'])
-    assert train.build_model(args, 3).head_drop.p == 0.1
+    assert train.create_model(args, 3).head_drop.p == 0.1
     args.head_drop = 0.4
-    assert train.build_model(args, 3).head_drop.p == 0.4
+    assert train.create_model(args, 3).head_drop.p == 0.4
 
 
 def test_weight_decay_is_for_all_but_vectors_and_the_rate_follows_depth():
     args = options.parse_args(['--model', 'cmt_nano', '--input-size', '32', '--weight-decay', '0.07'])
-    model = train.build_model(args, 3)
+    model = train.create_model(args, 3)
     names = {id(p): name for name, p in model.named_parameters()}
-    for group in train.build_optimizer(args, model, 1.).param_groups:
+    for group in optim.build_optimizer(args, model, 1.).param_groups:
         for p in group['params']:
             plain = p.ndim <= 1 or names[id(p)].endswith('.bias')
             assert group['weight_decay'] == (0 if plain else 0.07), names[id(p)]
 
     args.layer_decay = 0.5
-    groups = train.build_optimizer(args, model, 1.).param_groups
+    groups = optim.build_optimizer(args, model, 1.).param_groups
     rates = {names[id(p)]: group.get('lr_scale', 1.) for group in groups for p in group['params']}
     stem = rates[next(name for name in rates if name.startswith('stem'))]
     stages = [{rate for name, rate in rates.items() if name.startswith(f'stages.{i}.')} for i in range(4)]
@@ -280,11 +281,35 @@ def test_resume_in_mid_epoch_loads_only_the_rest(flags, whole, tmp_path, monkeyp
     assert (saved['epoch'], saved['step'], saved['samples_seen']) == (1, 4, 64)
 
     loaded = []
-    get = train.build_dataset.__globals__['KeyedDataset'].__getitem__
-    monkeypatch.setattr(train.build_dataset.__globals__['KeyedDataset'], '__getitem__',
-                        lambda self, key: loaded.append(key) or get(self, key))
+    get = datasets.KeyedDataset.__getitem__
+    monkeypatch.setattr(datasets.KeyedDataset, '__getitem__', lambda self, key: loaded.append(key) or get(self, key))
     nano.train(run)
     assert len(loaded) == (2 + 6) * 16
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_a_run_of_commit_9777bd7_is_resumed_with_the_same_bits(flags, whole, tmp_path):
+    """Its 1x1 convolutions were linear layers: weights, EMA and moments have two dimensions. Its config.yaml names
+    flags that are gone.
+    """
+    run = [*flags, '--output-dir', tmp_path / 'run', '--save-every-steps', 2]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
+        at_step(patch, 11, lambda: (_ for _ in ()).throw(RuntimeError('killed')))
+        nano.train(run)
+    saved = nano.read(tmp_path / 'run')
+
+    def squeezed(value):
+        is_conv1x1 = isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[2:] == (1, 1)
+        return value[:, :, 0, 0] if is_conv1x1 and value.shape[1] > 1 else value
+
+    for state in (saved['model'], saved['model_ema'], *saved['optimizer']['state'].values()):
+        state.update({key: squeezed(value) for key, value in state.items()})
+    assert sum(value.ndim == 2 for value in saved['model'].values()) > 3 * 4
+    saved['args'].update(cache='none', cache_dir=None, cache_size=None, kernels=False)
+    torch.save(saved, tmp_path / 'run' / 'checkpoint_last.pth')
+    config = tmp_path / 'run' / 'config.yaml'
+    config.write_text(config.read_text() + 'cache: none\nkernels: false\n')
+    nano.train(['--config', config, '--resume', 'auto'])
     nano.assert_same_run(whole, tmp_path / 'run')
 
 
@@ -337,15 +362,14 @@ def test_elastic_restart_sees_each_sample_once(flags, tmp_path, monkeypatch):
     """One rank after two, in mid-epoch: the rest of the same order."""
     run = [*flags, '--no-repeated-aug', '--epochs', 1, '--output-dir', tmp_path / 'run', '--resume', 'auto']
     seen = tmp_path / 'seen.txt'
-    dataset = train.build_dataset.__globals__['KeyedDataset']
-    get = dataset.__getitem__
+    get = datasets.KeyedDataset.__getitem__
 
     def noted(self, key):
         with open(seen, 'a') as file:
             file.write(f'{key[0]}\n')
         return get(self, key)
 
-    monkeypatch.setattr(dataset, '__getitem__', noted)
+    monkeypatch.setattr(datasets.KeyedDataset, '__getitem__', noted)
 
     def stop_early(rank):
         patch = pytest.MonkeyPatch()
@@ -456,7 +480,7 @@ def test_two_ranks_under_torchrun_survive_the_kill_of_one(flags, tmp_path):
         torchrun.kill()
         for pid in ranks:
             os.kill(pid, signal.SIGKILL)
-    assert len(re.findall('going on at epoch', output.read_text())) == 1
+    assert len(re.findall('resuming at epoch', output.read_text())) == 1
     nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
 
 
@@ -473,7 +497,7 @@ def children_of(process):
 
 def poison(monkeypatch, number, what, rank=0):
     """A NaN in the loss or the input of one step."""
-    prepare, calls = transforms.Prepare.__call__, []
+    prepare, calls = engine.Prepare.__call__, []
 
     def patched(self, images, targets):
         images, targets = prepare(self, images, targets)
@@ -484,7 +508,7 @@ def poison(monkeypatch, number, what, rank=0):
             (images if what == 'input' else targets)[1:3] = float('nan')
         return images, targets
 
-    monkeypatch.setattr(transforms.Prepare, '__call__', patched)
+    monkeypatch.setattr(engine.Prepare, '__call__', patched)
 
 
 def finite(state):
@@ -541,10 +565,10 @@ def test_a_corrupt_validation_image_is_named(flags, images, tmp_path):
                          re.MULTILINE) and 'Traceback' not in text
         if not more:  # the epoch is done once
             assert nano.read(tmp_path / 'run')['step'] == 6
-            assert ('going on at epoch 0, step 6' in text) == (workers == 2)
+            assert ('resuming at epoch 0, step 6' in text) == (workers == 2)
 
 
-@pytest.mark.parametrize('name', ['adamw', 'lookahead_adamw', 'adafactorbv', 'lamb'])
+@pytest.mark.parametrize('name', ['adamw', 'lookahead_adamw', 'adafactor', 'adafactorbv', 'lamb'])
 def test_optimizers_go_on_as_they_were(name, tmp_path):
     """With what timm's keep among their settings, and moments that have fewer numbers than their weights."""
     def run(model, optimizer, steps):
@@ -558,7 +582,7 @@ def test_optimizers_go_on_as_they_were(name, tmp_path):
         random_seed(0)
         args = options.parse_args(['--opt', name])
         model = timm.create_model('cmt_nano', drop_rate=0., drop_path_rate=0.).train()
-        return model, train.build_optimizer(args, model, 1e-3)
+        return model, optim.build_optimizer(args, model, 1e-3)
 
     model, optimizer = fresh()
     run(model, optimizer, range(8))
@@ -567,9 +591,23 @@ def test_optimizers_go_on_as_they_were(name, tmp_path):
     saved = checkpoints.read_checkpoint(tmp_path / 'last.pth')
     again, optimizer = fresh()
     again.load_state_dict(saved['model'])
-    train.load_optimizer(optimizer, saved['optimizer'], 'last.pth')
+    optim.load_optimizer(optimizer, saved['optimizer'], 'last.pth')
     run(again, optimizer, range(8, 16))
     assert nano.same(model.state_dict(), again.state_dict())
+
+
+def test_factored_moments_of_linear_layers_are_refused(tmp_path):
+    """Those of 1x1 convolutions in files of commit 9777bd7: no view makes them those of a convolution."""
+    args = options.parse_args(['--opt', 'adafactor'])
+    old, new = (optim.build_optimizer(args, m, 1e-3) for m in (torch.nn.Linear(32, 64), torch.nn.Conv2d(32, 64, 1)))
+    for optimizer in (old, new):
+        for group in optimizer.param_groups:
+            for p in group['params']:
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+    optim.load_optimizer(new, new.state_dict(), 'new.pth')
+    with pytest.raises(ValueError, match='old.pth, an older file, are of linear layers.*--finetune'):
+        optim.load_optimizer(new, old.state_dict(), 'old.pth')
 
 
 def test_a_folder_is_cleared_for_a_run_that_goes_on_from_elsewhere(flags, whole, tmp_path):
@@ -596,13 +634,14 @@ def mistakes(images, whole, tmp_path):
     last = whole / 'checkpoint_last.pth'
     for name, change in (('bare', {'optimizer': None}), ('odd', {'epoch': 'best'})):
         torch.save({**nano.read(whole), **change}, tmp_path / f'{name}.pth')
+    torch.save({'model': nano.small(in_chans=1).state_dict()}, tmp_path / 'grey.pth')
     (tmp_path / 'odd' / 'log.txt').mkdir(parents=True)
     return {
         'no data': (['--data-path', tmp_path / 'nowhere'], 'no folder'),
         'no path': (['--data-path', ''], '--data-path is missing'),
         'empty class': (['--data-path', empty], 'no images in .*class_0'),
         'unknown class': (['--data-path', foreign], 'classes that the training set, or --class-map, lacks: unheard'),
-        'unknown model': (['--model', 'cmt_xxl'], 'unknown --model cmt_xxl: cmt_b, '),
+        'unknown model': (['--model', 'cmt_xxl'], 'unknown model cmt_xxl: cmt_b, '),
         'other model': (['--model', 'resnet18'], 'resnet18 is no CMT'),
         'size': (['--input-size', 100], '100.*32'),
         'checkpoint of another model': (['--resume', tmp_path / 'other.pth'], 'does not fit the model'),
@@ -619,7 +658,7 @@ def mistakes(images, whole, tmp_path):
         'eval without checkpoint': (['--eval'], '--eval needs --resume'),
         'negative batch': (['--batch-size', -1], '-1 is not at least 1'),
         'odd batch': (['--batch-size', 7], '--batch-size 7 is odd'),
-        'run in the folder': (['--output-dir', whole], 'holds a run: --resume auto goes on with it, --overwrite'),
+        'run in the folder': (['--output-dir', whole], 'holds a run: --resume auto resumes it, --overwrite'),
         'file for a folder': (['--output-dir', tmp_path / 'text.pth'], 'no folder that can be written to'),
         'optimizer': (['--opt', 'adamwww'], 'adamwww'),
         'betas': (['--opt-betas', 0.9], 'opt-betas'),
@@ -629,6 +668,9 @@ def mistakes(images, whole, tmp_path):
         'device': (['--device', 'foo'], 'foo'),
         'world size': (['--world-size', 3], '--world-size 3'),
         'infinite rate': (['--lr', 'inf'], 'inf'),
+        'grey weights': (['--finetune', tmp_path / 'grey.pth'], 'has 1 input channels, images here have 3'),
+        'SyncBatchNorm on a CPU': (['--sync-bn'], '--sync-bn needs CUDA: .*leave the flag out'),
+        'flag that is gone': (['--cache', 'ram'], '--cache is not supported: '),
     }
 
 
@@ -660,6 +702,19 @@ def test_a_mistake_of_two_ranks_is_told_once(flags, tmp_path):
         nano.finish(nano.start([*flags, *change], ranks=2, output=output), status=2)
         assert output.read_text().count('train.py: error:') == 1 and words in output.read_text()
         assert 'Traceback' not in output.read_text()
+
+
+def test_folders_that_ranks_do_not_share_are_told(flags, whole, tmp_path):
+    """Rank 1 alone finds the checkpoint."""
+    (tmp_path / '1').mkdir()
+    (tmp_path / '0').mkdir()
+    shutil.copytree(whole, tmp_path / '1' / 'run')
+    output = tmp_path / 'out.txt'
+    nano.finish(nano.start([*flags, '--resume', 'auto', '--output-dir', 'run'], ranks=2, output=output,
+                           before=lambda rank: os.chdir(tmp_path / str(rank))), status=2)
+    assert re.findall('train.py: error: .*', output.read_text()) == [
+        'train.py: error: processes found different checkpoints: --output-dir has to lie on a file system that all '
+        'nodes share']
 
 
 def test_overwrite_clears_the_run(flags, tmp_path):
@@ -694,11 +749,11 @@ def test_a_run_that_waits_for_data_says_so(flags, monkeypatch, capsys, pause, wo
     assert ('waits for data ' in said) == (pause > 0)
 
 
-@pytest.mark.parametrize('decay, told', [(0.99996, True), (0.9, False)])
-def test_an_average_that_hardly_leaves_the_initial_weights_is_told(flags, capsys, decay, told):
+@pytest.mark.parametrize('decay, warned', [(0.99996, True), (0.9, False)])
+def test_an_ema_decay_that_is_too_slow_is_warned_of(flags, capsys, decay, warned):
     nano.train([*flags, '--epochs', 1, '--model-ema-decay', decay, '--seed', 1])
-    said = capsys.readouterr().out
-    assert ('100% initial weights at the end: --model-ema-decay 0.5 is for 6 updates' in said) == told
+    assert ('EMA decay 0.99996 is too slow for 6 updates: 100% of its weights would still be initial. Use '
+            '--model-ema-decay 0.5 or --no-model-ema.' in capsys.readouterr().out) == warned
 
 
 def test_digits_need_no_data(tmp_path):

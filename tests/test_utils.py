@@ -1,51 +1,81 @@
-"""What several processes do together, and what a run shows elsewhere."""
+"""Processes that start, hang and exit, and what a run shows elsewhere."""
 import json
+import os
 import sys
 import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn as nn
 
 import nano
+import options
 import utils
 
 
-def joint_step(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Running statistics and gradients of a loss that no two images share."""
-    outputs = model(images)
-    (outputs.square() * torch.arange(outputs[0].numel()).view_as(outputs[0])).mean().backward()
-    return {**{name: p.grad for name, p in model.named_parameters()}, **dict(model.named_buffers())}
-
-
-def norm_model() -> nn.Module:
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
-    return nn.Sequential(*layers).double()
-
-
-def sync_rank(rank: int, path: str) -> None:
+def on_two_ranks(rank: int, path: str) -> None:
     dist.init_process_group('gloo', init_method=f'file://{path}/meet', rank=rank, world_size=2)
-    images = torch.load(f'{path}/images.pt')
-    model = utils.convert_sync_batchnorm(norm_model(), torch.device('cpu'))
-    model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    got = joint_step(model, images[rank::2])
-    torch.save({name.removeprefix('module.'): value for name, value in got.items()}, f'{path}/{rank}.pt')
+    assert utils.all_reduce_max(rank + 3) == 4
+    assert utils.gather_from_ranks({'rank': rank}) == [{'rank': 0}, {'rank': 1}]
+    assert utils.reduce_(torch.tensor([rank, 5])).tolist() == [1, 10]
+    os.environ['LOCAL_RANK'] = str(rank)
+    with utils.first_on_each_node():
+        assert rank == 0 or Path(path, 'unpacked').exists()
+        Path(path, 'unpacked').touch()
+    with pytest.raises(utils.UsageError, match='^--lr of rank 1$'):
+        with utils.usage_errors():
+            if rank == 1:
+                raise ValueError('--lr of rank 1')
     dist.destroy_process_group()
 
 
-def test_sync_batchnorm_on_two_ranks_is_one_rank_on_the_joint_batch(tmp_path):
-    images = torch.randn(6, 3, 5, 5, dtype=torch.float64)
-    torch.save(images, tmp_path / 'images.pt')
-    mp.start_processes(sync_rank, (str(tmp_path),), nprocs=2, start_method='fork')
-    expected = joint_step(norm_model(), images)
-    for rank in (0, 1):
-        got = torch.load(tmp_path / f'{rank}.pt')
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-12, msg=f'{name} of rank {rank}')
+def test_ranks_agree(tmp_path):
+    assert utils.all_reduce_max(3) == 3 and utils.gather_from_ranks('a') == ['a']  # without a group
+    assert (utils.get_rank(), utils.get_world_size()) == (0, 1)
+    mp.start_processes(on_two_ranks, (str(tmp_path),), nprocs=2, start_method='fork')
+
+
+@pytest.mark.parametrize('devices, launched, local_rank, found', [
+    (8, 8, 5, 'cuda:5'),
+    (8, 0, 5, 'cuda:5'),
+    (1, 0, 5, 'cuda:0'),  # srun --gpus-per-task=1
+    (1, 2, 1, '2 processes on a machine with 1 CUDA devices'),
+    (4, 0, 4, '5 processes on a machine with 4 CUDA devices'),
+    (0, 0, 0, '--device cuda: no CUDA device here'),
+])
+def test_a_process_has_its_own_gpu(devices, launched, local_rank, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: devices)
+    monkeypatch.setattr(options, 'local_world_size', lambda default: launched or default)
+    if found.startswith('cuda:'):
+        assert utils.find_device('cuda', local_rank) == torch.device(found)
+    else:
+        with pytest.raises(ValueError, match=found):
+            utils.find_device('cuda', local_rank)
+    assert utils.find_device('cpu', local_rank) == torch.device('cpu')
+
+
+def test_slurms_first_host_is_the_address(tmp_path, monkeypatch):
+    scontrol = tmp_path / 'scontrol'
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && echo node1 && echo node2\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
+    for name in ('MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, '')  # undone after the test
+        monkeypatch.delenv(name)
+    options.set_slurm_address()
+    assert 'MASTER_ADDR' not in os.environ
+    monkeypatch.setenv('SLURM_JOB_NODELIST', 'node[1-2]')
+    monkeypatch.setenv('SLURM_JOB_ID', '40123')
+    options.set_slurm_address()
+    assert (os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) == ('node1', '20123')
+    monkeypatch.delenv('MASTER_ADDR')
+    scontrol.unlink()
+    with pytest.raises(ValueError, match='set MASTER_ADDR'):
+        options.set_slurm_address()
 
 
 def test_a_hung_loader_ends_the_process_in_bounded_time(flags, tmp_path):
@@ -72,25 +102,14 @@ def test_profile_writes_a_trace_of_so_many_steps(flags, tmp_path):
 
 def test_figures_go_to_tensorboard(flags, tmp_path, monkeypatch):
     """With a stand-in for its writer: the package is not among the requirements."""
-    seen = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            seen.append(('open', folder, purge_step))
-
-        def add_scalar(self, name, value, epoch):
-            seen.append((name, value, epoch))
-
-        def flush(self):
-            pass
-
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', type(sys)('tensorboard'))
-    sys.modules['torch.utils.tensorboard'].SummaryWriter = SummaryWriter
+    package = mock.Mock()
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', package)
     monkeypatch.setattr(utils, 'check_trackers', lambda *wanted: None)
     nano.train([*flags, '--epochs', '1', '--log-tensorboard', '--output-dir', tmp_path])
-    assert seen[0] == ('open', tmp_path / 'tensorboard', 0)
+    assert package.SummaryWriter.call_args == mock.call(tmp_path / 'tensorboard', purge_step=0)
     record = json.loads((tmp_path / 'log.txt').read_text())
-    assert seen[1:] == [(name, value, 0) for name, value in record.items()]
+    assert package.SummaryWriter().method_calls == [
+        *(mock.call.add_scalar(name, value, 0) for name, value in record.items()), mock.call.flush()]
 
 
 def test_trackers_that_are_not_installed_are_named(monkeypatch):

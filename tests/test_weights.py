@@ -1,6 +1,7 @@
-"""Weights of every origin: MindSpore's files, the released ones, this project's, and files that are none of these."""
+"""weights.py: files of MindSpore, of the authors' release and of this project; files without weights of a CMT."""
 import argparse
 import json
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -12,43 +13,49 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import checkpoints
 import cmt
+import convert_checkpoint
 import nano
 import train
+import weights
 
 MINDCV = Path(__file__).parent / 'mindcv_cmt_nano.ckpt'  # saved by MindSpore 2.7.1, see test_mindcv_file
-SMALL = dict(img_size=64, stem_chs=8, embed_dims=(8, 16, 32, 64), depths=(1, 1, 2, 1), num_features=64, num_classes=5)
 
 
 def small(seed=0, **kwargs):
-    """A CMT whose every tensor, running statistics too, is drawn anew."""
-    torch.manual_seed(seed)
-    model = cmt.CMT(**{**SMALL, **kwargs})
+    """Return nano.small() with noise on every tensor, running statistics included."""
+    model = nano.small(seed, **kwargs)
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             value.copy_(0.5 + torch.rand_like(value) if name.endswith('var') else value + 0.1 * torch.randn_like(value))
     return model.eval()
 
 
+def build(source, *args, **kwargs):
+    """Build the model of a file or of a checkpoint."""
+    found = weights.Weights.of(source, 'own') if isinstance(source, dict) else weights.read_weights(str(source))
+    return weights.build_model(found, *args, **kwargs)
+
+
 def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+    return nano.same(a.state_dict(), b.state_dict())
 
 
 # MindSpore
 
 def test_mindcv_file():
-    """The logits are MindSpore's, of MindCV's CMT with stem_channel=8, fc_dim=64 and the sizes of SMALL, 10 classes."""
-    model, info = checkpoints.build_model(None, str(MINDCV), img_size=64)
-    assert info['kind'] == 'mindspore' and info['img_size'] == (64, 64) and not model.training
+    """Compare with MindSpore's logits of MindCV's CMT: stem_channel=8, fc_dim=64, 10 classes, sizes of nano.SMALL."""
+    found = weights.read_weights(str(MINDCV))
+    model = weights.build_model(found, img_size=64)
+    assert found.kind == 'mindspore' and model.img_size == (64, 64) and not model.training
     check_mindcv_logits(model)
     check_mindcv_logits(torch.jit.script(model))
-    again = timm.create_model(info['name'], img_size=64, num_classes=10, **info['model_args']).eval()
+    name, model_args = weights.identify(found)
+    again = timm.create_model(name, img_size=64, num_classes=10, **model_args).eval()
     again.load_state_dict(model.state_dict())
     check_mindcv_logits(again)
     saved = {'model': model.state_dict(), 'args': {'input_size': 64}}  # as a run saves it
-    check_mindcv_logits(checkpoints.build_model(saved, 'own')[0])
+    check_mindcv_logits(build(saved))
     with pytest.raises(ValueError, match='no position bias'):
         cmt.to_released(model.state_dict())
 
@@ -74,7 +81,7 @@ def test_eval_builds_mindcvs_form_from_the_file(monkeypatch, asked):
 
 
 def mindcv_tensors(stem, dims, depths, ratios, sr, features, classes):
-    """Weights of MindCV's CMT under MindSpore's names."""
+    """Draw weights of MindCV's CMT under MindSpore's names."""
     rng, out = np.random.RandomState(0), {}
 
     def layer(name, *shape):
@@ -117,7 +124,7 @@ def mindcv_tensors(stem, dims, depths, ratios, sr, features, classes):
 
 
 def mindcv_logits(tensors, x, depths, sr):
-    """MindCV's forward pass, spelled out from its names."""
+    """Compute MindCV's forward pass from its names."""
     w = {name: torch.tensor(value) for name, value in tensors.items()}
 
     def conv(x, name, **kwargs):
@@ -181,7 +188,7 @@ def field(number, content):
 
 
 def write_mindspore(path, tensors, packed=False, slices=1, crc=False):
-    """As protobuf and MindSpore write it: dims packed or not, a tensor in slices, a checksum at the end."""
+    """Write a MindSpore file: dims packed or not, tensors in slices, with a checksum at the end or without."""
     out = b''
     for name, value in tensors.items():
         dims = field(1, b''.join(map(varint, value.shape))) if packed else \
@@ -202,22 +209,22 @@ def write_mindspore(path, tensors, packed=False, slices=1, crc=False):
 def test_mindspore_files_of_other_sizes(tmp_path, sizes, img_size, layout):
     tensors = mindcv_tensors(*sizes)
     write_mindspore(tmp_path / 'a.ckpt', tensors, **layout)
-    read = checkpoints.read_mindspore(tmp_path / 'a.ckpt')
+    read = weights.read_mindspore(tmp_path / 'a.ckpt')
     assert {name: value.numpy().tobytes() for name, value in read.items()} == \
         {name: value.tobytes() for name, value in tensors.items()}
-    model, _ = checkpoints.build_model(None, str(tmp_path / 'a.ckpt'), img_size=img_size)
+    model = build(tmp_path / 'a.ckpt', img_size=img_size)
     x = torch.randn(2, 3, *img_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = mindcv_logits(tensors, x, sizes[2], sizes[4])
         assert (model(x) - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
 
 
-@pytest.mark.parametrize('name', checkpoints.VARIANTS.values())
+@pytest.mark.parametrize('name', cmt.MODELS)
 def test_mindcv_files_of_the_published_sizes_are_known_by_name(name):
     ratios = {'mlp_ratios': (3.8,) * 4} if name == 'cmt_xs' else {}
     form = dict(position_bias=False, act_layer='gelu_tanh', norm_eps=1e-7)
     model = timm.create_model(name, device='meta', **form, **ratios)
-    found, args, _ = checkpoints.identify({'model': model.state_dict()}, 'x')
+    found, args = weights.identify(weights.Weights.of(model.state_dict(), 'own'))
     again = timm.create_model(found, device='meta', **args)
     assert found == name and {key: args[key] for key in form} == form
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
@@ -230,25 +237,25 @@ def test_damaged_mindspore_files(tmp_path):
     for end in (1, 2, 30, len(data) // 2, len(data) - 1, len(data) - 18):
         path.write_bytes(data[:end])
         with pytest.raises(ValueError, match=r'a\.ckpt'):
-            checkpoints.build_model(None, str(path), img_size=32)
+            build(path, img_size=32)
     path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
     with pytest.raises(ValueError, match='checksum'):
-        checkpoints.read_checkpoint(path)
+        weights.read_file(path)
 
-
-# one loader
 
 def test_an_overwritten_mindspore_file_is_refused_at_once(tmp_path):
     path = tmp_path / 'a.ckpt'
     path.write_bytes(b'\xff' * 1_000_000)
     with pytest.raises(ValueError, match='not of MindSpore'):
-        checkpoints.read_mindspore(path)
+        weights.read_mindspore(path)
 
+
+# files of every origin
 
 def test_published_widths_with_other_ratios():
     model = timm.create_model('cmt_ti', mlp_ratios=(2.,) * 4, num_classes=3, img_size=32)
-    again, info = checkpoints.build_model({'model': model.state_dict()}, 'own')
-    assert same(model, again) and info['name'] == 'cmt_ti'
+    found = weights.Weights.of(model.state_dict(), 'own')
+    assert same(model, weights.build_model(found)) and weights.identify(found)[0] == 'cmt_ti'
 
 
 @pytest.mark.parametrize('change', [
@@ -262,15 +269,15 @@ def test_published_widths_with_other_ratios():
 def test_tensors_of_odd_shapes_are_an_error_of_one_line(change):
     state = change(cmt.to_released(small().state_dict()))
     with pytest.raises(ValueError) as error:
-        checkpoints.build_model({'model': state}, 'odd.pth')
-    assert str(error.value).startswith('odd.pth ') or str(error.value).startswith('odd.pth: ')
+        weights.build_model(weights.Weights.of({'model': state}, 'odd.pth'))
+    assert str(error.value).startswith(('odd.pth ', 'odd.pth: '))
     with pytest.raises(ValueError):
-        checkpoints.load_weights(small(), {'model': state}, 'odd.pth')
+        weights.load_weights(small(), weights.Weights.of({'model': state}, 'odd.pth'))
 
 
 def test_other_input_channels_come_from_three_alone():
     with pytest.raises(ValueError, match='only from 3'):
-        checkpoints.build_model({'model': small(in_chans=4).state_dict()}, 'four', in_chans=1)
+        build({'model': small(in_chans=4).state_dict()}, in_chans=1)
 
 
 @pytest.mark.parametrize('wrap, use_ema, kind', [
@@ -286,14 +293,25 @@ def test_every_nesting_is_loaded(tmp_path, wrap, use_ema, kind, released):
     source, other = small(1), small(2)
     states = [cmt.to_released(m.state_dict()) if released else m.state_dict() for m in (source, other)]
     torch.save(wrap(*states), tmp_path / 'a.pth')
-    model, info = checkpoints.build_model(None, str(tmp_path / 'a.pth'), use_ema=use_ema)
-    assert same(model, source) and info['kind'] == kind and info['img_size'] == (64, 64)
+    found = weights.read_weights(str(tmp_path / 'a.pth'), use_ema)
+    model = weights.build_model(found)
+    assert same(model, source) and found.kind == kind and model.img_size == (64, 64)
+
+
+def test_an_epoch_in_progress_is_not_a_trained_one():
+    state = small().state_dict()
+    epochs = [weights.Weights.of({'model': state, 'epoch': 3, 'meters': meters}, 'x').epoch for meters in ([], [[0.]])]
+    assert epochs == [3, 2]
 
 
 def test_safetensors(tmp_path):
     source = small(1)
     safetensors.torch.save_file(source.state_dict(), tmp_path / 'a.safetensors')
-    assert same(checkpoints.build_model(None, str(tmp_path / 'a.safetensors'))[0], source)
+    path = tmp_path / 'a.safetensors'
+    assert same(build(path), source)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match='damaged'):
+        weights.read_file(path)
 
 
 def test_timm_names(tmp_path):
@@ -302,14 +320,15 @@ def test_timm_names(tmp_path):
         num_classes=4, input_size=[3, 32, 32], fixed_input_size=True, first_conv='stem.conv1', classifier='head'))
     (tmp_path / 'config.json').write_text(json.dumps(config))
     safetensors.torch.save_file(source.state_dict(), tmp_path / 'model.safetensors')
-    model, info = checkpoints.build_model(None, f'local-dir:{tmp_path}')
-    assert same(model, source) and info['name'] == 'cmt_nano' and model.num_classes == 4
+    found = weights.read_weights(f'local-dir:{tmp_path}')
+    model = weights.build_model(found)
+    assert same(model, source) and weights.identify(found)[0] == 'cmt_nano' and model.num_classes == 4
 
 
-def test_what_was_loaded_is_told_in_one_line():
+def test_one_line_reports_what_was_loaded():
     source, model = small(1), small(2, img_size=96, num_classes=7, in_chans=1)
     fresh = model.head.weight.clone()
-    line = checkpoints.load_weights(model, {'model': source.state_dict()}, 'a.pth', new_head=True)
+    line = weights.load_weights(model, weights.Weights.of({'model': source.state_dict()}, 'a.pth'), new_head=True)
     count = len(source.state_dict()) - 2
     assert line == (f'a.pth: weights (model), {count} tensors; 4 position biases resampled from 64x64 to 96x96; '
                     'newly initialised: head.weight, head.bias; '
@@ -330,7 +349,7 @@ def test_nothing_is_half_loaded(change, words):
     state, model, before = small(1).state_dict(), small(2), small(2)
     change(state)
     with pytest.raises(ValueError, match=rf'a\.pth does not fit[^\n]*{words}'):
-        checkpoints.load_weights(model, state, 'a.pth')
+        weights.load_weights(model, weights.Weights.of(state, 'a.pth'))
     assert same(model, before)
 
 
@@ -366,7 +385,7 @@ def test_weights_of_another_model(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture(scope='module')
 def released(tmp_path_factory):
-    """A file as the authors' code writes it."""
+    """Write a file as the authors' code does."""
     path = tmp_path_factory.mktemp('released') / 'released.pth'
     states = []
     for seed in (1, 2):
@@ -387,7 +406,7 @@ def test_released_files_go_on(released, flags, tmp_path, capsys, monkeypatch):
     nano.train([*flags, '--resume', path, '--output-dir', tmp_path / 'run', '--epochs', 2, '--test-freq', 5])
     assert [line['epoch'] for line in nano.log(tmp_path / 'run')] == [1]
     assert seen[0].optimizer.state_dict()['state'] == {}
-    assert 'are of another code: they start afresh' in capsys.readouterr().out
+    assert 'has no optimizer state of this project: moments start at zero' in capsys.readouterr().out
     last = nano.read(tmp_path / 'run')
     assert nano.same(last['model'], dict(states[0])) and nano.same(last['model_ema'], dict(states[1]))
 
@@ -402,13 +421,53 @@ def test_released_files_are_evaluated(released, flags, monkeypatch, ema):
 
 
 def test_a_run_that_began_from_a_size_of_no_name(tmp_path):
-    """Its arguments hold the name that stood in for one; all that reads checkpoints goes by the tensors."""
+    """The tensors decide, whatever model name the run's arguments contain."""
     tensors = mindcv_tensors(4, (8, 16, 16, 24), (1, 2, 1, 1), (4,) * 4, (8, 4, 2, 1), 32, 3)
     write_mindspore(tmp_path / 'a.ckpt', tensors)
-    model, info = checkpoints.build_model(None, str(tmp_path / 'a.ckpt'), img_size=64)
-    for saved in info['name'], 'cmt_small':
-        run = {'model': model.state_dict(), 'args': {'model': saved, 'input_size': 64}}
-        again, found = checkpoints.build_model(run, 'run')
-        assert nano.same(again.state_dict(), model.state_dict()) and found['model_args'] == info['model_args']
+    source = weights.read_weights(str(tmp_path / 'a.ckpt'))
+    model = weights.build_model(source, img_size=64)
+    for saved in weights.identify(source)[0], 'cmt_small':
+        run = weights.Weights.of({'model': model.state_dict(), 'args': {'model': saved, 'input_size': 64}}, 'run')
+        assert same(weights.build_model(run), model) and weights.identify(run)[1] == weights.identify(source)[1]
     with pytest.raises(ValueError, match='does not fit'):
-        checkpoints.build_model({'model': timm.create_model('cmt_ti', img_size=32).state_dict()}, 'run', 'cmt_xs')
+        build(timm.create_model('cmt_ti', img_size=32).state_dict(), 'cmt_xs')
+
+
+# 1x1 convolutions up to commit 9777bd7 were linear layers, under the same names
+
+POINTWISE = re.compile(r'(irffn\.(expand|project)|head_proj\.proj|mlp\.conv[12]\.0|_fc)\.weight$')
+
+
+def as_linear(state):
+    """Store 1x1 convolutions as (out, in), in place of (out, in, 1, 1)."""
+    changed = {name: value.flatten(1) if POINTWISE.search(name) else value for name, value in state.items()}
+    assert any(value.ndim == 2 and state[name].ndim == 4 for name, value in changed.items())
+    return changed
+
+
+@pytest.mark.parametrize('released', [False, True])
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_1x1_convolutions_stored_as_linear_layers(tmp_path, suffix, released):
+    """Load, identify and convert such files, bit by bit."""
+    source = small(1)
+    state = as_linear(cmt.to_released(source.state_dict()) if released else source.state_dict())
+    path = tmp_path / f'a.{suffix}'
+    if suffix == 'pth':
+        torch.save({'model': state, 'model_ema': as_linear(small(2).state_dict())}, path)
+    else:
+        safetensors.torch.save_file({name: value.contiguous() for name, value in state.items()}, path)
+    assert same(build(path), source)
+    for name, published in (('cmt_ti', True), ('cmt_nano', False)):
+        model = timm.create_model(name, device='meta')
+        linear = as_linear(cmt.to_released(model.state_dict()) if released else model.state_dict())
+        run = {} if published else {'args': {'model': name}}
+        found = weights.Weights.of({'model': linear, **run}, 'own')
+        assert weights.identify(found) == (name, {}) and found.model_args['img_size'] == model.img_size
+
+    for out, *flags in (('b.pth',), ('c.pth', '--format', 'released'), ('d.safetensors',), ('e',)):
+        convert_checkpoint.main([str(path), str(tmp_path / out), '--weights', 'model', *flags])
+        assert same(build(tmp_path / out), source)
+    back = weights.read_file(tmp_path / 'c.pth')['model']
+    assert nano.same(back, dict(cmt.to_released(source.state_dict()))) and back['_fc.weight'].ndim == 4
+    convert_checkpoint.main([str(tmp_path / 'c.pth'), str(tmp_path / 'f.pth')])
+    assert nano.same(weights.read_file(tmp_path / 'f.pth')['model'], dict(source.state_dict()))

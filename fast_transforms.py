@@ -1,0 +1,339 @@
+"""Transform a training image by libjpeg-turbo, torch and OpenCV.
+
+The draws are those of transforms.build_transform: under the same seed both loaders crop, flip and augment alike.
+"""
+import copy
+import functools
+import math
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import timm.data.auto_augment as auto_augment
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation, str_to_pil_interp
+from torchvision import transforms as tv_transforms
+
+from sources import open_image
+
+try:
+    import cv2
+    import simplejpeg
+    cv2.setNumThreads(0)  # a loader process has one core, and OpenCV's threads do not survive a fork
+    HAS_FAST = True
+except ImportError:
+    HAS_FAST = False
+
+
+class Plan(NamedTuple):
+    """Describe the decoding and the crop of one image.
+
+    The crop is drawn before decoding, since its size decides the scale of the decoder.
+    """
+    image: bytes | Image.Image  # bytes of a JPEG for libjpeg-turbo, or an image that Pillow has opened
+    scale: int = 1  # the JPEG is decoded at 1 / scale of its size
+    box: tuple[int, int, int, int] | None = None  # top, left, height, width of the crop in the full-size image
+    mode: str = ''  # interpolation of the crop: 'bicubic' or 'bilinear'
+
+
+class FastTransform:
+    """Run timm's training transform on arrays: the same draws, in less time.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 scale if the crop is far larger than the input size. Pillow decodes all other
+    files, and applies the transforms that have no fast counterpart here.
+
+    Args:
+        transform: returned by transforms.build_transform(is_train=True); it is copied.
+
+    Raises:
+        ValueError: if simplejpeg or OpenCV is not installed.
+    """
+    decodes = True  # sources.EncodedImages then passes the bytes of a file
+
+    def __init__(self, transform: tv_transforms.Compose):
+        if not HAS_FAST:
+            raise ValueError(
+                '--loader fast needs simplejpeg and opencv-python-headless: pip install -r requirements.txt')
+        steps = copy.deepcopy(transform.transforms)
+        self.crop = steps.pop(0) if isinstance(steps[0], RandomResizedCropAndInterpolation) else None
+        self.steps = [_fast_step(step) for step in steps
+                      if not isinstance(step, (MaybePILToTensor, tv_transforms.PILToTensor))]
+        self.last = (None, 0, None)  # encoded, scale, decoded: copies of repeated augmentation follow each other
+
+    def __call__(self, image: bytes | Image.Image) -> torch.Tensor:
+        """Return a uint8 tensor (3, H, W) in channels-last memory."""
+        plan = self.plan(image)
+        return self.augment(self.resize(self.decode(plan), plan))
+
+    def plan(self, image: bytes | Image.Image) -> Plan:
+        """Read the header, draw the crop and its interpolation, and choose the scale of the decoder."""
+        size = jpeg_size(image)
+        is_jpeg = size is not None
+        if not is_jpeg:
+            image = open_image(image)
+            size = image.size
+        if self.crop is None:
+            return Plan(image)
+        blank = torch.empty(1).expand(1, *size[::-1])  # get_params reads nothing but the size of its image
+        box = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
+        modes = self.crop.interpolation
+        mode = random.choice(modes) if isinstance(modes, (list, tuple)) else modes
+        # Below 1.5x the target size the difference is visible (1.5 grey levels).
+        least = 1.5 * max(self.crop.size)
+        scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(box[2:]) >= s * least) if is_jpeg else 1
+        return Plan(image, scale, box, mode.value)
+
+    def decode(self, plan: Plan) -> np.ndarray:
+        """Return the whole image at 1 / plan.scale of its size, (H, W, 3) uint8."""
+        if isinstance(plan.image, Image.Image):
+            return np.array(plan.image)
+        if self.last[0] is not plan.image or self.last[1] != plan.scale:
+            self.last = plan.image, plan.scale, decode_jpeg(plan.image, plan.scale)
+        return self.last[2]
+
+    def resize(self, pixels: np.ndarray, plan: Plan) -> np.ndarray:
+        """Return the crop of a decoded image at the input size."""
+        if plan.box is None:
+            return pixels
+        if plan.scale > 1:  # the border of a crop may lie inside a pixel: only Pillow can resize such a box
+            top, left, height, width = (value / plan.scale for value in plan.box)
+            return np.array(Image.fromarray(pixels).resize(
+                self.crop.size[::-1], str_to_pil_interp(plan.mode), box=(left, top, left + width, top + height)))
+        top, left, height, width = plan.box
+        if not (height and width):  # an image of one or two pixels; Pillow returns black
+            return np.zeros((*self.crop.size, 3), np.uint8)
+        # Equals Pillow to 0.005 grey levels, in a quarter of its time if the memory is channels-last.
+        x = torch.from_numpy(pixels[top:top + height, left:left + width])[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
+        x = F.interpolate(x, size=self.crop.size, mode=plan.mode, antialias=True, align_corners=False)
+        return x.permute(0, 2, 3, 1)[0].numpy()  # (H, W, 3)
+
+    def augment(self, pixels: np.ndarray) -> torch.Tensor:
+        """Apply the steps after the crop: (H, W, 3) array to (3, H, W) tensor."""
+        for step in self.steps:
+            pixels = step(pixels)
+        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+def jpeg_size(image: bytes | Image.Image) -> tuple[int, int] | None:
+    """Return (width, height) of a JPEG that libjpeg-turbo may decode, None for everything else."""
+    if not isinstance(image, bytes):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+    except ValueError:  # no JPEG, a damaged header, or sampling factors that libjpeg-turbo's API refuses
+        return None
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # Pillow refuses larger images
+    return (width, height) if colours in ('Gray', 'YCbCr', 'RGB') and width * height <= limit else None
+
+
+def decode_jpeg(data: bytes, scale: int = 1) -> np.ndarray:
+    """Decode a JPEG at 1 / scale of its size: (ceil(H / scale), ceil(W / scale), 3) uint8.
+
+    Pillow decodes the image again if libjpeg-turbo fails or warns: a damaged file then gives the pixels or the error of
+    the reference loader.
+
+    Raises:
+        OSError: if Pillow cannot read the image either.
+    """
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        # Left out: the fast inverse DCT darkens images by 0.8 grey levels for 4 % of the decoder's time, and the fast
+        # upsampling of colours changes pixels by a grey level and saves nothing.
+        return simplejpeg.decode_jpeg(data, 'RGB', min_height=-(-height // scale), min_width=-(-width // scale))
+    except ValueError:
+        image = open_image(data)
+        return np.array(image.reduce(scale) if scale > 1 else image)
+
+
+def _fast_step(step: Callable) -> Callable:
+    """Return timm's `step` on arrays, in a form that can be sent to a loader process."""
+    if isinstance(step, tv_transforms.RandomHorizontalFlip):
+        return functools.partial(_flip, step.p)
+    if isinstance(step, auto_augment.RandAugment):
+        ops = step.ops
+    elif isinstance(step, auto_augment.AutoAugment):
+        ops = {id(op): op for policy in step.policy for op in policy}.values()
+    else:
+        return functools.partial(_apply_by_pillow, step)
+    for op in ops:
+        op.aug_fn = _fast_op(op.aug_fn)
+    return step
+
+
+def _fast_op(function: Callable) -> Callable:
+    return FAST_OPS.get(function.__name__.strip('_')) or functools.partial(_apply_by_pillow, function)
+
+
+def _apply_by_pillow(function: Callable, image: np.ndarray, *args, **kwargs) -> np.ndarray:
+    return np.array(function(Image.fromarray(image), *args, **kwargs))
+
+
+def _flip(probability: float, image: np.ndarray) -> np.ndarray:
+    return cv2.flip(image, 1) if torch.rand(1).item() < probability else image
+
+
+# timm's operations under the names of its functions. The arithmetic is that of Pillow's C code, truncation included.
+
+LEVELS = np.arange(256)
+
+
+def _apply_table(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Map grey levels by a table (256,) or (256, 3), truncated to whole levels."""
+    table = np.clip(table, 0, 255).astype(np.uint8)
+    return cv2.LUT(image, table if table.ndim == 1 else table[None])
+
+
+def _histograms(image: np.ndarray) -> np.ndarray:
+    """Count the grey levels of each channel: (3, 256)."""
+    return np.stack([cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)]).astype(np.int64)
+
+
+def auto_contrast(image, **_):
+    tables = []
+    for counts in _histograms(image):
+        used = np.flatnonzero(counts)
+        low, high = used[0], used[-1]
+        scale = 255. / (high - low) if high > low else 1.
+        tables.append((LEVELS * scale - (low * scale if high > low else 0.)).astype(int))
+    return _apply_table(image, np.stack(tables, axis=1))
+
+
+def equalize(image, **_):
+    tables = []
+    for counts in _histograms(image):
+        used = counts[counts > 0]
+        step = (used.sum() - used[-1]) // 255
+        tables.append((step // 2 + np.cumsum(counts) - counts) // step if step else LEVELS)
+    return _apply_table(image, np.stack(tables, axis=1))
+
+
+def invert(image, **_):
+    return ~image
+
+
+def solarize(image, thresh, **_):
+    return _apply_table(image, np.where(LEVELS < thresh, LEVELS, 255 - LEVELS))
+
+
+def solarize_add(image, add, thresh=128, **_):
+    return _apply_table(image, np.where(LEVELS < thresh, LEVELS + add, LEVELS))
+
+
+def posterize(image, bits_to_keep, **_):
+    return image if bits_to_keep >= 8 else _apply_table(image, LEVELS & (256 - 2 ** (8 - max(bits_to_keep, 0))))
+
+
+def contrast(image, factor, **_):
+    mean = int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] + 0.5)
+    return _apply_table(image, mean + np.float32(factor) * (LEVELS - mean).astype(np.float32))
+
+
+def brightness(image, factor, **_):
+    return _apply_table(image, np.float32(factor) * LEVELS.astype(np.float32))
+
+
+TRUNCATE = -0.499  # added to a result, turns OpenCV's rounding into Pillow's truncation
+
+
+def color(image, factor, **_):
+    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(image, factor, gray, 1 - factor, TRUNCATE)
+
+
+def sharpness(image, factor, **_):
+    kernel = np.full((3, 3), (1 - factor) / 13)  # Pillow's SMOOTH, 5 / 13 in the middle
+    kernel[1, 1] = 5 * (1 - factor) / 13 + factor
+    out = cv2.filter2D(image, -1, kernel, delta=TRUNCATE)
+    for border in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):  # Pillow leaves the border as it is
+        out[border] = image[border]
+    return out
+
+
+def _shift_rows(image: np.ndarray, shifts: np.ndarray, fillcolor: tuple[int, ...], resample) -> np.ndarray:
+    """Shift row y of an image to the left by shifts[y] pixels, interpolated as in Pillow.
+
+    OpenCV's warpAffine takes four times as long, and its cubic kernel differs (-0.75 for Pillow's -1).
+    """
+    resample = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
+    height, width, channels = image.shape
+    first, weights = _interpolation_taps(shifts - np.floor(shifts), resample)
+    whole = np.clip(np.floor(shifts), -width - 4, width + 4).astype(int)
+    edge = len(weights) // 2  # repeated pixels at the border, so that every tap of an inner column has a value
+    margin = int(np.abs(whole).max()) + 1
+    padded = cv2.copyMakeBorder(image, 0, 0, edge, edge, cv2.BORDER_REPLICATE)
+    padded = cv2.copyMakeBorder(padded, 0, 0, margin, margin, cv2.BORDER_CONSTANT, value=fillcolor).reshape(height, -1)
+    starts = (margin + edge + whole + first) * channels
+    span = (width + len(weights) - 1) * channels
+    if (shifts == shifts[0]).all():  # the same filter for all rows: OpenCV's is faster than the loop below
+        taps = np.array([[weight[0] for weight in weights]])
+        out = cv2.filter2D(padded[:, starts[0]:starts[0] + span].reshape(height, -1, channels), -1, taps,
+                           anchor=(0, 0), delta=TRUNCATE)[:, :width]
+    else:
+        rows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=1)[np.arange(height), starts]
+        rows, weights = torch.from_numpy(rows).float(), torch.from_numpy(np.stack(weights))[:, :, None]
+        out = torch.full((height, width * channels), 1e-3)  # weights that sum to 1 - 1e-7 must not cost a grey level
+        for i, weight in enumerate(weights):
+            out.addcmul_(rows[:, i * channels:(width + i) * channels], weight)
+        out = out.clamp_(0, 255).to(torch.uint8).numpy().reshape(height, width, channels)
+    # Pillow fills every column whose source lies outside the image; here those next to the border are still mixed.
+    mixed = np.arange(2 * edge + 1)
+    left, right = np.ceil(-0.5 - shifts).astype(int), np.ceil(width - 0.5 - shifts).astype(int)
+    columns = np.concatenate([left[:, None] - 1 - mixed, right[:, None] + mixed], axis=1)
+    y, i = np.nonzero((columns >= 0) & (columns < width))
+    out[y, columns[y, i]] = fillcolor
+    return out
+
+
+def _interpolation_taps(t: np.ndarray, resample: Image.Resampling) -> tuple[int, list[np.ndarray]]:
+    """Return the offset of the first tap and the weights of all taps for shifts t (H,)."""
+    t = t.astype(np.float32)
+    if resample == Image.Resampling.BICUBIC:
+        return -1, [-t ** 3 + 2 * t ** 2 - t, t ** 3 - 2 * t ** 2 + 1, -t ** 3 + t ** 2 + t, t ** 3 - t ** 2]
+    return 0, [1 - t, t]
+
+
+def _shift_columns(image, shifts, fillcolor, resample):
+    return cv2.transpose(_shift_rows(cv2.transpose(image), shifts, fillcolor, resample))
+
+
+def shear_x(image, factor, fillcolor, resample):
+    return _shift_rows(image, factor * (np.arange(image.shape[0]) + 0.5), fillcolor, resample)
+
+
+def shear_y(image, factor, fillcolor, resample):
+    return _shift_columns(image, factor * (np.arange(image.shape[1]) + 0.5), fillcolor, resample)
+
+
+def translate_x_abs(image, pixels, fillcolor, resample):
+    return _shift_rows(image, np.full(image.shape[0], float(pixels)), fillcolor, resample)
+
+
+def translate_y_abs(image, pixels, fillcolor, resample):
+    return _shift_columns(image, np.full(image.shape[1], float(pixels)), fillcolor, resample)
+
+
+def translate_x_rel(image, pct, **kwargs):
+    return translate_x_abs(image, pct * image.shape[1], **kwargs)
+
+
+def translate_y_rel(image, pct, **kwargs):
+    return translate_y_abs(image, pct * image.shape[0], **kwargs)
+
+
+def rotate(image, degrees, fillcolor, resample):
+    """Rotate by OpenCV, whose cubic kernel is a little sharper than Pillow's."""
+    resample = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
+    height, width = image.shape[:2]
+    flags = cv2.INTER_CUBIC if resample == Image.Resampling.BICUBIC else cv2.INTER_LINEAR
+    # OpenCV places pixel centres at whole numbers.
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.)
+    return cv2.warpAffine(image, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_CONSTANT,
+                          borderValue=fillcolor)
+
+
+FAST_OPS = {function.__name__: function for function in (
+    auto_contrast, equalize, invert, solarize, solarize_add, posterize, contrast, brightness, color, sharpness,
+    shear_x, shear_y, translate_x_abs, translate_y_abs, translate_x_rel, translate_y_rel, rotate)}

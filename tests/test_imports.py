@@ -1,0 +1,36 @@
+"""Who may import whom (DESIGN, Layout): no circle, no arrow upwards."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {
+    'cmt': '', 'losses': '', 'samplers': '', 'options': '', 'optim': '', 'precision': '', 'sources': '',
+    'utils': 'options', 'transforms': 'sources', 'fast_transforms': 'transforms sources', 'engine': 'utils precision',
+    'checkpoints': 'utils', 'datasets': 'samplers sources transforms fast_transforms',
+    'weights': 'cmt checkpoints utils', 'hubconf': 'cmt',
+}
+ROOMS = {path.stem for path in ROOT.glob('*.py')}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names of the project's modules that a file imports anywhere, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split('.')[0])
+    return names & (ROOMS | {script.stem for script in ROOT.glob('scripts/*.py')})
+
+
+@pytest.mark.parametrize('room', sorted(ROOMS))
+def test_rooms_import_what_design_allows(room):
+    allowed = ROOMS if room == 'train' else set(MAY_IMPORT[room].split())
+    assert imports_of(ROOT / f'{room}.py') <= allowed
+
+
+@pytest.mark.parametrize('script', sorted(ROOT.glob('scripts/*.py')), ids=lambda path: path.stem)
+def test_scripts_import_rooms_but_not_train_nor_each_other(script):
+    assert imports_of(script) <= ROOMS - {'train'}

@@ -1,0 +1,527 @@
+"""Read weights of any origin into one Weights value, infer the model that they fit, and load them.
+
+Origins: runs of this project, the authors' release, safetensors, MindCV's MindSpore files, names of timm or the hub.
+"""
+import argparse
+import logging
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+from timm.models import adapt_input_conv
+
+import cmt
+from checkpoints import LAST, newest_checkpoint, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# what parsing tensors of unexpected dimensions or sizes raises
+ODD_SHAPES = IndexError, RuntimeError, ZeroDivisionError, ValueError
+SHOWN = 8  # tensors that an error names
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Hold the tensors of a model with the metadata of their file.
+
+    Attributes:
+        state: tensors under the names of the file.
+        kind: 'model', 'model_ema', 'state_dict', 'bare' (a file of tensors alone) or 'mindspore'.
+        source: file or name, for messages.
+        model_args: arguments of cmt.CMT inferred from names and shapes; empty if the weights are of no CMT.
+        run_args: arguments of the run that wrote the file; empty if the file contains none.
+        classes: class names in the order of their index, or None.
+        epoch: last epoch that was trained, or None.
+    """
+    state: dict[str, torch.Tensor]
+    kind: str
+    source: str
+    model_args: dict[str, Any]
+    run_args: dict[str, Any]
+    classes: list[str] | None
+    epoch: int | None
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any], source: str, use_ema: bool = False) -> 'Weights':
+        """Extract the weights from a checkpoint, or their EMA if `use_ema` and the checkpoint contains one.
+
+        Raises:
+            ValueError: a checkpoint without weights, or tensors of shapes that no model has.
+        """
+        state, kind = _find_state(checkpoint, use_ema, source)
+        try:
+            model_args = model_args_of(state)
+        except ODD_SHAPES as error:
+            raise ValueError(f'{source} does not fit the model: tensors of odd shapes ({error})') from None
+        args = checkpoint.get('args')
+        run_args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+        classes, epoch = checkpoint.get('classes') or None, checkpoint.get('epoch')
+        if checkpoint.get('meters') and isinstance(epoch, int):  # an epoch in progress
+            epoch -= 1
+        return cls(state, kind, source, model_args, run_args, classes, epoch)
+
+    def classes_for(self, model: nn.Module) -> list[str] | None:
+        """Return the class names if there is one for each output of `model`."""
+        return self.classes if self.classes and len(self.classes) == model.num_classes else None
+
+
+def _find_state(checkpoint: dict[str, Any], use_ema: bool, source: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the state dict in a checkpoint, and its kind."""
+    ema = [('model_ema', 'model_ema'), ('state_dict_ema', 'model_ema')]  # the second is timm's
+    plain = [('model', 'model'), ('state_dict', 'state_dict')]
+    found, kind = checkpoint, 'bare'
+    for key, name in ema + plain if use_ema else plain + ema:
+        if isinstance(checkpoint.get(key), dict):
+            found, kind = checkpoint[key], name
+            break
+    if not found or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()):
+        raise ValueError(f'{source}: it holds no weights')
+    empty = next((name for name, value in found.items() if value.numel() == 0), None)
+    if empty:  # placeholders of weights that are sharded over other files
+        raise ValueError(f'{source}: its tensor {empty} is empty')
+    if kind == 'bare' and any(name.endswith(('.gamma', '.moving_mean')) for name in found):
+        counters = ('epoch_num', 'step_num', 'global_step', 'learning_rate')  # added by MindSpore's callbacks
+        return {name: value for name, value in found.items() if name not in counters}, 'mindspore'
+    return found, kind
+
+
+# reading
+
+def read_weights(source: str, use_ema: bool = False) -> Weights:
+    """Read the weights of a file or name; arguments and errors are those of `read` and Weights.of."""
+    return Weights.of(read(source), source, use_ema)
+
+
+def read(source: str) -> dict[str, Any]:
+    """Read a checkpoint from a file of any kind, or the pretrained weights of a timm model.
+
+    Args:
+        source: .pth, .safetensors or MindSpore's .ckpt; an http(s) address of a .pth; a folder written by
+            scripts/convert_checkpoint.py; or a name ('cmt_s', 'hf-hub:...', 'local-dir:...').
+
+    Returns:
+        Tensors on the CPU, in the nesting of the file.
+
+    Raises:
+        ValueError: no such file or name, a damaged file, or one that would run code when loaded.
+    """
+    config = Path(source.removeprefix('local-dir:')) / 'config.json'
+    if config.is_file():
+        source = f'local-dir:{config.parent}'
+    is_name = source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(source.split('.')[0])
+    if not os.path.exists(source) and not is_name and not source.startswith(('http://', 'https://')):
+        raise ValueError(f'no checkpoint at {source}, nor a model of that name ({_names()})')
+    if os.path.isfile(source) or not is_name:
+        return read_file(source)
+    if timm.is_model(source.split('.')[0]):
+        create_cmt(source, device='meta')  # refuse other models before anything is fetched
+    try:
+        model = timm.create_model(source, pretrained=True)
+    except Exception as error:  # clients of hubs raise anything
+        raise ValueError(f'{source} could not be fetched: {_first_line(error)}') from None
+    args = {'model': model.pretrained_cfg.get('architecture'), 'input_size': getattr(model, 'img_size', None)}
+    return {'model': model.state_dict(), 'args': args, 'classes': model.pretrained_cfg.get('label_names')}
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Read a file by the reader of its type; result and errors are those of `read`."""
+    name = str(path)
+    try:
+        if name.endswith('.safetensors') and os.path.isfile(name):
+            return safetensors.torch.load_file(name)
+        if name.endswith('.ckpt') and os.path.isfile(name) and not _is_torch_file(name):
+            return read_mindspore(name)
+    except Exception as error:  # parsers fail anywhere on a damaged file
+        reason = str(error) if 'checksum' in str(error) else f'{name} is cut short, damaged or no checkpoint'
+        raise ValueError(reason) from None
+    return read_checkpoint(name)
+
+
+def find_checkpoint(
+        resume: str, output_dir: Path | None, fall_back: bool) -> tuple[str, dict[str, Any]] | tuple[None, None]:
+    """Return the name of the checkpoint to resume, and its contents.
+
+    Args:
+        resume: a file or address; 'auto' for the newest readable checkpoint in `output_dir`; '' for none.
+        output_dir: folder of the run.
+        fall_back: read the previous checkpoint if checkpoint_last.pth is damaged.
+
+    Raises:
+        ValueError: no readable checkpoint.
+    """
+    if not resume:
+        return None, None
+    if resume == 'auto':
+        return newest_checkpoint(output_dir)
+    if fall_back and Path(resume).name == LAST and Path(resume).is_file():
+        return newest_checkpoint(Path(resume).parent)
+    return resume, read(resume) if os.path.isdir(resume) else read_file(resume)
+
+
+def _is_torch_file(name: str) -> bool:
+    """Return whether a .ckpt is a zip archive or a pickle, as Lightning writes."""
+    with open(name, 'rb') as file:
+        return file.read(1) in (b'P', b'\x80')
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+MINDSPORE_TYPES = {
+    'Float16': torch.float16, 'Float32': torch.float32, 'Float64': torch.float64, 'BFloat16': torch.bfloat16,
+    'Int8': torch.int8, 'Int16': torch.int16, 'Int32': torch.int32, 'Int64': torch.int64, 'UInt8': torch.uint8,
+    'Bool': torch.bool}
+CRC_TAIL = 17  # bytes: b'crc_num', then the CRC-32 of all before it as 10 bytes, big-endian
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """Return the protobuf number at offset `at`, and the offset after it."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at, value, shift = at + 1, value | (byte & 0x7f) << shift, shift + 7
+        if shift > 70:
+            raise ValueError('not of MindSpore')
+        if byte < 0x80:
+            return value, at
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield (number, value) of each field of a protobuf message: wire types 0 (number) and 2 (bytes)."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        value, at = _varint(data, at)
+        if key & 7 == 2:
+            if at + value > len(data):
+                raise ValueError('it ends too early')
+            value, at = data[at:at + value], at + value
+        elif key & 7 != 0:
+            raise ValueError('not of MindSpore')
+        yield key >> 3, value
+
+
+def _tensor(message: memoryview) -> tuple[list[int], str, bytes | memoryview]:
+    """Return (dims, type, content) of a Tensor message; dims are packed or not."""
+    dims, kind, content = [], 'Float32', b''
+    for number, item in _fields(message):
+        if number == 1 and isinstance(item, int):
+            dims.append(item)
+        elif number == 1:
+            at = 0
+            while at < len(item):
+                dim, at = _varint(item, at)
+                dims.append(dim)
+        elif number == 2:
+            kind = bytes(item).decode()
+        elif number == 3:
+            content = item
+    return dims, kind, content
+
+
+def read_mindspore(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a MindSpore checkpoint, under MindSpore's names, without MindSpore.
+
+    The format is protobuf: Checkpoint{repeated Value value=1}, Value{string tag=1; Tensor tensor=2},
+    Tensor{repeated int64 dims=1; string tensor_type=2; bytes tensor_content=3}. Several Values of one tag are the parts
+    of a large tensor.
+
+    Raises:
+        ValueError: a truncated file, a wrong checksum, or another format.
+    """
+    data = Path(path).read_bytes()
+    if data[-CRC_TAIL:-10] == b'crc_num':
+        if zlib.crc32(data[:-CRC_TAIL]) != int.from_bytes(data[-10:], 'big'):
+            raise ValueError(f'{path} is damaged: its checksum is wrong')
+        data = data[:-CRC_TAIL]
+    parts: dict[str, tuple[list[int], str, bytearray]] = {}
+    try:
+        for _, value in _fields(memoryview(data)):
+            entry = dict(_fields(value))
+            name = bytes(entry[1]).decode()
+            dims, kind, content = _tensor(entry[2])
+            parts.setdefault(name, (dims, kind, bytearray()))[2].extend(content)
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError):
+        raise ValueError('it ends too early or is not of MindSpore') from None
+    if not parts:
+        raise ValueError('it is empty')
+    tensors = {}
+    for name, (dims, kind, content) in parts.items():
+        if kind not in MINDSPORE_TYPES:
+            raise ValueError(f'{name} is of type {kind}')
+        dtype = MINDSPORE_TYPES[kind]
+        shape = [] if dims == [0] else dims  # MindSpore writes a scalar with dims [0]
+        if len(content) != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f'{name} has {len(content)} bytes for shape {tuple(shape)}')
+        tensors[name] = torch.frombuffer(content, dtype=dtype).reshape(shape)
+    return tensors
+
+
+# the model of weights
+
+SHARED = dict(num_heads=(1, 2, 4, 8), sr_ratios=(8, 4, 2, 1), num_features=1280, qkv_bias=True)  # of all variants
+
+
+def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Infer the arguments of cmt.CMT from the names and shapes of weights.
+
+    Weights without position bias are assumed to be MindCV's: tanh GELU, LayerNorm eps 1e-7, and 1, 2, 4, 8, ... heads,
+    which follow from no shape.
+
+    Returns:
+        Arguments by name; empty if the weights are of no CMT. Without `img_size` for MindCV's weights, which fit any
+        size, and for released tables of an input that is not square.
+    """
+    shapes = {cmt._released_name(cmt._plain_name(name)): tuple(value.shape) for name, value in weights.items()}
+    stages = [c for c in 'abcdefgh' if f'patch_embed_{c}.proj.weight' in shapes]
+    depths = [len({n.split('.')[1] for n in shapes if n.startswith(f'blocks_{c}.')}) for c in stages]
+    wanted = [f'blocks_{c}.0.mlp.conv1.0.weight' for c in stages] + ['stem_conv1.weight', '_fc.weight']
+    if not stages or any(name not in shapes for name in wanted):
+        return {}
+    dims = [shapes[f'patch_embed_{c}.proj.weight'][0] for c in stages]
+    tables = [shapes.get(f'relative_pos_{c}') for c in stages]
+    args = dict(
+        stem_chs=shapes['stem_conv1.weight'][0], in_chans=shapes['stem_conv1.weight'][1], embed_dims=tuple(dims),
+        depths=tuple(depths),
+        sr_ratios=tuple(shapes.get(f'blocks_{c}.0.attn.sr.0.weight', (1,))[-1] for c in stages),
+        mlp_ratios=tuple(_ratio(d, shapes[f'blocks_{c}.0.mlp.conv1.0.weight'][0]) for c, d in zip(stages, dims)),
+        num_features=shapes['_fc.weight'][0], num_classes=shapes.get('head.weight', (0,))[0],
+        qkv_bias='blocks_a.0.attn.q.bias' in shapes)
+    if None in tables:
+        return dict(args, num_heads=tuple(2 ** i for i in range(len(stages))),
+                    position_bias=False, act_layer='gelu_tanh', norm_eps=1e-7)
+    args['num_heads'] = tuple(table[0] for table in tables)
+    if len(tables[0]) == 5:
+        args['img_size'] = (4 * tables[0][1], 4 * tables[0][2])
+    elif math.isqrt(tables[0][1]) ** 2 == tables[0][1]:
+        args['img_size'] = (4 * math.isqrt(tables[0][1]),) * 2
+    return args
+
+
+def _ratio(dim: int, hidden: int) -> float:
+    """Return the ratio of fewest digits with int(dim * ratio) == hidden."""
+    ratios = [round(hidden / dim, digits) for digits in range(8)]
+    return next((ratio for ratio in ratios if int(dim * ratio) == hidden), (hidden + 0.5) / dim)
+
+
+def variant_of(model_args: dict[str, Any]) -> str | None:
+    """Return the name of the published model that these arguments make, if any."""
+    if any(model_args.get(key) != value for key, value in SHARED.items()):
+        return None
+    keys = 'stem_chs', 'embed_dims', 'depths'
+    return next((name for name, variant in cmt.MODELS.items()
+                 if all(variant.model_args[key] == model_args[key] for key in keys)), None)
+
+
+def _differences(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that differ from the published model of the same widths, besides size and classes."""
+    changed = {}
+    if not model_args.get('position_bias', True):
+        changed = {key: model_args[key] for key in ('position_bias', 'act_layer', 'norm_eps', 'mlp_ratios')}
+    variant = variant_of(model_args)
+    if variant:
+        def hidden(ratios):
+            return [int(dim * ratio) for dim, ratio in zip(model_args['embed_dims'], ratios)]
+        if hidden(model_args['mlp_ratios']) != hidden(cmt.MODELS[variant].model_args['mlp_ratios']):
+            changed['mlp_ratios'] = model_args['mlp_ratios']
+    if model_args.get('in_chans', 3) != 3:
+        changed['in_chans'] = model_args['in_chans']
+    return changed
+
+
+def identify(weights: Weights, model: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return the name of the model that weights fit, and the arguments that differ from that name's defaults.
+
+    Args:
+        weights: of a CMT.
+        model: name to use instead of the one in the file.
+
+    Returns:
+        A name in timm; arguments of cmt.CMT besides input size and number of classes.
+
+    Raises:
+        ValueError: the weights are of no CMT.
+    """
+    args = weights.model_args
+    if not args:
+        names = ', '.join(list(weights.state)[:3])
+        raise ValueError(f'{weights.source} does not fit the model: it holds no CMT ({names}, ...)')
+    saved, variant = weights.run_args.get('model'), variant_of(args)
+    saved = saved if isinstance(saved, str) and timm.is_model(saved) else None
+    if variant is None and cmt.ALIASES.get(saved, saved) in cmt.MODELS:
+        saved = None  # the run began from weights of no published size, under the name of any model
+    if saved or variant or (model and args.get('position_bias', True)):
+        return model or saved or variant, _differences(args)
+    # no published size: any name will do, since all of its arguments are replaced
+    return model or 'cmt_s', {key: value for key, value in args.items() if key not in ('img_size', 'num_classes')}
+
+
+def _names() -> str:
+    return ', '.join(timm.list_models('cmt_*', module='cmt'))
+
+
+def create_cmt(name: str, **kwargs) -> cmt.CMT:
+    """Create a CMT by its name in timm.
+
+    Raises:
+        ValueError: no model of that name, or one that is no CMT.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f'unknown model {name}: {_names()}')
+    try:
+        model = timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise ValueError(f'{name} is no CMT ({error})') from None
+    except RuntimeError as error:  # 'cmt_s.TAG'
+        raise ValueError(f'{name}: {error}') from None
+    if not isinstance(model, cmt.CMT):
+        raise ValueError(f'{name} is no CMT')
+    return model
+
+
+# loading
+
+def load_weights(model: nn.Module, weights: Weights, new_head: bool = False) -> str:
+    """Load all tensors of `weights` into a model, or raise and load none.
+
+    Args:
+        model: a CMT, or another timm model whose names the weights have.
+        weights: of the same model, under the names of any origin.
+        new_head: keep the head of `model` if it has another number of classes, and adapt the first convolution to
+            another number of input channels.
+
+    Returns:
+        One line on what was loaded, resampled and left new; also logged.
+
+    Raises:
+        ValueError: tensors missing, left over or of another shape; `model` is unchanged.
+    """
+    model_state, notes = model.state_dict(), []
+    if isinstance(model, cmt.CMT):
+        try:
+            state = cmt.checkpoint_filter_fn(weights.state, model)
+        except ODD_SHAPES as error:
+            raise ValueError(f'{weights.source} does not fit the model: {error}') from None
+        before, now = weights.model_args.get('img_size'), model.img_size
+        resampled = sum(name.endswith('position_bias') for name in model_state) if before not in (None, now) else 0
+        if resampled:
+            notes.append(f'{resampled} position biases resampled from {before[0]}x{before[1]} to {now[0]}x{now[1]}')
+    else:
+        state = {re.sub(r'^(module\.|_orig_mod\.)+', '', name): value for name, value in weights.state.items()}
+    kept = []  # tensors that stay as `model` has them
+    if new_head:
+        for name in ('head.weight', 'head.bias'):
+            if name not in model_state or name not in state or state[name].shape != model_state[name].shape:
+                state.pop(name, None)
+                kept += [name] if name in model_state else []
+        if kept:
+            notes.append(f'newly initialised: {", ".join(kept)}')
+        notes += _adapt_first_conv(model, model_state, state, weights.source)
+    _check_names_and_shapes(model_state, state, kept, weights)
+    model.load_state_dict({**{name: model_state[name] for name in kept}, **state})
+    words = {'model': 'weights', 'model_ema': 'EMA weights', 'mindspore': "weights in MindCV's form"}
+    line = '; '.join([
+        f'{weights.source}: {words.get(weights.kind, "weights")} ({weights.kind}), {len(state)} tensors', *notes])
+    logger.info('loaded %s', line)
+    return line
+
+
+def _adapt_first_conv(model: nn.Module, model_state: dict, state: dict, source: str) -> list[str]:
+    """Adapt the first convolution in `state` to the input channels of `model`; return notes for the log."""
+    first = getattr(model, 'default_cfg', {}).get('first_conv', 'stem.conv1') + '.weight'
+    if first not in state or first not in model_state or state[first].shape[1] == model_state[first].shape[1]:
+        return []
+    note = f'{first} adapted from {state[first].shape[1]} to {model_state[first].shape[1]} input channels'
+    try:
+        state[first] = adapt_input_conv(model_state[first].shape[1], state[first])
+    except (NotImplementedError, AssertionError):
+        raise ValueError(f'{source}: {note} is not possible, only from 3') from None
+    return [note]
+
+
+def _check_names_and_shapes(model_state: dict, state: dict, kept: list[str], weights: Weights) -> None:
+    """Raise ValueError if `state` and the model's `model_state`, except `kept`, differ in names or shapes."""
+    faults = [f'{name} missing' for name in model_state if name not in state and name not in kept]
+    faults += [f'{name} left over' for name in state if name not in model_state]
+    faults += [f'{name} {tuple(state[name].shape)} for {tuple(model_state[name].shape)}'
+               for name in model_state if name in state and state[name].shape != model_state[name].shape]
+    if faults:
+        variant = variant_of(weights.model_args)
+        origin = f' (it holds {variant})' if variant else ''
+        more = f'; and {len(faults) - SHOWN} more' if len(faults) > SHOWN else ''
+        raise ValueError(f'{weights.source} does not fit the model, its size or the number of classes{origin}: '
+                         f'{len(faults)} tensors differ ({"; ".join(faults[:SHOWN])}{more})')
+
+
+def build_model(
+        weights: Weights,
+        name: str | None = None,
+        num_classes: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        **kwargs,
+) -> cmt.CMT:
+    """Build the model of `weights`, load them, and set eval mode.
+
+    Args:
+        weights: of a CMT.
+        name: of the model; None for the name that `identify` finds.
+        num_classes: a number other than the file's makes a new head; None for the file's.
+        img_size: input size (pixels); None for the file's, or 224 if the weights fit any (MindCV's).
+        kwargs: further arguments of cmt.CMT, such as in_chans or dynamic_img_size.
+
+    Raises:
+        ValueError: weights of no CMT, or that do not fit `name` or `kwargs`.
+    """
+    name, differences = identify(weights, name)
+    args = weights.model_args
+    try:
+        model = create_cmt(
+            name, num_classes=args['num_classes'] if num_classes is None else num_classes,
+            img_size=img_size or args.get('img_size') or weights.run_args.get('input_size') or 224,
+            **{**differences, **kwargs})
+    except (RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f'no model can be built for {weights.source}: {error}') from None
+    load_weights(model, weights, new_head=num_classes is not None or 'in_chans' in kwargs)
+    return model.eval()
+
+
+def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.Module:
+    """Build the teacher of distillation, with its trained weights, not their EMA.
+
+    Args:
+        name: of any timm model; None for the model in `path`.
+        path: file with its weights; None for the pretrained weights of `name`.
+        classes: names of the classes of the data.
+
+    Raises:
+        ValueError: no such model or file, or a teacher of other classes.
+    """
+    if path is None:
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except Exception as error:  # clients of hubs raise anything
+            raise ValueError(f'--teacher-model {name}: {_first_line(error)}') from None
+    elif name is None or name.startswith('cmt_'):
+        weights = read_weights(path)
+        model = build_model(weights, name)
+        if weights.classes_for(model) not in (None, list(classes)):
+            raise ValueError(f'--teacher-path {path}: the teacher has other classes than the data')
+    elif timm.is_model(name):
+        model = timm.create_model(name, num_classes=len(classes))
+        load_weights(model, Weights.of(read_file(path), path))
+    else:
+        raise ValueError(f'unknown --teacher-model {name}')
+    if model.num_classes != len(classes):
+        raise ValueError(f'the teacher has {model.num_classes} classes, the data {len(classes)}: '
+                         '--teacher-path needs a teacher that was trained on this data')
+    return model
