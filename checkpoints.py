@@ -213,7 +213,7 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, 
                 return str(path), read_checkpoint(path)
             except ValueError as error:
                 faults.append(str(error))
-                logger.warning('%s: trying the previous checkpoint', error)
+                logger.warning('%s: trying the next older checkpoint', error)
     if faults:
         raise ValueError(f'no good checkpoint in {folder}: {faults[0]}')
     others = list(folder.glob('checkpoint_*.pth'))

@@ -27,6 +27,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from timm.models.nextvit import merge_pre_bn
 from timm.utils.model import reparameterize_model
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
@@ -82,6 +83,17 @@ def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio
     x = x.reshape(heads, old_kh, old_kw, height * width).permute(0, 3, 1, 2)  # (heads, N, kh, kw)
     x = F.interpolate(x, size=(kh, kw), mode='bicubic', align_corners=False)
     return x.reshape(heads, height, width, kh, kw).to(bias.dtype).contiguous()
+
+
+@register_notrace_function  # decided at each call, in a traced model too
+@torch.fx.wrap
+def detach_without_grad(bias: torch.Tensor) -> torch.Tensor:
+    """Return `bias`, detached while gradients are off.
+
+    Hooks on a block's inputs (torch's FLOP counter) fail on a view that requires grad then, and on a Parameter in
+    inference mode.
+    """
+    return bias if torch.is_grad_enabled() else bias.detach()
 
 
 @contextlib.contextmanager
@@ -172,7 +184,7 @@ class SpatialReduction(nn.Module):
 
     def reparameterize(self) -> None:
         """Fold BatchNorm into the convolution, for inference."""
-        if not isinstance(self.norm, nn.Identity):
+        if isinstance(self.norm, _BatchNorm):
             self.dw, self.norm = fuse_conv_bn_eval(self.dw.eval(), self.norm.eval()), nn.Identity()
 
 
@@ -250,7 +262,7 @@ class IRFFN(nn.Module):
 
         BatchNorm 1 stays: the 3x3 convolution pads its output with zeros, so its shift has no single bias.
         """
-        if not isinstance(self.norm2, nn.Identity):
+        if isinstance(self.norm2, _BatchNorm) and isinstance(self.norm3, _BatchNorm):
             merge_pre_bn(self.project, self.norm2)
             self.project = fuse_conv_bn_eval(self.project.eval(), self.norm3.eval())
             self.norm2, self.norm3 = nn.Identity(), nn.Identity()
@@ -318,12 +330,9 @@ class CMTStage(nn.Module):
 
     def forward(self, x):
         x = self.aggregation(x)
-        # Blocks get the Parameter, or a tensor without grad: hooks on a block's inputs (torch's FLOP counter) fail on a
-        # view that requires grad while gradients are off, and on a Parameter in inference mode.
         bias = self.position_bias
         if bias is not None:
-            if not torch.is_grad_enabled():
-                bias = bias.detach()
+            bias = detach_without_grad(bias)
             if self.dynamic_img_size:
                 bias = resample_position_bias(bias, x.shape[2], x.shape[3], self.sr_ratio)
         for block in self.blocks:
@@ -357,7 +366,7 @@ class HeadProjection(nn.Module):
 
     def reparameterize(self) -> None:
         """Fold BatchNorm into the convolution, for inference."""
-        if not isinstance(self.norm, nn.Identity):
+        if isinstance(self.norm, _BatchNorm):
             self.proj, self.norm = fuse_conv_bn_eval(self.proj.eval(), self.norm.eval()), nn.Identity()
 
 
@@ -504,7 +513,8 @@ class CMT(nn.Module):
         """Return a copy for inference, in eval mode, with a state dict of fewer names.
 
         BatchNorm after the spatial reduction, around the IRFFN's projection and in the head is folded, and the LPU's
-        residual; BatchNorm before padded convolutions stays. Children do it (`reparameterize`), as timm's tools expect.
+        residual. BatchNorm before padded convolutions stays, and FrozenBatchNorm2d everywhere. Children do it
+        (`reparameterize`), as timm's tools expect.
         """
         return reparameterize_model(self).eval().requires_grad_(False)
 

@@ -53,12 +53,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | Non
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         raise ValueError(f'the optimizer state in {source} is of another model or optimizer ({error})') from None
+    moments = getattr(optimizer, '_base_optimizer', optimizer).state  # timm's Lookahead has no state of its own
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
         for p in group['params']:
-            for key, moment in optimizer.state[p].items():
+            for key, moment in moments[p].items():
                 if isinstance(moment, torch.Tensor) and moment.ndim > 0:
-                    optimizer.state[p][key] = _fit_moment(moment, p, source)
+                    moments[p][key] = _fit_moment(moment, p, source)
 
 
 def _fit_moment(moment: torch.Tensor, p: torch.Tensor, source: str) -> torch.Tensor:

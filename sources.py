@@ -169,7 +169,8 @@ class TarImages(EncodedImages):
         members = [
             Member(tar, name, *place) for tar, path in enumerate(paths) for name, place in tar_index(path).items()]
         images = [m for m in members if is_image(m.name)]
-        if has_both(m.name for m in images):
+        both = has_both(m.name for m in images)
+        if both:
             images = [m for m in images if _part_folder(m.name) == part]
         where = self.paths[0] + (f' and {len(paths) - 1} more' if paths[1:] else '')
         if not images:
@@ -178,7 +179,7 @@ class TarImages(EncodedImages):
         if labels:
             names = [labels.get((m.tar, _key(m.name)), '') for m in images]
         else:
-            images, names = self._by_class(images, part)
+            images, names = self._by_class(images, part, both)
         unlabelled = [m.name for m, name in zip(images, names) if not name]
         if unlabelled:
             raise ValueError(f'{where} has no class for {unlabelled[0]}: images belong into class folders, '
@@ -202,9 +203,9 @@ class TarImages(EncodedImages):
                 labels[tar, _key(name)] = str(int(text))
         return labels
 
-    def _by_class(self, images: Sequence[Member], part: str) -> tuple[Sequence[Member], Sequence[str]]:
+    def _by_class(self, images: Sequence[Member], part: str, both: bool) -> tuple[Sequence[Member], Sequence[str]]:
         """Return the images in the order of ImageFolder, and the class name of each."""
-        names = _class_folders([m.name for m in images])
+        names = _class_folders([m.name for m in images], part if both else None)
         if not any(names) and self.paths[1:] and Path(self.paths[0]).parent.name == part:  # part/CLASS.tar
             names = [Path(self.paths[m.tar]).stem for m in images]
         pairs = sorted(zip(names, images), key=lambda pair: (pair[0], *os.path.split(pair[1].name)))
@@ -242,9 +243,14 @@ def has_both(names: Iterable[str]) -> bool:
     return {'train', 'val'} <= {_part_folder(name) for name in names if is_image(name)}
 
 
-def _class_folders(names: list[str]) -> list[str]:
-    """Return each image's class: the uppermost folder below those that all share, '' for none."""
+def _class_folders(names: list[str], part: str | None) -> list[str]:
+    """Return each image's class: the uppermost folder below the folder `part`, '' for none.
+
+    If `part` is None, it is the uppermost folder below those that all images share.
+    """
     folders = [name.split('/')[:-1] for name in names]
+    if part is not None:
+        return [(parts[parts.index(part) + 1:] or [''])[0] for parts in folders]
     start = len(os.path.commonprefix(folders))  # accepts any sequences
     if start and all(len(parts) == start for parts in folders):
         start -= 1  # all images are in one folder: the only class

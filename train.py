@@ -235,6 +235,10 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
     args = argparse.Namespace(**{**vars(args), 'model': name, 'loader': loader})
     with torch.device('meta'):
         create_model(args, num_classes=1, **model_args)
+    position = [(checkpoint or {}).get(key) for key in ('epoch', 'step', 'samples_seen')]
+    if any(other != (name, model_args, position) for other in utils.gather_from_ranks((name, model_args, position))):
+        raise ValueError('processes found different checkpoints: --output-dir has to lie on a file system that all '
+                         'nodes share')
     return args, Start(model_args, weights, checkpoint, source)
 
 
@@ -252,13 +256,13 @@ def build_data(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:
         has_train = not (args.eval or args.throughput) or not args.data_path or bool(args.val_split) or \
             not args.data_set.startswith(('IMNET', 'wds/')) or sources.has_part(args.data_path, 'train')
         folder = Path(args.data_path or '') / 'train'
-        needs_no_turns = args.data_set == 'DIGITS' or (
+        reads_alone = args.data_set == 'DIGITS' or (
             args.data_set == 'IMNET' and folder.is_dir() and not any(folder.glob('*.tar')))
     build = functools.partial(
         build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
         val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category)
     # one process a node downloads and indexes tars; each process lists a folder by itself
-    turns = contextlib.nullcontext() if all(utils.gather_from_ranks(needs_no_turns)) else utils.first_on_each_node()
+    turns = contextlib.nullcontext() if all(utils.gather_from_ranks(reads_alone)) else utils.first_on_each_node()
     with usage_errors(), turns:
         train = build(is_train=True, transform=transform) if has_train else None
         val = build(is_train=False, transform=build_transform(False, args.input_size),
@@ -395,9 +399,6 @@ def build_prepare(args: argparse.Namespace, has_mixup: bool, num_classes: int, d
 def open_output(run: Run, start: Start) -> None:
     """Prepare --output-dir: lock it, remove what is replaced or about to be trained again, write config.yaml."""
     args, state = run.args, run.state
-    if len(set(utils.gather_from_ranks((state.epoch, state.step, state.samples_seen)))) > 1:
-        raise ValueError('processes found different checkpoints: --output-dir has to lie on a file system that all '
-                         'nodes share')
     if not args.output_dir:
         if utils.get_rank() == 0:
             logger.warning('no --output-dir: nothing will be saved')
@@ -579,7 +580,8 @@ def finish(run: Run) -> None:
         state = run.state
         where = f'in epoch {state.epoch} after {state.step} of its steps' if state.step else \
             f'after epoch {state.epoch - 1}'
-        logger.info('stopped %s; --resume auto resumes there', where)
+        rest = '; --resume auto resumes there' if state.epoch < run.num_epochs else ', which was the last'
+        logger.info('stopped %s%s', where, rest)
         resumes_itself = run.args.resume == 'auto' and number != signal.SIGINT
         raise SystemExit(0 if resumes_itself else 128 + number)
 

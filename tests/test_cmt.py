@@ -415,6 +415,7 @@ def test_private_parts_of_timm_and_torch_are_where_they_were():
             'timm.models._builder.resolve_pretrained_cfg', 'timm.models._features.feature_take_indices',
             'timm.models._input.update_model_input_size', 'timm.models._hub.save_config_for_hf',
             'timm.models.nextvit.merge_pre_bn', 'timm.utils.model.reparameterize_model',
+            'torch.nn.modules.batchnorm._BatchNorm',
             'timm.data.auto_augment.NAME_TO_OP', 'timm.data.transforms.MaybePILToTensor',
             'timm.data.transforms.RandomResizedCropAndInterpolation', 'timm.data.random_erasing.RandomErasing',
             'timm.data.distributed_sampler.RepeatAugSampler', 'torch.nn.utils.fusion.fuse_conv_bn_eval',

@@ -44,6 +44,13 @@ def test_a_fused_model_is_fused_already():
     assert torch.equal(model.fuse()(images), model(images)) and model.fuse() is not model
 
 
+@torch.no_grad()
+def test_frozen_batch_norm_stays():
+    model = timm.utils.model.freeze_batch_norm_2d(with_statistics('cmt_ti', img_size=32))
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert (model.fuse()(images) - model(images)).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize('inplace', [False, True])
 @pytest.mark.parametrize('wrap', [lambda model: model, nn.Sequential], ids=['bare', 'wrapped'])
 @torch.no_grad()

@@ -246,6 +246,9 @@ def test_classes_are_the_uppermost_folders(tmp_path):
     for part in ('train', 'val'):
         assert named(path, part == 'train') == [
             (f'd/{part}/{label}/{part}.png', label, part.encode()) for label in labels]
+    path = members(tmp_path / 'single.tar', *(
+        (f'd/{part}/dog/{folder}/0.png', b'1') for part in ('train', 'val') for folder in ('s1', 's2')))
+    assert [label for is_train in (True, False) for _, label, _ in named(path, is_train)] == ['dog'] * 4
     for prefix in ('', 'set/', 'set/of/'):
         path = members(tmp_path / 'deep.tar', *(
             (f'./{prefix}{name}', b'1') for name in ('a/y/0.png', 'b/0.png', 'a/x/0.png')))
