@@ -95,6 +95,20 @@ def start(argv, ranks=1, output=os.devnull, before=None) -> list[multiprocessing
     return processes
 
 
+def at_step(monkeypatch, number, action):
+    """Do `action` in the training step after `number` others."""
+    import engine
+    step, calls = engine.TrainStep.__call__, []
+
+    def patched(self, *args):
+        calls.append(1)
+        if len(calls) == number + 1:
+            action()
+        return step(self, *args)
+
+    monkeypatch.setattr(engine.TrainStep, '__call__', patched)
+
+
 def finish(processes, status=0, timeout=120) -> None:
     """Wait for processes that are to end with `status`; else what they printed is shown."""
     try:
@@ -130,6 +144,10 @@ def same(a, b) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def finite(state) -> bool:
+    return all(value.isfinite().all() for value in state.values())
 
 
 def assert_same_run(folder, other) -> None:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from timm.layers import DropPath, set_fused_attn, use_fused_attn
 from timm.optim import param_groups_layer_decay
+from torch.fx import symbolic_trace
 from torch.utils.flop_counter import FlopCounterMode
 
 import cmt
@@ -76,9 +77,14 @@ def check_close(found, golden):
     assert np.abs(found.detach().numpy() - golden).max() <= 1e-9 * np.abs(golden).max()
 
 
-def check_golden(name):
+# golden values and names
+
+@pytest.mark.parametrize('name, attention', [
+    ('cmt_ti', False), ('cmt_ti', True), ('cmt_xs', True), ('cmt_s', True), ('cmt_b', True)], indirect=['attention'])
+def test_golden_values(name, attention):
     model, _, x = golden_model(name)
     figures = FIGURES[name]
+    assert model.stages[0].blocks[0].lmhsa.fused_attn == attention
     with torch.no_grad():
         check_close(model.eval()(x), GOLDEN[f'{name}.eval_logits'])
 
@@ -97,18 +103,6 @@ def check_golden(name):
         assert after[key].norm().item() == pytest.approx(norm, rel=1e-9), key
 
 
-# golden values and names
-
-def test_golden_values_of_cmt_ti(attention):
-    assert golden_model('cmt_ti')[0].stages[0].blocks[0].lmhsa.fused_attn == attention
-    check_golden('cmt_ti')
-
-
-@pytest.mark.parametrize('name', ['cmt_xs', 'cmt_s', 'cmt_b'])
-def test_golden_values(name):
-    check_golden(name)
-
-
 @pytest.mark.parametrize('name', FIGURES)
 def test_released_names_load_strictly_and_come_back_to_the_bit(name):
     model, released, _ = golden_model(name)
@@ -121,15 +115,6 @@ def test_released_names_load_strictly_and_come_back_to_the_bit(name):
     released['blocks_e.weight'] = torch.zeros(1)
     with pytest.raises(RuntimeError, match='blocks_e.weight'):
         model.load_state_dict(cmt.checkpoint_filter_fn(released, model))
-
-
-@pytest.mark.parametrize('name', FIGURES)
-def test_normalisation_eps(name):
-    for key, module in timm.create_model(name, device='meta').named_modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.eps == 1e-5, key
-        elif isinstance(module, nn.LayerNorm):
-            assert module.eps == (1e-5 if 'aggregation' in key else 1e-6), key
 
 
 # initialisation: the golden values cannot see it
@@ -225,12 +210,8 @@ def test_released_tables_of_another_size():
         cmt.checkpoint_filter_fn(cmt.to_released(small(img_size=(64, 96)).state_dict()), model)
 
 
-def traced(model):
-    return torch.fx.symbolic_trace(model)
-
-
 @pytest.mark.parametrize('dynamic', [False, True])
-@pytest.mark.parametrize('make', [lambda m: m, traced, torch.jit.script], ids=['eager', 'fx', 'script'])
+@pytest.mark.parametrize('make', [lambda m: m, symbolic_trace, torch.jit.script], ids=['eager', 'fx', 'script'])
 def test_a_wrong_size_is_named(make, dynamic):
     model = make(small(dynamic_img_size=dynamic).eval())
     with pytest.raises((ValueError, torch.jit.Error), match='(?s)70x64.*multiples of 32'):
@@ -272,19 +253,14 @@ def test_blocks_of_a_stage_share_one_position_bias():
     assert len(seen) == 2 and seen[0] is seen[1] is model.stages[1].position_bias
 
 
-def test_drop_path_rises_linearly_over_all_blocks():
-    model = small(drop_path_rate=0.5)
+def test_dropout_goes_where_it_is_asked_for_and_drop_path_rises_linearly():
+    model = small(drop_rate=0.1, proj_drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.5)
     blocks = [block for stage in model.stages for block in stage.blocks]
     rates = [getattr(path, 'drop_prob', 0.) for b in blocks for path in (b.drop_path1, b.drop_path2)]
     assert rates == pytest.approx([r for r in (0., 0.1, 0.2, 0.3, 0.4, 0.5) for _ in range(2)])
     assert isinstance(blocks[-1].drop_path2, DropPath)
-
-
-def test_dropout_goes_where_it_is_asked_for():
-    model = small(drop_rate=0.1, proj_drop_rate=0.2, attn_drop_rate=0.3)
-    block = model.stages[0].blocks[0]
-    found = model.head_drop.p, block.lmhsa.proj_drop.p, block.irffn.drop.p, block.lmhsa.attn_drop.p
-    assert found == (0.1, 0.2, 0.2, 0.3)
+    lmhsa = blocks[0].lmhsa
+    assert (model.head_drop.p, lmhsa.proj_drop.p, blocks[0].irffn.drop.p, lmhsa.attn_drop.p) == (0.1, 0.2, 0.2, 0.3)
     assert [timm.create_model(n, device='meta').head_drop.p for n in FIGURES] == [0.1, 0.1, 0.1, 0.3]
 
 
@@ -392,16 +368,12 @@ def test_torch_func(attention):
 
 
 @pytest.mark.parametrize('frozen', [True, False])
-def test_derivatives_that_the_fused_kernel_has_not_work_without_it(frozen):
+@pytest.mark.parametrize('attention', [False], indirect=True)
+def test_derivatives_that_the_fused_kernel_has_not_work_without_it(frozen, attention):
     """On a CPU: second derivatives, forward AD, and torch.func by images beside a position bias that is trained. timm's
     models with attention, or with a learned bias in it, need the same switch.
     """
-    before = use_fused_attn()
-    set_fused_attn(False)
-    try:
-        model, x = small(dtype=torch.float64).eval().requires_grad_(not frozen), images(64, 64).double()
-    finally:
-        set_fused_attn(before)
+    model, x = small(dtype=torch.float64).eval().requires_grad_(not frozen), images(64, 64).double()
     x.requires_grad_()
     gradient, = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     second, = torch.autograd.grad(gradient.square().sum(), x)
@@ -435,8 +407,8 @@ def test_script_trace_export_and_pickle(dynamic, attention):
     torch.jit.save(torch.jit.script(model), buffer)
     buffer.seek(0)
     assert torch.allclose(torch.jit.load(buffer)(x), expected, atol=1e-6)
-    assert torch.equal(traced(model)(x), expected)
-    traced(model.train())(x).sum().backward()
+    assert torch.equal(symbolic_trace(model)(x), expected)
+    symbolic_trace(model.train())(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     model = small(dynamic_img_size=dynamic).eval()
     exported = torch.export.export(model, (x,), dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1, max=64)}})
@@ -444,39 +416,18 @@ def test_script_trace_export_and_pickle(dynamic, attention):
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
 
 
-@pytest.mark.parametrize('train, checkpointing', [(False, False), (True, False), (True, True)])
-def test_compiles_as_one_graph(train, checkpointing):
-    torch._dynamo.reset()
-    model, compiled = (small(depths=(1, 1, 1, 1)).train(train) for _ in range(2))
-    compiled.set_grad_checkpointing(checkpointing)
-    x = images(64, 64)
-    for logits in (model(x), torch.compile(compiled, fullgraph=True, backend='aot_eager')(x)):
-        logits.square().sum().backward()
-    assert torch.allclose(compiled(x), model(x), atol=1e-5)
-    for (name, a), b in zip(model.named_parameters(), compiled.parameters()):
-        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4), name
-    for (name, a), b in zip(model.named_buffers(), compiled.buffers()):
-        assert torch.allclose(a, b, atol=1e-6), name
-
-
 def test_intermediates_and_pruning():
     model, x = small().eval(), images(64, 64)
     final, maps = model.forward_intermediates(x)
     assert torch.equal(final, model.forward_features(x)) and final.shape == (2, 64, 2, 2)
     assert [m.shape[1:] for m in maps] == [(8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 2, 2)]
-    early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
-    assert len(early) == 1 and torch.equal(early[0], maps[1])
+    assert torch.equal(model.forward_intermediates(x, indices=[1])[0], final)
+    last, early = model.forward_intermediates(x, indices=[1], stop_early=True)  # without the head
+    alone = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    assert len(early) == len(alone) == 1 and all(torch.equal(m, maps[1]) for m in (last, *early, *alone))
     assert model.prune_intermediate_layers([0, 2]) == [0, 2]
     assert len(model.stages) == 3 and model.num_features == 32 and isinstance(model.head_proj, nn.Identity)
     assert torch.equal(model(x), maps[2])
-
-
-def test_early_intermediates_come_without_the_head():
-    model, x = small().eval(), images(64, 64)
-    final, maps = model.forward_intermediates(x, indices=[1], stop_early=True)
-    assert len(maps) == 1 and torch.equal(final, maps[0])
-    final, maps = model.forward_intermediates(x, indices=[1])
-    assert torch.equal(final, model.forward_features(x))
 
 
 def test_channels_last_as_timm_asks_for_it():

@@ -38,19 +38,6 @@ RECIPES = {
 }
 
 
-def at_step(monkeypatch, number, action):
-    """Do `action` in the training step after `number` others."""
-    step, calls = engine.TrainStep.__call__, []
-
-    def patched(self, *args):
-        calls.append(1)
-        if len(calls) == number + 1:
-            action()
-        return step(self, *args)
-
-    monkeypatch.setattr(engine.TrainStep, '__call__', patched)
-
-
 # the schedule
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -120,10 +107,10 @@ def test_a_run_learns_and_writes_what_design_says(whole):
     assert all(int(state['step']) == 18 for state in last['optimizer']['state'].values())
 
 
-def test_a_small_model_learns(images, tmp_path):
+def test_a_small_model_learns(flags, tmp_path):
     nano.train([
-        *nano.FLAGS, '--data-path', images, '--output-dir', tmp_path / 'run', '--mixup', 0, '--cutmix', 0, '--aa',
-        'none', '--reprob', 0, '--drop', 0, '--drop-path', 0, '--no-repeated-aug', '--lr', 0.4, '--epochs', 5])
+        *flags, '--output-dir', tmp_path / 'run', '--mixup', 0, '--cutmix', 0, '--aa', 'none', '--reprob', 0,
+        '--drop', 0, '--drop-path', 0, '--no-repeated-aug', '--lr', 0.4, '--epochs', 5])
     lines = nano.log(tmp_path / 'run')
     assert lines[-1]['train_loss'] < 0.8 * lines[0]['train_loss'] and max(line['test_acc1'] for line in lines) > 60
 
@@ -149,9 +136,8 @@ def test_settings_beside_the_checkpoint_are_those_in_force(flags, whole):
     assert yaml.safe_load(text)['model-ema-decay'] == 0.9
 
 
-def test_ema_averages_from_the_first_step_with_the_rate_given(images, tmp_path):
-    argv = [*nano.FLAGS, '--data-path', images, '--output-dir', tmp_path / 'run', '--epochs', 1, '--batch-size', 48,
-            '--model-ema-decay', 0.75]
+def test_ema_averages_from_the_first_step_with_the_rate_given(flags, tmp_path):
+    argv = [*flags, '--output-dir', tmp_path / 'run', '--epochs', 1, '--batch-size', 48, '--model-ema-decay', 0.75]
     nano.train(argv)
     last = nano.read(tmp_path / 'run')
     random_seed(3407)
@@ -163,14 +149,16 @@ def test_ema_averages_from_the_first_step_with_the_rate_given(images, tmp_path):
             assert torch.allclose(last['model_ema'][name], expected, rtol=1e-5, atol=1e-7), name
 
 
-def test_best_files_are_those_of_the_best_epochs(flags, tmp_path, monkeypatch):
+def test_kept_files_are_those_of_the_best_and_the_last_epochs(flags, tmp_path, monkeypatch):
     scores = iter((50., 10., 70., 30., 60., 20.))  # of the model and its average by turns
     monkeypatch.setattr(train, 'evaluate', lambda *_, **__: dict(acc1=next(scores), acc5=100., loss=1., count=27))
-    nano.train([*flags, '--output-dir', tmp_path, '--batch-size', 48, '--accum-steps', 1])
+    nano.train([*flags, '--output-dir', tmp_path, '--batch-size', 48, '--accum-steps', 1, '--keep-checkpoints', 2])
     assert nano.read(tmp_path, 'checkpoint_best.pth')['epoch'] == 1
     assert nano.read(tmp_path, 'checkpoint_ema_best.pth')['epoch'] == 1
-    best = nano.read(tmp_path)['best']
-    assert best['acc1'] == 70 and best['ema_acc1'] == 30
+    last = nano.read(tmp_path)
+    assert last['best']['acc1'] == 70 and last['best']['ema_acc1'] == 30
+    assert sorted(path.name[11:15] for path in tmp_path.glob('checkpoint_0*')) == ['0001', '0002']
+    assert nano.same(nano.read(tmp_path, 'checkpoint_0002.pth'), last)
 
 
 def test_head_drop_is_the_models_own_unless_given():
@@ -192,14 +180,12 @@ def test_weight_decay_is_for_all_but_vectors_and_the_rate_follows_depth():
     args.layer_decay = 0.5
     groups = optim.build_optimizer(args, model, 1.).param_groups
     rates = {names[id(p)]: group.get('lr_scale', 1.) for group in groups for p in group['params']}
-    stem = rates[next(name for name in rates if name.startswith('stem'))]
-    stages = [{rate for name, rate in rates.items() if name.startswith(f'stages.{i}.')} for i in range(4)]
-    assert rates['head.weight'] == max(rates.values()) == 1.
-    assert stem < min(stages[0]) and all(max(a) < max(b) for a, b in zip(stages, stages[1:]))
+    depths = ['stem.conv1', *(f'stages.{i}.blocks.0.lpu.dw' for i in range(4)), 'head']
+    assert [rates[f'{name}.weight'] for name in depths] == [0.5 ** i for i in range(5, -1, -1)]
 
 
 @pytest.mark.parametrize('mixup', [True, False])
-def test_smoothing_reaches_the_loss(images, tmp_path, monkeypatch, mixup):
+def test_smoothing_reaches_the_loss(flags, monkeypatch, mixup):
     seen, build = [], train.build_criterion
 
     def noted(*args):
@@ -208,7 +194,7 @@ def test_smoothing_reaches_the_loss(images, tmp_path, monkeypatch, mixup):
                                          seen[-1][2])[1]
 
     monkeypatch.setattr(train, 'build_criterion', noted)
-    nano.train([*nano.FLAGS, '--data-path', images, '--epochs', 1, '--batch-size', 48, '--smoothing', 0.3,
+    nano.train([*flags, '--epochs', 1, '--batch-size', 48, '--smoothing', 0.3,
                 *([] if mixup else ['--mixup', 0, '--cutmix', 0])])
     outputs, targets, loss = seen[0]
     if mixup:
@@ -221,21 +207,18 @@ def test_smoothing_reaches_the_loss(images, tmp_path, monkeypatch, mixup):
 # evaluation
 
 @pytest.mark.parametrize('name, ema', [('checkpoint_best.pth', False), ('checkpoint_ema_best.pth', True)])
-def test_eval_prints_what_the_log_has(flags, whole, capsys, name, ema):
-    nano.train([*flags, '--eval', '--resume', whole / name, *([] if ema else ['--no-model-ema'])])
+def test_eval_prints_what_the_log_has_from_the_validation_folder_alone(
+        flags, images, whole, tmp_path, capsys, name, ema):
+    (tmp_path / 'val').symlink_to(images / 'val')
+    nano.train([*flags, '--data-path', tmp_path, '--eval', '--resume', whole / name,
+                *([] if ema else ['--no-model-ema'])])
     line = nano.log(whole)[nano.read(whole, name)['epoch']]
     prefix = 'ema_test_' if ema else 'test_'
     acc1, acc5, loss = (line[prefix + key] for key in ('acc1', 'acc5', 'loss'))
     out = capsys.readouterr().out.splitlines()
     assert f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}' in out
     assert f'Accuracy of the network on the 27 test images: {acc1:.3f}%' in out
-
-
-def test_eval_needs_the_validation_folder_alone(flags, images, whole, tmp_path, capsys):
-    (tmp_path / 'val').symlink_to(images / 'val')
-    nano.train([*flags, '--data-path', tmp_path, '--eval', '--resume', whole / 'checkpoint_last.pth'])
-    assert 'on the 27 test images' in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['val']
+    assert [path.name for path in tmp_path.iterdir()] == ['val']
 
 
 def test_two_ranks_train_and_score_as_one_does(flags, tmp_path, capsys):
@@ -260,22 +243,27 @@ def test_two_ranks_train_and_score_as_one_does(flags, tmp_path, capsys):
 
 # resuming
 
-def test_resume_from_the_end_of_an_epoch(flags, whole, tmp_path):
+@pytest.mark.parametrize('damaged', [False, True])
+def test_resume_from_the_end_of_an_epoch(flags, whole, tmp_path, capsys, damaged):
+    """From that of the epoch before, where the newest file is damaged."""
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
-        at_step(patch, 13, lambda: (_ for _ in ()).throw(RuntimeError('killed')))
+        nano.at_step(patch, 13, lambda: (_ for _ in ()).throw(RuntimeError('killed')))
         nano.train(run)
     with open(tmp_path / 'run' / 'log.txt', 'a') as file:
         file.write('{"epoch": 2, "train_l')  # as a kill in mid-write leaves it
     assert nano.read(tmp_path / 'run')['epoch'] == 1
+    path = tmp_path / 'run' / 'checkpoint_last.pth'
+    path.write_bytes(path.read_bytes()[:-1000 if damaged else None])
     nano.train(run)
+    assert bool(re.search(f'{path} is .*damaged', capsys.readouterr().out)) == damaged
     nano.assert_same_run(whole, tmp_path / 'run')
 
 
 def test_resume_in_mid_epoch_loads_only_the_rest(flags, whole, tmp_path, monkeypatch):
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--save-every-steps', 2]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
-        at_step(patch, 11, lambda: (_ for _ in ()).throw(RuntimeError('killed')))
+        nano.at_step(patch, 11, lambda: (_ for _ in ()).throw(RuntimeError('killed')))
         nano.train(run)
     saved = nano.read(tmp_path / 'run')
     assert (saved['epoch'], saved['step'], saved['samples_seen']) == (1, 4, 64)
@@ -294,7 +282,7 @@ def test_a_run_of_commit_9777bd7_is_resumed_with_the_same_bits(flags, whole, tmp
     """
     run = [*flags, '--output-dir', tmp_path / 'run', '--save-every-steps', 2]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
-        at_step(patch, 11, lambda: (_ for _ in ()).throw(RuntimeError('killed')))
+        nano.at_step(patch, 11, lambda: (_ for _ in ()).throw(RuntimeError('killed')))
         nano.train(run)
     saved = nano.read(tmp_path / 'run')
 
@@ -348,16 +336,6 @@ def test_kill_9_at_twenty_moments(flags, whole, tmp_path, workers):
         nano.assert_same_run(whole, tmp_path / f'run{point}')
 
 
-def test_a_damaged_newest_file_falls_back(flags, whole, tmp_path, capsys):
-    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
-    nano.train([*run, '--epochs', 3])
-    path = tmp_path / 'run' / 'checkpoint_last.pth'
-    path.write_bytes(path.read_bytes()[:-1000])
-    nano.train(run)
-    assert re.search(f'{path} is .*damaged', capsys.readouterr().out)
-    nano.assert_same_run(whole, tmp_path / 'run')
-
-
 def test_elastic_restart_sees_each_sample_once(flags, tmp_path, monkeypatch):
     """One rank after two, in mid-epoch: the rest of the same order."""
     run = [*flags, '--no-repeated-aug', '--epochs', 1, '--output-dir', tmp_path / 'run', '--resume', 'auto']
@@ -373,7 +351,7 @@ def test_elastic_restart_sees_each_sample_once(flags, tmp_path, monkeypatch):
 
     def stop_early(rank):
         patch = pytest.MonkeyPatch()
-        at_step(patch, 1, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGTERM))
+        nano.at_step(patch, 1, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGTERM))
 
     output = tmp_path / 'out.txt'
     nano.finish(nano.start(run, ranks=2, output=output, before=stop_early))
@@ -394,7 +372,7 @@ def test_a_signal_saves_and_stops_within_a_step(flags, whole, tmp_path, monkeypa
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
     sys.argv = ['train.py', *map(str, run)]
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 8, lambda: os.kill(os.getpid(), number))
+        nano.at_step(patch, 8, lambda: os.kill(os.getpid(), number))
         assert train.cli() == status
     saved = nano.read(tmp_path / 'run')
     assert (saved['epoch'], saved['step']) == (1, 3)
@@ -407,7 +385,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both(flags, tmp_path):
     run = [*flags, '--epochs', 2, '--output-dir', tmp_path / 'run', '--resume', 'auto']
 
     def signalled(rank):
-        at_step(pytest.MonkeyPatch(), 4, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGTERM))
+        nano.at_step(pytest.MonkeyPatch(), 4, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGTERM))
 
     nano.finish(nano.start(run, ranks=2, before=signalled))
     saved = nano.read(tmp_path / 'run')
@@ -430,7 +408,7 @@ def signal_group(number):
 
 def test_a_signal_to_the_whole_group_spares_the_loaders_until_the_end(flags, whole, tmp_path):
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--num-workers', 2]
-    nano.finish(nano.start(run, output=tmp_path / 'out.txt', before=lambda rank: at_step(
+    nano.finish(nano.start(run, output=tmp_path / 'out.txt', before=lambda rank: nano.at_step(
         pytest.MonkeyPatch(), 8, lambda: signal_group(signal.SIGTERM))))
     assert nano.read(tmp_path / 'run')['step'] == 3
     nano.train(run)
@@ -511,10 +489,6 @@ def poison(monkeypatch, number, what, rank=0):
     monkeypatch.setattr(engine.Prepare, '__call__', patched)
 
 
-def finite(state):
-    return all(value.isfinite().all() for value in state.values())
-
-
 @pytest.mark.parametrize('what', ['input', 'loss'])
 def test_a_nan_of_one_rank_stops_both_and_nothing_of_it_is_saved(flags, tmp_path, what):
     output = tmp_path / 'out.txt'
@@ -527,14 +501,14 @@ def test_a_nan_of_one_rank_stops_both_and_nothing_of_it_is_saved(flags, tmp_path
     assert text.count('train.py: error: epoch 1, step 1: loss or gradient is not finite') == 1
     assert 'Traceback' not in text
     saved = nano.read(tmp_path / 'run')
-    assert (saved['epoch'], saved['step']) == (1, 1) and finite(saved['model']) and finite(saved['model_ema'])
+    assert (saved['epoch'], saved['step']) == (1, 1) and nano.finite(saved['model']) and nano.finite(saved['model_ema'])
 
 
 def test_skipped_updates_leave_no_trace_and_are_counted(flags, tmp_path, monkeypatch):
     poison(monkeypatch, 5, 'input')
     nano.train([*flags, '--epochs', 2, '--on-nonfinite', 'skip', '--output-dir', tmp_path / 'run'])
     saved = nano.read(tmp_path / 'run')
-    assert finite(saved['model']) and finite(saved['model_ema'])
+    assert nano.finite(saved['model']) and nano.finite(saved['model_ema'])
     assert {int(state['step']) for state in saved['optimizer']['state'].values()} == {11}
     assert [line['skipped_updates'] for line in nano.log(tmp_path / 'run')] == [1, 0]
 
@@ -608,14 +582,6 @@ def test_factored_moments_of_linear_layers_are_refused(tmp_path):
     optim.load_optimizer(new, new.state_dict(), 'new.pth')
     with pytest.raises(ValueError, match='old.pth, an older file, are of linear layers.*--finetune'):
         optim.load_optimizer(new, old.state_dict(), 'old.pth')
-
-
-def test_a_folder_is_cleared_for_a_run_that_goes_on_from_elsewhere(flags, whole, tmp_path):
-    nano.train([*flags, '--epochs', 1, '--keep-checkpoints', 9, '--output-dir', tmp_path])
-    nano.train([*flags, '--resume', whole / 'checkpoint_last.pth', '--overwrite', '--output-dir', tmp_path,
-                '--epochs', 4])
-    assert [line['epoch'] for line in nano.log(tmp_path)] == [3]
-    assert not (tmp_path / 'checkpoint_0000.pth').exists()
 
 
 # mistakes
@@ -719,22 +685,14 @@ def test_folders_that_ranks_do_not_share_are_told(flags, whole, tmp_path):
         'nodes share']
 
 
-def test_overwrite_clears_the_run(flags, tmp_path):
-    run = [*flags, '--output-dir', tmp_path / 'run', '--epochs', 1]
-    nano.train([*run, '--epochs', 2, '--keep-checkpoints', 2])
-    assert (tmp_path / 'run' / 'checkpoint_0001.pth').exists()
-    nano.train([*run, '--overwrite'])
-    assert [line['epoch'] for line in nano.log(tmp_path / 'run')] == [0]
-    assert not list((tmp_path / 'run').glob('checkpoint_0*'))
-    assert not (tmp_path / 'run' / 'checkpoint_prev.pth').exists()
-
-
-def test_keep_checkpoints_keeps_the_last(flags, tmp_path):
-    nano.train([*flags, '--output-dir', tmp_path / 'run', '--keep-checkpoints', 2, '--batch-size', 48])
-    assert [path.name for path in sorted((tmp_path / 'run').glob('checkpoint_0*'))] == [
-        'checkpoint_0001.pth', 'checkpoint_0002.pth']
-    name, state = checkpoints.newest_checkpoint(tmp_path / 'run')
-    assert nano.same(nano.read(tmp_path / 'run', 'checkpoint_0002.pth'), state)
+@pytest.mark.parametrize('elsewhere', [False, True])
+def test_overwrite_clears_the_folder_also_for_a_run_that_goes_on_from_elsewhere(flags, whole, tmp_path, elsewhere):
+    nano.train([*flags, '--epochs', 2, '--keep-checkpoints', 2, '--output-dir', tmp_path])
+    assert (tmp_path / 'checkpoint_0001.pth').exists()
+    more = ['--epochs', 4, '--resume', whole / 'checkpoint_last.pth'] if elsewhere else ['--epochs', 1]
+    nano.train([*flags, *more, '--overwrite', '--output-dir', tmp_path])
+    assert [line['epoch'] for line in nano.log(tmp_path)] == [3 if elsewhere else 0]
+    assert not list(tmp_path.glob('checkpoint_0*')) and not (tmp_path / 'checkpoint_prev.pth').exists()
 
 
 @pytest.mark.parametrize('pause, workers', [(0.05, 0), (0.05, 1), (0., 1)])
