@@ -1,6 +1,6 @@
 """Files in configs/: each parses and trains for two steps on a little data of its kind."""
-import functools
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,7 @@ import timm
 import torch
 import torchvision.datasets
 import yaml
-from PIL import Image
-from test_finetune import write_inat
+from test_finetune import pictures, write_inat
 
 import engine
 import nano
@@ -60,29 +59,12 @@ def test_mindcvs_schedule():
     assert rates[5:] == pytest.approx(decay, rel=1e-6)
 
 
-def pictures(folder, names):
-    folder.mkdir(parents=True)
-    for i, name in enumerate(names):
-        Image.fromarray(np.full((40, 40, 3), 10 * i, np.uint8)).save(folder / name)
-
-
-def write_cifar(root, label, folder, files, meta):
+def write_cifar(root, folder, label, files, meta, classes):
     (root / folder).mkdir(parents=True)
     for name, count in files.items():
         entry = {'data': np.zeros((count, 3072), np.uint8), label: [i % 4 for i in range(count)]}
         (root / folder / name).write_bytes(pickle.dumps(entry))
-    key, classes = meta[1]
-    (root / folder / meta[0]).write_bytes(pickle.dumps({key: [str(i) for i in range(classes)]}))
-
-
-def write_cifar10(root):
-    files = {f'data_batch_{i}': (4, 3, 3, 3, 3)[i - 1] for i in range(1, 6)}
-    write_cifar(root, 'labels', 'cifar-10-batches-py', {**files, 'test_batch': 4},
-                ('batches.meta', ('label_names', 10)))
-
-
-def write_cifar100(root):
-    write_cifar(root, 'fine_labels', 'cifar-100-python', {'train': 16, 'test': 4}, ('meta', ('fine_label_names', 100)))
+    (root / folder / meta).write_bytes(pickle.dumps({f'{label[:-1]}_names': [str(i) for i in range(classes)]}))
 
 
 def write_cars(root):
@@ -114,5 +96,11 @@ def write_pets(root):
         (root / 'annotations' / f'{part}.txt').write_text(''.join(f'{"AB"[i % 2]}_{i} {1 + i % 2} 1 1\n' for i in ids))
 
 
-WRITERS = {'CIFAR10': write_cifar10, 'CIFAR100': write_cifar100, 'CARS': write_cars, 'FLOWERS102': write_flowers,
-           'PETS': write_pets, 'INAT18': functools.partial(write_inat, year=2018)}
+WRITERS = {
+    'CARS': write_cars, 'FLOWERS102': write_flowers, 'PETS': write_pets, 'INAT18': partial(write_inat, year=2018),
+    'CIFAR10': partial(
+        write_cifar, folder='cifar-10-batches-py', label='labels', meta='batches.meta', classes=10,
+        files={**{f'data_batch_{i}': 4 if i == 1 else 3 for i in range(1, 6)}, 'test_batch': 4}),
+    'CIFAR100': partial(
+        write_cifar, folder='cifar-100-python', label='fine_labels', meta='meta', classes=100,
+        files={'train': 16, 'test': 4})}

@@ -4,21 +4,18 @@ import hashlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from test_weights import MINDCV, check_mindcv_logits
 
 import cmt
 import convert_checkpoint
 import nano
 import utils
 import weights
-
-MINDCV = Path(__file__).parent / 'mindcv_cmt_nano.ckpt'  # see test_weights.py
 
 
 def drawn_state(name='cmt_nano', seed=0, dtype=torch.float32, **kwargs):
@@ -95,6 +92,7 @@ def test_a_folder_that_timm_opens(run_file, tmp_path, capsys):
     for source in (str(tmp_path / 'out'), f'local-dir:{tmp_path / "out"}'):
         found = weights.read_weights(source)
         again = weights.build_model(found)
+        assert nano.same(again.state_dict(), reference.state_dict()) and weights.identify(found)[0] == 'cmt_nano'
         assert torch.equal(again(x), reference(x)) and found.classes_for(again) == ['cat', 'dog', 'eel']
     resumed = weights.find_checkpoint(str(tmp_path / 'out'), None, False)[1]
     assert nano.same(dict(resumed['model']), dict(found.state))
@@ -109,7 +107,7 @@ def test_a_folder_that_timm_opens(run_file, tmp_path, capsys):
     assert other(torch.randn(1, 1, 96, 96)).shape == (1, 5)
 
 
-def test_weights_of_choice(run_file, tmp_path):
+def test_weights_of_choice_and_a_file_replaced_from_another_folder(run_file, tmp_path):
     for choice, kind in (('ema', 'model_ema'), ('model', 'model')):
         convert(tmp_path, 'run.pth', f'{choice}.safetensors', '--weights', choice)
         assert nano.same(dict(sorted(run_file[kind].items())),
@@ -118,35 +116,28 @@ def test_weights_of_choice(run_file, tmp_path):
         state = torch.load(tmp_path / f'{choice}.pth', weights_only=True)
         assert nano.same(state['model'], run_file[kind]) and 'model_ema' not in state
         assert state['classes'] == ['cat', 'dog', 'eel'] and state['epoch'] == 4
-    convert(tmp_path, 'ema.safetensors', 'again.pth')
-    assert nano.same(torch.load(tmp_path / 'again.pth', weights_only=True)['model'], run_file['model_ema'])
+    done = subprocess.run([sys.executable, convert_checkpoint.__file__, 'ema.safetensors', 'model.pth', '--overwrite'],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert nano.same(torch.load(tmp_path / 'model.pth', weights_only=True)['model'], run_file['model_ema'])
 
 
-def test_mindcv_form(tmp_path, mistake):
+def test_mindspore_file(tmp_path, mistake):
     """timm opens MindCV's form with its own arithmetic; released names have no place for it."""
-    torch.manual_seed(0)
-    model = timm.create_model('cmt_ti', num_classes=3, img_size=32, position_bias=False, act_layer='gelu_tanh',
-                              norm_eps=1e-7, depths=(1, 1, 1, 1), embed_dims=(8, 16, 16, 32), num_features=16).eval()
-    torch.save({'model': model.state_dict()}, tmp_path / 'mindcv.pth')
-    convert(tmp_path, 'mindcv.pth', 'out')
-    opened = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
-    x = torch.randn(2, 3, *opened.img_size)
-    reference, again = (
-        weights.build_model(weights.read_weights(str(tmp_path / name))) for name in ('mindcv.pth', 'out'))
-    assert torch.equal(opened(x), reference(x)) and torch.equal(again(x), reference(x))
-    assert opened.stages[0].position_bias is None and opened.num_classes == model.num_classes
-    assert 'position bias' in mistake(convert_checkpoint, 'mindcv.pth', 'back.pth', '--format', 'released')
-
-
-def test_mindspore_file(tmp_path):
-    convert_checkpoint.main([str(MINDCV), str(tmp_path / 'out')])
-    convert_checkpoint.main([str(MINDCV), str(tmp_path / 'out.pth')])
-    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, img_size=64).eval()
-    again = weights.build_model(weights.read_weights(str(tmp_path / 'out.pth')), img_size=64)
-    x = torch.from_numpy(np.random.RandomState(64).standard_normal((2, 3, 64, 64))).float()
-    expected = torch.from_numpy(np.loadtxt(MINDCV.with_name('mindcv_cmt_nano_logits.txt'))).float()
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-4)
-    assert torch.equal(again.eval()(x), model(x))
+    for out in ('out.pth', 'direct'):
+        convert_checkpoint.main([str(MINDCV), str(tmp_path / out)])
+    convert(tmp_path, 'out.pth', 'out')
+    for name in ('out.pth', 'direct', 'out'):
+        found = weights.read_weights(str(tmp_path / name))
+        check_mindcv_logits(weights.build_model(found, img_size=64))
+        if name != 'out.pth':
+            source = f'local-dir:{tmp_path / name}'
+            check_mindcv_logits(timm.create_model(source, pretrained=True, img_size=64).eval())
+            opened, again = timm.create_model(source, pretrained=True).eval(), weights.build_model(found)
+            x = torch.randn(2, 3, *opened.img_size)
+            assert torch.equal(opened(x), again(x)) and opened.stages[0].position_bias is None
+            assert opened.num_classes == 10
+    assert 'position bias' in mistake(convert_checkpoint, 'out.pth', 'back.pth', '--format', 'released')
 
 
 @pytest.mark.parametrize('argv, reason', [
@@ -171,12 +162,3 @@ def test_mistakes_write_nothing(run_file, tmp_path, mistake, argv, reason):
     torch.save({'conv1.weight': torch.zeros(4, 3, 7, 7)}, tmp_path / 'resnet.pth')
     torch.save({'model': run_file['model']}, tmp_path / 'plain.pth')
     assert reason in mistake(convert_checkpoint, *argv)
-
-
-def test_command_line_replaces_a_file_from_another_folder(tmp_path):
-    torch.save(drawn_state('cmt_nano'), tmp_path / 'bare.pth')
-    (tmp_path / 'out.pth').write_text('old')
-    done = subprocess.run([sys.executable, convert_checkpoint.__file__, 'bare.pth', 'out.pth', '--overwrite'],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert nano.same(torch.load(tmp_path / 'out.pth', weights_only=True)['model'], drawn_state('cmt_nano'))

@@ -7,12 +7,11 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from test_finetune import few_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import nano
-import options
 import train
-from datasets import Digits
 from losses import DistillationLoss, Teacher
 from weights import build_teacher
 
@@ -22,27 +21,21 @@ def softmax(row):
     return [math.exp(v) / total for v in row]
 
 
-def test_soft_loss_by_hand():
-    outputs, teacher_outputs, targets = [[1., 2., 0.], [0., -1., 3.]], [[2., 0., 1.], [1., 1., -2.]], [1, 2]
-    alpha, tau = 0.3, 2.5
-    entropy = -sum(math.log(softmax(row)[t]) for row, t in zip(outputs, targets)) / 2
-    divergence = 0.
-    for row, teacher in zip(outputs, teacher_outputs):
-        q, p = softmax([v / tau for v in row]), softmax([v / tau for v in teacher])
-        divergence += sum(b * math.log(b / a) for a, b in zip(q, p))
-    expected = 0.7 * entropy + 0.3 * tau ** 2 * divergence / 6  # 2 images x 3 classes
-    found = DistillationLoss(nn.CrossEntropyLoss(), 'soft', alpha, tau)(
-        torch.tensor(outputs), torch.tensor(targets), torch.tensor(teacher_outputs))
-    assert found.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_hard_loss_by_hand():
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+def test_loss_by_hand(kind):
     outputs, teacher_outputs, targets = [[1., 2., 0.], [0., -1., 3.]], [[2., 0., 1.], [1., 1.5, -2.]], [1, 2]
+    alpha, tau = 0.3, 2.5
     entropy, distillation = (
         -sum(math.log(softmax(row)[t]) for row, t in zip(outputs, labels)) / 2 for labels in (targets, [0, 1]))
-    found = DistillationLoss(nn.CrossEntropyLoss(), 'hard', 0.25)(
+    if kind == 'soft':
+        divergence = 0.
+        for row, teacher in zip(outputs, teacher_outputs):
+            q, p = softmax([v / tau for v in row]), softmax([v / tau for v in teacher])
+            divergence += sum(b * math.log(b / a) for a, b in zip(q, p))
+        distillation = tau ** 2 * divergence / 6  # 2 images x 3 classes
+    found = DistillationLoss(nn.CrossEntropyLoss(), kind, alpha, tau)(
         torch.tensor(outputs), torch.tensor(targets), torch.tensor(teacher_outputs))
-    assert found.item() == pytest.approx(0.75 * entropy + 0.25 * distillation, rel=1e-5)
+    assert found.item() == pytest.approx(0.7 * entropy + 0.3 * distillation, rel=1e-5)
 
 
 class Recorder(nn.Module):
@@ -99,27 +92,6 @@ def test_teachers_that_do_not_fit(tmp_path):
     assert Teacher(build_teacher('resnet18', str(tmp_path / 'resnet.pth'), ['a', 'b'])).size == (224, 224)
     with pytest.raises(ValueError, match='does not fit'):
         build_teacher('resnet18', str(tmp_path / 'resnet.pth'), ['a', 'b', 'c'])
-
-
-@pytest.mark.parametrize('line, words', [
-    ('--distillation-type soft', 'needs --teacher-model or --teacher-path'),
-    ('--teacher-model resnet18', 'a teacher needs --distillation-type')])
-def test_mistakes(capsys, line, words):
-    with pytest.raises(SystemExit):
-        options.parse_args(line.split())
-    assert words in capsys.readouterr().err
-
-
-def few_digits(root, per_class=20):
-    """Write a folder of the first scanned digits of each class for training, and all held-out digits."""
-    for part in ('train', 'val'):
-        digits, count = Digits(part == 'train', 32), {}
-        for image, label in zip(digits.images, digits.targets):
-            count[label] = number = count.get(label, 0) + 1
-            if part == 'val' or number <= per_class:
-                (root / part / str(label)).mkdir(parents=True, exist_ok=True)
-                image.save(root / part / str(label) / f'{number:03d}.png')
-    return root
 
 
 # mixup and cutmix make more images of the few; a teacher's outputs fit mixed images better than mixed labels do

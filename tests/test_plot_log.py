@@ -4,14 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import plot_log
 
-SCRIPT = Path(__file__).parent.parent / 'scripts' / 'plot_log.py'
+LINE = '{"epoch": 0}\n'
 
 
 def record(epoch, tested=True):
@@ -86,7 +85,7 @@ def test_command_line(tmp_path):
 import runpy, sys
 sys.modules['torch'] = None  # an import of torch fails
 sys.argv = ['plot_log.py', 'run', '-o', 'out.PNG']
-runpy.run_path({str(SCRIPT)!r}, run_name='__main__')
+runpy.run_path({plot_log.__file__!r}, run_name='__main__')
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, 'out.PNG: 2 epochs\n'), done.stderr
@@ -96,33 +95,25 @@ runpy.run_path({str(SCRIPT)!r}, run_name='__main__')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['out.PNG', 'run']
 
 
-@pytest.mark.parametrize('content, message', [
-    (None, 'there is no'),
-    ('', 'is empty'),
-    ('{"train_loss": 1', 'is empty'),
-    ('{"epoch": 0}\n{"epoch": \n{"epoch": 2}\n', 'line 2 is no JSON'),
-    ('{"epoch": 0}\nEpoch 1', 'line 2 is no JSON'),
-    ('{"epoch": 0}\n\n{"train_loss": 1.0}\n', 'line 3 is no record'),
-    ('[1, 2]\n', 'line 1 is no record'),
+@pytest.mark.parametrize('content, line, message', [
+    (None, 'run', 'there is no run/log.txt'),
+    ('', 'run', 'run/log.txt is empty'),
+    ('{"train_loss": 1', 'run', 'run/log.txt is empty'),
+    ('{"epoch": 0}\n{"epoch": \n{"epoch": 2}\n', 'run', 'run/log.txt, line 2 is no JSON'),
+    ('{"epoch": 0}\nEpoch 1', 'run', 'run/log.txt, line 2 is no JSON'),
+    ('{"epoch": 0}\n\n{"train_loss": 1.0}\n', 'run', 'run/log.txt, line 3 is no record'),
+    ('[1, 2]\n', 'run', 'run/log.txt, line 1 is no record'),
+    (LINE, '', 'required: RUN'),
+    (LINE, 'run -o curves.xyz', 'must end in one of'),
+    (LINE, 'run -o nowhere/curves.png', "'nowhere/curves.png' cannot be written"),
+    (LINE, 'run --watch 0', '0 is not above 0 and at most 86400'),
+    (LINE, 'run --watch 86401', '86401 is not above 0'),
+    (LINE, 'nowhere --watch 1', 'there is no'),
 ])
-def test_bad_logs_get_one_line(tmp_path, mistake, content, message):
-    log = tmp_path / 'log.txt'
+def test_bad_logs_and_arguments_get_one_line(tmp_path, mistake, content, line, message):
+    (tmp_path / 'run').mkdir()
     if content is not None:
-        log.write_text(content)
-    line = mistake(plot_log, log)
-    assert message in line and str(log) in line
-
-
-@pytest.mark.parametrize('line, message', [
-    ('', 'required: RUN'),
-    ('run -o curves.xyz', 'must end in one of'),
-    ('run -o nowhere/curves.png', "'nowhere/curves.png' cannot be written"),
-    ('run --watch 0', '0 is not above 0 and at most 86400'),
-    ('run --watch 86401', '86401 is not above 0'),
-    ('nowhere --watch 1', 'there is no'),
-])
-def test_bad_arguments_get_one_line(tmp_path, mistake, line, message):
-    write_run(tmp_path / 'run', [record(0)])
+        (tmp_path / 'run' / 'log.txt').write_text(content)
     assert message in mistake(plot_log, *line.split())
 
 
@@ -150,7 +141,7 @@ def test_watch_draws_what_is_new_and_nothing_else(tmp_path, monkeypatch, capsys)
 
 def test_ctrl_c_ends_a_watch(tmp_path):
     run = write_run(tmp_path / 'run', [record(0)])
-    watch = subprocess.Popen([sys.executable, str(SCRIPT), str(run), '--watch', '60'], stdout=subprocess.PIPE,
+    watch = subprocess.Popen([sys.executable, plot_log.__file__, str(run), '--watch', '60'], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
     assert watch.stdout.readline() == f'{run / "curves.png"}: 1 epochs\n'
     watch.send_signal(signal.SIGINT)

@@ -180,19 +180,14 @@ def test_grad_cam_is_its_definition(place):
 @pytest.mark.parametrize('count', [1, 2, 7])
 def test_sheet_holds_each_image_with_its_heat(count):
     """Every image is drawn whole, and nothing beyond the sheet's margin."""
-    side, entries = 96, []
-    for i in range(count):
-        color = (20 * i, 255 - 20 * i, 120)
-        cam = np.zeros((64, 64))
-        cam[:32] = 1
-        entries.append({'name': f'{"long/" * 40}{i}.png', 'image': Image.new('RGB', (64, 64), color), 'cam': cam,
-                        'predictions': [{'class': 'a name that is far too long ' * 4, 'probability': 1.},
-                                        {'class': 'b', 'probability': 0.}]})
+    side, cam = 96, np.repeat([1., 0.], 32)[:, None].repeat(64, 1)
+    colors = [(20 * i, 255 - 20 * i, 120) for i in range(count)]
+    predictions = [{'class': 'a name that is far too long ' * 4, 'probability': 1.}, {'class': 'b', 'probability': 0.}]
+    entries = [{'name': 'long/' * 40, 'image': Image.new('RGB', (64, 64), color), 'cam': cam,
+                'predictions': predictions} for color in colors]
     sheet = np.asarray(predict.draw_sheet(entries, 'title ' * 60, side))
-    for i in range(count):
-        color = np.array((20 * i, 255 - 20 * i, 120))
-        inside = np.all(sheet == color, axis=-1)
-        assert inside.sum() >= side * side
+    for color in colors:
+        assert np.all(sheet == color, axis=-1).sum() >= side * side
     assert np.all(sheet[:, :18] == sheet[0, 0]) and np.all(sheet[:, -18:] == sheet[0, 0])
     assert np.all(sheet[-18:] == sheet[0, 0])
     hot = predict.overlay(Image.new('RGB', (8, 8), (128, 128, 128)), np.ones((8, 8)))

@@ -152,30 +152,26 @@ def test_the_published_validation_tar_finds_its_classes_in_the_development_kit(i
     assert sorted(os.listdir(tmp_path)) in (before, sorted([*before, '.ILSVRC2012_img_val.tar.index.npz']))
 
 
-def damage(data: bytes, kind: str) -> bytes:
-    headers = [i for i in range(0, len(data), 512) if data[i + 257:i + 262] == b'ustar']
-    at = headers[len(headers) // 2]
-    return {
-        'truncated in an image': data[:at + 600], 'truncated in a header': data[:at + 200],
-        'truncated before a header': data[:at], 'zeros': data[:at] + bytes(1024) + data[at + 1024:],
-        'a hole': data[:at] + bytes(2 ** 21),
-        'a bit': data[:at + 20] + bytes([data[at + 20] ^ 4]) + data[at + 21:], 'empty': b'', 'text': b'no tar ' * 200,
-        'compressed': b'\x1f\x8b' + data, 'zip': b'PK\x03\x04' + data}[kind]
+AFTER = 'damaged after class_.*at byte .*: copy it again'
+DAMAGE = {  # of a tar, at one of its headers
+    'truncated in an image': (lambda data, at: data[:at + 600], 'truncated in class_.*, at byte .* copy it again'),
+    'truncated in a header': (lambda data, at: data[:at + 200], AFTER),
+    'truncated before a header': (lambda data, at: data[:at], AFTER),
+    'a bit': (lambda data, at: data[:at + 20] + bytes([data[at + 20] ^ 4]) + data[at + 21:], AFTER),
+    'zeros': (lambda data, at: data[:at] + bytes(1024) + data[at + 1024:], AFTER),
+    'a hole': (lambda data, at: data[:at] + bytes(2 ** 21), AFTER),
+    'empty': (lambda *_: b'', 'is no tar'), 'text': (lambda *_: b'no tar ' * 200, 'is no tar, or damaged'),
+    'zip': (lambda data, _: b'PK\x03\x04' + data, 'is no tar, or damaged'),
+    'compressed': (lambda data, _: b'\x1f\x8b' + data, 'compressed: unpack it')}
 
 
-@pytest.mark.parametrize('kind, words', [
-    ('truncated in an image', 'truncated in class_.*, at byte .* copy it again'),
-    ('truncated in a header', 'damaged after class_.*at byte .*: copy it again'),
-    ('truncated before a header', 'damaged after class_.*at byte .*: copy it again'),
-    ('a bit', 'damaged after class_.*at byte .*: copy it again'),
-    ('zeros', 'damaged after class_.*at byte .*: copy it again'),
-    ('a hole', 'damaged after class_.*at byte .*: copy it again'),
-    ('empty', 'is no tar'), ('text', 'is no tar, or damaged'), ('zip', 'is no tar, or damaged'),
-    ('compressed', 'compressed: unpack it')])
+@pytest.mark.parametrize('kind', DAMAGE)
 @pytest.mark.parametrize('nested', [False, True])
-def test_a_damaged_tar_names_its_fault(tars, kind, words, nested):
+def test_a_damaged_tar_names_its_fault(tars, kind, nested):
     path = tars / 'train.tar'
-    data = damage(path.read_bytes(), kind)
+    (damage, words), data = DAMAGE[kind], path.read_bytes()
+    headers = [i for i in range(0, len(data), 512) if data[i + 257:i + 262] == b'ustar']
+    data = damage(data, headers[len(headers) // 2])
     path.write_bytes(data)
     if nested:
         (tars / 'class_a.tar').write_bytes(data)
@@ -186,18 +182,20 @@ def test_a_damaged_tar_names_its_fault(tars, kind, words, nested):
     assert nested is False or 'class_a.tar' in str(error.value)
 
 
-def test_tars_without_classes_are_refused(tmp_path):
+def test_tars_without_classes_or_beside_folders_are_refused(tmp_path):
     flat = members(tmp_path / 'train-flat.tar', ('0.png', b''), ('1.png', b''))
     shutil.copy(flat, tmp_path / 'train-more.tar')
-    for path in (flat, tmp_path):  # several flat tars are not class tars outside of train/
-        with pytest.raises(ValueError, match='put ILSVRC2012_devkit'):
-            build_dataset('IMNET', True, str(path), 32)
-    with pytest.raises(ValueError, match='no file .*nowhere.tar'):
-        build_dataset('IMNET', True, str(tmp_path / 'nowhere.tar'), 32)
     text = members(tmp_path / 'text.tar', ('a/b.txt', b'none'))
-    for _ in range(2):  # the second time from the index
-        with pytest.raises(ValueError, match='no images in .*text.tar'):
-            build_dataset('IMNET', True, text, 32)
+    (tmp_path / 'both' / 'train' / 'class_0').mkdir(parents=True)
+    members(tmp_path / 'both' / 'train' / 'class_0.tar', ('0.png', b''))
+    for path, words in (
+            (flat, 'put ILSVRC2012_devkit'),
+            (tmp_path, 'put ILSVRC2012_devkit'),  # several flat tars are not class tars outside of train/
+            (tmp_path / 'nowhere.tar', 'no file .*nowhere.tar'),
+            (text, 'no images in .*text.tar'), (text, 'no images in .*text.tar'),  # the second time from the index
+            (tmp_path / 'both', r'train holds both tars \(class_0.tar\) and folders \(class_0\): move')):
+        with pytest.raises(ValueError, match=words):
+            build_dataset('IMNET', True, str(path), 32)
 
 
 @pytest.mark.parametrize('name, part', [
@@ -305,13 +303,6 @@ def test_sparse_members_and_sizes_that_damage_made_are_refused(tmp_path):
     patched(156, b'S')
     with pytest.raises(ValueError, match='sparse.tar holds b/1.png without its zeros: pack it without -S'):
         named(path)
-
-
-def test_tars_beside_folders_are_refused(tmp_path):
-    (tmp_path / 'train' / 'class_0').mkdir(parents=True)
-    members(tmp_path / 'train' / 'class_0.tar', ('0.png', b''))
-    with pytest.raises(ValueError, match=r'train holds both tars \(class_0.tar\) and folders \(class_0\): move'):
-        build_dataset('IMNET', True, str(tmp_path), 32)
 
 
 def test_a_folder_of_training_shards_can_be_split(images, tmp_path):

@@ -1,6 +1,5 @@
 """weights.py: files of MindSpore, of the authors' release and of this project; files without weights of a CMT."""
 import argparse
-import json
 import re
 import sys
 import zlib
@@ -219,10 +218,10 @@ def test_mindspore_files_of_other_sizes(tmp_path, sizes, img_size, layout):
         assert (model(x) - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
 
 
-@pytest.mark.parametrize('name', cmt.MODELS)
-def test_mindcv_files_of_the_published_sizes_are_known_by_name(name):
-    ratios = {'mlp_ratios': (3.8,) * 4} if name == 'cmt_xs' else {}
-    form = dict(position_bias=False, act_layer='gelu_tanh', norm_eps=1e-7)
+@pytest.mark.parametrize('form', [dict(position_bias=False, act_layer='gelu_tanh', norm_eps=1e-7), {}])
+@pytest.mark.parametrize('name, ratio', [*((name, None) for name in cmt.MODELS), ('cmt_ti', 2.), ('cmt_xs', 3.8)])
+def test_files_of_the_published_widths_are_known_by_name(name, ratio, form):
+    ratios = {'mlp_ratios': (ratio,) * 4} if ratio else {}
     model = timm.create_model(name, device='meta', **form, **ratios)
     found, args = weights.identify(weights.Weights.of(model.state_dict(), 'own'))
     again = timm.create_model(found, device='meta', **args)
@@ -241,22 +240,12 @@ def test_damaged_mindspore_files(tmp_path):
     path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
     with pytest.raises(ValueError, match='checksum'):
         weights.read_file(path)
-
-
-def test_an_overwritten_mindspore_file_is_refused_at_once(tmp_path):
-    path = tmp_path / 'a.ckpt'
-    path.write_bytes(b'\xff' * 1_000_000)
+    path.write_bytes(b'\xff' * 1_000_000)  # refused at once
     with pytest.raises(ValueError, match='not of MindSpore'):
         weights.read_mindspore(path)
 
 
 # files of every origin
-
-def test_published_widths_with_other_ratios():
-    model = timm.create_model('cmt_ti', mlp_ratios=(2.,) * 4, num_classes=3, img_size=32)
-    found = weights.Weights.of(model.state_dict(), 'own')
-    assert same(model, weights.build_model(found)) and weights.identify(found)[0] == 'cmt_ti'
-
 
 @pytest.mark.parametrize('change', [
     lambda state: {name: torch.empty(0) for name in state},
@@ -304,27 +293,6 @@ def test_an_epoch_in_progress_is_not_a_trained_one():
     assert epochs == [3, 2]
 
 
-def test_safetensors(tmp_path):
-    source = small(1)
-    safetensors.torch.save_file(source.state_dict(), tmp_path / 'a.safetensors')
-    path = tmp_path / 'a.safetensors'
-    assert same(build(path), source)
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match='damaged'):
-        weights.read_file(path)
-
-
-def test_timm_names(tmp_path):
-    source = timm.create_model('cmt_nano', num_classes=4)
-    config = dict(architecture='cmt_nano', num_classes=4, pretrained_cfg=dict(
-        num_classes=4, input_size=[3, 32, 32], fixed_input_size=True, first_conv='stem.conv1', classifier='head'))
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    safetensors.torch.save_file(source.state_dict(), tmp_path / 'model.safetensors')
-    found = weights.read_weights(f'local-dir:{tmp_path}')
-    model = weights.build_model(found)
-    assert same(model, source) and weights.identify(found)[0] == 'cmt_nano' and model.num_classes == 4
-
-
 def test_one_line_reports_what_was_loaded():
     source, model = small(1), small(2, img_size=96, num_classes=7, in_chans=1)
     fresh = model.head.weight.clone()
@@ -364,33 +332,28 @@ def refused(capsys, monkeypatch, words, *argv):
 
 
 @pytest.mark.parametrize('flag', [('--eval', '--resume'), ('--finetune',)])
-def test_files_that_are_no_weights(tmp_path, capsys, monkeypatch, flag):
+def test_files_without_weights_of_the_model(tmp_path, capsys, monkeypatch, flag):
     torch.save({'model': timm.create_model('cmt_nano').state_dict()}, tmp_path / 'whole.pth')
+    safetensors.torch.save_file(timm.create_model('cmt_nano').state_dict(), tmp_path / 'whole.safetensors')
     for name, content in {
             'empty.pth': b'', 'text.pth': b'hello world\n' * 50, 'empty.ckpt': b'', 'text.ckpt': b'hello world\n' * 50,
             'short.pth': (tmp_path / 'whole.pth').read_bytes()[:20000], 'short.ckpt': MINDCV.read_bytes()[:200000],
-            'empty.safetensors': b''}.items():
+            'empty.safetensors': b'', 'short.safetensors': (tmp_path / 'whole.safetensors').read_bytes()[:-4]}.items():
         (tmp_path / name).write_bytes(content)
         refused(capsys, monkeypatch, f'{name} is cut short, damaged or no checkpoint', *flag, tmp_path / name)
     torch.save(timm.create_model('resnet18', num_classes=1).state_dict(), tmp_path / 'resnet.pth')
     refused(capsys, monkeypatch, 'resnet.pth does not fit the model: it holds no CMT', *flag, tmp_path / 'resnet.pth')
     refused(capsys, monkeypatch, 'no checkpoint at nowhere.pth', *flag, 'nowhere.pth')
-
-
-def test_weights_of_another_model(tmp_path, capsys, monkeypatch):
     state = timm.create_model('cmt_s', img_size=32, num_classes=10, dtype=torch.bfloat16).state_dict()
     torch.save({'model': cmt.to_released(state)}, tmp_path / 's.pth')
-    refused(capsys, monkeypatch, 'it holds cmt_s', '--model', 'cmt_ti', '--eval', '--resume', tmp_path / 's.pth')
+    refused(capsys, monkeypatch, 'it holds cmt_s', '--model', 'cmt_ti', *flag, tmp_path / 's.pth')
 
 
 @pytest.fixture(scope='module')
 def released(tmp_path_factory):
     """Write a file as the authors' code does."""
     path = tmp_path_factory.mktemp('released') / 'released.pth'
-    states = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        states.append(timm.create_model('cmt_nano', num_classes=3).state_dict())
+    states = [timm.create_model('cmt_nano', num_classes=3).state_dict() for _ in range(2)]
     model, ema = (cmt.to_released(state) for state in states)
     moments = {i: dict(step=7, exp_avg=torch.ones(1), exp_avg_sq=torch.ones(1)) for i in range(3)}
     torch.save({'model': model, 'model_ema': ema, 'epoch': 0, 'args': argparse.Namespace(model='cmt_nano', lr=1.),
