@@ -408,7 +408,9 @@ def test_script_trace_export_and_pickle(dynamic, attention):
     buffer.seek(0)
     assert torch.allclose(torch.jit.load(buffer)(x), expected, atol=1e-6)
     assert torch.equal(symbolic_trace(model)(x), expected)
-    symbolic_trace(model.train())(x).sum().backward()
+    with torch.no_grad():  # what depends on the mode is decided at each call
+        graph = symbolic_trace(model.train())
+    graph(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     model = small(dynamic_img_size=dynamic).eval()
     exported = torch.export.export(model, (x,), dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1, max=64)}})

@@ -276,11 +276,15 @@ def test_resume_in_mid_epoch_loads_only_the_rest(flags, whole, tmp_path, monkeyp
     nano.assert_same_run(whole, tmp_path / 'run')
 
 
-def test_a_run_of_commit_9777bd7_is_resumed_with_the_same_bits(flags, whole, tmp_path):
+@pytest.mark.parametrize('opt', ['adamw', 'lookahead_adamw'])
+def test_a_run_of_commit_9777bd7_is_resumed_with_the_same_bits(flags, whole, tmp_path, opt):
     """Its 1x1 convolutions were linear layers: weights, EMA and moments have two dimensions. Its config.yaml names
     flags that are gone.
     """
-    run = [*flags, '--output-dir', tmp_path / 'run', '--save-every-steps', 2]
+    if opt != 'adamw':
+        whole = tmp_path / 'whole'
+        nano.train([*flags, '--opt', opt, '--output-dir', whole])
+    run = [*flags, '--opt', opt, '--output-dir', tmp_path / 'run', '--save-every-steps', 2]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
         nano.at_step(patch, 11, lambda: (_ for _ in ()).throw(RuntimeError('killed')))
         nano.train(run)
