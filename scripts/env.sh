@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and test.sh: makes or reuses a virtual environment, whose interpreter is then $python.
 #
-#     PYTHON   interpreter to make the environment with (default python3; 3.10 or newer)
+#     PYTHON   interpreter to make the environment with (default python3; 3.10 or newer), unless it exists already
 #     VENV     folder of the environment (default .venv in the repository); packages are installed into an environment
 #              of your own too, but only one that this script made is ever deleted
 #
