@@ -163,6 +163,7 @@ def main(args: argparse.Namespace) -> None:
     """
     device = start_processes(args)
     args, start = check_before_data(args, device)  # mistakes cost nothing yet
+    check_same_start(args, start)
     train_set, val_set = build_data(args)
     model = load_model(args, start, len(val_set.classes), device)
 
@@ -235,11 +236,19 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
     args = argparse.Namespace(**{**vars(args), 'model': name, 'loader': loader})
     with torch.device('meta'):
         create_model(args, num_classes=1, **model_args)
-    position = [(checkpoint or {}).get(key) for key in ('epoch', 'step', 'samples_seen')]
-    if any(other != (name, model_args, position) for other in utils.gather_from_ranks((name, model_args, position))):
-        raise ValueError('processes found different checkpoints: --output-dir has to lie on a file system that all '
-                         'nodes share')
     return args, Start(model_args, weights, checkpoint, source)
+
+
+def check_same_start(args: argparse.Namespace, start: Start) -> None:
+    """Raise UsageError on all ranks if they start from different models or checkpoints.
+
+    Apart from check_before_data: a rank that fails there must not meet the others here.
+    """
+    position = [(start.checkpoint or {}).get(key) for key in ('epoch', 'step', 'samples_seen')]
+    found = (args.model, start.model_args, position)
+    if any(other != found for other in utils.gather_from_ranks(found)):
+        raise UsageError('processes found different checkpoints: --output-dir has to lie on a file system that all '
+                         'nodes share')
 
 
 def build_data(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:

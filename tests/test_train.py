@@ -674,19 +674,22 @@ def test_a_mistake_of_two_ranks_is_told_once(flags, tmp_path):
         assert 'Traceback' not in output.read_text()
 
 
-def test_folders_that_ranks_do_not_share_are_told(flags, whole, tmp_path):
-    """Rank 1 alone finds the checkpoint."""
-    (tmp_path / '1').mkdir()
+@pytest.mark.parametrize('damaged, words', [
+    (False, 'processes found different checkpoints: --output-dir has to lie on a file system that all nodes share'),
+    (True, 'no good checkpoint in run: .*')])
+def test_folders_that_ranks_do_not_share_are_told(flags, whole, tmp_path, damaged, words):
+    """Rank 1 alone finds a checkpoint, a good or a damaged one: one line, and no rank waits for the other."""
     (tmp_path / '0').mkdir()
     shutil.copytree(whole, tmp_path / '1' / 'run')
+    for path in (tmp_path / '1' / 'run').glob('*.pth') if damaged else ():
+        path.write_bytes(b'damaged')
     output = tmp_path / 'out.txt'
     run = [*flags[2:], '--resume', 'auto', '--output-dir', 'run']  # without --model: rank 0 would build cmt_s
     assert flags[0] == '--model'
     nano.finish(nano.start(run, ranks=2, output=output,
                            before=lambda rank: os.chdir(tmp_path / str(rank))), status=2)
-    assert re.findall('train.py: error: .*', output.read_text()) == [
-        'train.py: error: processes found different checkpoints: --output-dir has to lie on a file system that all '
-        'nodes share']
+    found = re.findall('train.py: error: (.*)', output.read_text())
+    assert len(found) == 1 and re.fullmatch(words, found[0])
 
 
 @pytest.mark.parametrize('elsewhere', [False, True])
