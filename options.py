@@ -45,6 +45,11 @@ def is_distributed_env() -> bool:
     return int(os.environ.get('WORLD_SIZE', os.environ.get('SLURM_NTASKS', 1))) > 1
 
 
+def has_local_rank() -> bool:
+    """Return whether the launcher set LOCAL_RANK, as torchrun does and srun does not."""
+    return 'LOCAL_RANK' in os.environ
+
+
 def local_world_size(default: int) -> int:
     """Return the number of processes of torchrun on this node, or `default` without torchrun."""
     return int(os.environ.get('LOCAL_WORLD_SIZE', default))

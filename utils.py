@@ -75,7 +75,7 @@ def find_device(device: str | None, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError('--device cuda: no CUDA device here; leave the flag out to run on the CPU')
     devices = torch.cuda.device_count()
-    if devices == 1:
+    if devices == 1 and not options.has_local_rank():
         local_rank = 0  # srun --gpus-per-task=1 shows each task only the task's own device
     processes = options.local_world_size(default=local_rank + 1)
     if processes > devices:

@@ -58,6 +58,15 @@ def test_a_process_has_its_own_gpu(devices, launched, local_rank, found, monkeyp
     assert utils.find_device('cpu', local_rank) == torch.device('cpu')
 
 
+def test_a_launcher_that_sets_local_rank_alone_may_not_share_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    with pytest.raises(ValueError, match='2 processes on a machine with 1 CUDA devices'):
+        utils.find_device('cuda', 1)
+
+
 def test_slurms_first_host_is_the_address(tmp_path, monkeypatch):
     scontrol = tmp_path / 'scontrol'
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && echo node1 && echo node2\n')
