@@ -14,13 +14,9 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 from precision import ApexScaler, NativeScaler
-from utils import Progress, get_rank, get_world_size, reduce_
+from utils import Progress, TrainingFault, get_rank, get_world_size, reduce_
 
 OVERFLOWS_IN_A_ROW = 50  # if the loss scale is halved so many times in a row, the loss is at fault, not the scale
-
-
-class TrainingFault(RuntimeError):
-    """Report that training cannot continue; the last checkpoint is good."""
 
 
 class Prepare:

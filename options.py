@@ -3,15 +3,14 @@
 Nothing here imports torch, NumPy or timm: --help, a mistake and a plot need a tenth of a second instead of seconds.
 """
 import argparse
-import contextlib
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -23,50 +22,84 @@ NO_CACHE = 'the page cache keeps files that were read, and tars of small files a
 NO_KERNELS = 'its Triton kernels never ran on a GPU (commit 9777bd7 contains them); use --compile'
 
 
-# Launchers: the environment of torchrun, SLURM, Open MPI and Intel MPI
+# Launchers: the environment of torchrun, mpirun and srun
 
-def ranks_from_env() -> tuple[int, int, int]:
-    """Return (local rank, rank, world size) of this process; (0, 0, 1) without a launcher.
+class Launch(NamedTuple):
+    """Hold who started this process, and its place among the processes that were started."""
+    launcher: str | None = None  # torchrun, mpirun or srun
+    local_rank: int = 0
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 0  # 0 if unknown
 
-    The variables and their order are those of timm.utils.distributed.world_info_from_env, which imports torch.
+
+def read_launch() -> Launch:
+    """Read the variables of the launcher nearest to this process.
+
+    timm.utils.distributed.world_info_from_env imports torch, mixes the variables of launchers that start each other,
+    and takes a SLURM job for tasks that srun started.
     """
-    def first(default: int, *names: str) -> int:
-        return next((int(os.environ[name]) for name in names if name in os.environ), default)
+    def number(name: str, default: int = 0) -> int:
+        return int(os.environ.get(name, default))
 
-    return (
-        first(0, 'LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'),
-        first(0, 'RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'),
-        first(1, 'WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'),
-    )
-
-
-def is_distributed_env() -> bool:
-    """Return whether torchrun or SLURM started several processes, by timm's rule of this name."""
-    return int(os.environ.get('WORLD_SIZE', os.environ.get('SLURM_NTASKS', 1))) > 1
-
-
-def has_local_rank() -> bool:
-    """Return whether the launcher set LOCAL_RANK, as torchrun does and srun does not."""
-    return 'LOCAL_RANK' in os.environ
-
-
-def local_world_size(default: int) -> int:
-    """Return the number of processes of torchrun on this node, or `default` without torchrun."""
-    return int(os.environ.get('LOCAL_WORLD_SIZE', default))
+    if any(name in os.environ for name in ('LOCAL_RANK', 'RANK', 'WORLD_SIZE')):
+        return Launch('torchrun', number('LOCAL_RANK'), number('RANK'), number('WORLD_SIZE', 1),
+                      number('LOCAL_WORLD_SIZE'))
+    if 'OMPI_COMM_WORLD_SIZE' in os.environ:  # Open MPI
+        return Launch('mpirun', number('OMPI_COMM_WORLD_LOCAL_RANK'), number('OMPI_COMM_WORLD_RANK'),
+                      number('OMPI_COMM_WORLD_SIZE'), number('OMPI_COMM_WORLD_LOCAL_SIZE'))
+    has_step = 'SLURM_STEP_ID' in os.environ  # batch scripts and shells of salloc have SLURM's other variables
+    # srun --mpi=pmi2 sets PMI_SIZE as well, but not MPI_LOCALRANKID
+    if 'MPI_LOCALRANKID' in os.environ or 'PMI_SIZE' in os.environ and not has_step:  # Intel MPI, MPICH
+        return Launch('mpirun', number('MPI_LOCALRANKID'), number('PMI_RANK'), number('PMI_SIZE', 1),
+                      number('MPI_LOCALNRANKS'))
+    if has_step:  # the shell of an interactive step has the job's SLURM_NTASKS
+        return Launch('srun', number('SLURM_LOCALID'), number('SLURM_PROCID'),
+                      number('SLURM_STEP_NUM_TASKS', number('SLURM_NTASKS', 1)))
+    return Launch()
 
 
-def set_slurm_address() -> None:
-    """Set MASTER_ADDR and MASTER_PORT from the SLURM job, if any, unless MASTER_ADDR is set."""
-    nodes = os.environ.get('SLURM_JOB_NODELIST')
-    if nodes is None or 'MASTER_ADDR' in os.environ:
-        return
-    hosts = []
-    with contextlib.suppress(FileNotFoundError):  # containers often lack scontrol
-        hosts = subprocess.run(['scontrol', 'show', 'hostnames', nodes], capture_output=True, text=True).stdout.split()
-    if not hosts:
-        raise ValueError('scontrol does not list the hosts of the SLURM job: set MASTER_ADDR')
-    os.environ['MASTER_ADDR'] = hosts[0]
-    os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ['SLURM_JOB_ID']) % 20000))
+def has_agent_store() -> bool:
+    """Return whether MASTER_ADDR and MASTER_PORT are those of a store that torchrun itself serves."""
+    return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+
+
+def tasks_without_srun() -> int:
+    """Return the number of tasks of a SLURM job in which this process runs without srun; 1 elsewhere."""
+    return 1 if read_launch().launcher else int(os.environ.get('SLURM_NTASKS', 1))
+
+
+def set_master_address() -> tuple[str, int]:
+    """Set MASTER_ADDR and MASTER_PORT if the launcher left them out, and return host and port.
+
+    srun: the first host of the step, and a port by job and step, so that steps side by side do not meet. Ports from
+    32768 are the kernel's, for outgoing connections. mpirun: this host.
+
+    Raises:
+        ValueError: the address cannot be known.
+    """
+    launch = read_launch()
+    if launch.launcher == 'mpirun':
+        if 'MASTER_ADDR' not in os.environ and launch.local_world_size != launch.world_size:
+            raise ValueError('mpirun started processes on several hosts: name the host of rank 0, with '
+                             'mpirun -x MASTER_ADDR=HOST (Open MPI) or -genv MASTER_ADDR HOST (Intel MPI, MPICH)')
+        os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+        os.environ.setdefault('MASTER_PORT', '29500')
+    if launch.launcher == 'srun':
+        os.environ.setdefault('MASTER_ADDR', first_host(os.environ['SLURM_STEP_NODELIST']))
+        job, step = int(os.environ['SLURM_JOB_ID']), int(os.environ['SLURM_STEP_ID'])
+        os.environ.setdefault('MASTER_PORT', str(20000 + (job + 1009 * step) % 12000))
+    for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT')[launch.launcher != 'torchrun':]:
+        if name not in os.environ:
+            raise ValueError(
+                f'WORLD_SIZE is {launch.world_size}, but {name} is not set: use a launcher such as torchrun')
+    return os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a SLURM node list such as node[08-15,20],gpu3; containers often lack scontrol."""
+    first = re.match(r'(?:[^,[]|\[[^]]*\])+', nodes)[0]
+    return re.sub(r'\[([^],-]+)[^]]*\]', r'\1', first)
 
 
 # Parser and argument types
@@ -75,7 +108,7 @@ class Parser(argparse.ArgumentParser):
     """Report a mistake in one line, on rank 0 only; every rank exits with status 2."""
 
     def error(self, message: str):
-        if ranks_from_env()[1] == 0:
+        if read_launch().rank == 0:
             sys.stderr.write(f'{self.prog}: error: {message}\n')
         raise SystemExit(2)
 
@@ -164,6 +197,9 @@ def get_parser() -> argparse.ArgumentParser:
                    help='steps between checkpoints within an epoch; 0 for none')
     g.add_argument('--save-every-minutes', type=amount, default=0,
                    help='minutes between checkpoints within an epoch; 0 for none')
+    g.add_argument('--stopped-file', type=lambda path: str(output_file(path)), metavar='FILE',
+                   help='file to create if a signal stops the run before its last epoch, for job scripts that start '
+                   'the run again')
     g.add_argument('--keep-checkpoints', type=count, default=0,
                    help='number of recent epochs whose checkpoints are kept under their own names')
     g.add_argument('--log-tensorboard', action=toggle, default=False, help="write each epoch's figures for TensorBoard")

@@ -32,14 +32,14 @@ import options
 import sources
 import utils
 from datasets import UnreadableImage, build_dataset, build_loader
-from engine import Meters, Prepare, TrainingFault, TrainStep, check_faults, evaluate, throughput, train_one_epoch
+from engine import Meters, Prepare, TrainStep, check_faults, evaluate, throughput, train_one_epoch
 from fast_transforms import HAS_FAST, FastTransform
 from losses import DistillationLoss, Teacher, build_criterion
 from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule
 from precision import ApexScaler, NativeScaler, autocast_to, build_precision, load_scaler, resolve_dtype
 from samplers import TrainSampler
 from transforms import build_transform
-from utils import Progress, UsageError, usage_errors
+from utils import Progress, TrainingFault, UsageError, usage_errors
 from weights import Weights, build_teacher, create_cmt, find_checkpoint, identify, load_weights, read_weights
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class RunState:
     epoch: int = 0
     step: int = 0  # updates done in the epoch
     samples_seen: int = 0  # in the epoch, by all ranks
+    seconds: float = 0.  # of training in the epoch, before the last checkpoint
     meters: list[list[float]] = field(default_factory=list)  # sums of an unfinished epoch, by rank
     best: dict[str, Any] = field(default_factory=dict)
 
@@ -102,7 +103,7 @@ class Run:
             'optimizer': self.optimizer.state_dict(), 'lr_scheduler': self.scheduler.state_dict(),
             'loss_scaler': self.scaler.state_dict(), 'epoch': self.state.epoch, 'step': self.state.step,
             'meters': self.state.meters, 'best': self.state.best, 'world_size': utils.get_world_size(),
-            'samples_seen': self.state.samples_seen, 'args': vars(self.args),
+            'samples_seen': self.state.samples_seen, 'seconds': self.state.seconds, 'args': vars(self.args),
             'classes': list(self.val_loader.dataset.dataset.classes),
         }
 
@@ -128,7 +129,8 @@ class Run:
         self.state = RunState(epoch + 1, best=is_own and checkpoint.get('best') or {})
         if is_own and checkpoint.get('meters'):  # the epoch was in progress
             self.state = RunState(
-                epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint['meters'], self.state.best)
+                epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint.get('seconds', 0.),
+                checkpoint['meters'], self.state.best)
         before, now = checkpoint.get('world_size'), utils.get_world_size()
         if before not in (None, now):
             logger.info('%d processes now, %d before: %d samples of epoch %d are done, the base learning rate is %g',
@@ -161,6 +163,7 @@ def main(args: argparse.Namespace) -> None:
         TrainingFault: losses or gradients that are not finite, or a full disk; the last checkpoint is good.
         SystemExit: stopped by a signal, after a checkpoint.
     """
+    stop = utils.StopRequest()
     device = start_processes(args)
     args, start = check_before_data(args, device)  # mistakes cost nothing yet
     check_same_start(args, start)
@@ -179,7 +182,8 @@ def main(args: argparse.Namespace) -> None:
     del start  # the tensors of its file
     describe(run)
 
-    run.stop = utils.StopRequest()
+    run.stop = stop
+    stop.record_all()
     while run.state.epoch < run.num_epochs:
         if not train_epoch(run):
             break
@@ -416,8 +420,10 @@ def open_output(run: Run, start: Start) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if utils.get_rank() != 0:
         return
+    if args.stopped_file:
+        Path(args.stopped_file).unlink(missing_ok=True)
     settings = {key.replace('_', '-'): value for key, value in vars(args).items()
-                if key not in ('config', 'local_rank', 'resume', 'overwrite') and value is not None}
+                if key not in ('config', 'local_rank', 'resume', 'overwrite', 'stopped_file') and value is not None}
     run.writer = checkpoints.open_run(
         folder, args.keep_checkpoints, state.epoch, start.source, replace=start.checkpoint is None or args.overwrite,
         config=f'# train.py {shlex.join(sys.argv[1:])}\n' + yaml.safe_dump(settings, sort_keys=False))
@@ -458,7 +464,8 @@ def train_epoch(run: Run) -> bool:
     """Train for the rest of the epoch; return False if the run has to stop, after saving."""
     args, state = run.args, run.state
     run.epoch_began = run.saved_at = time.monotonic()
-    seen_before = state.samples_seen
+    began = run.epoch_began - state.seconds  # as if the epoch had not been interrupted
+    seen_before = 0 if state.seconds else state.samples_seen  # checkpoints of commit 9777bd7 have no seconds
     run.sampler.set_position(state.epoch, state.samples_seen)
     updates_left = run.sampler.updates  # of the epoch
     updates_done = state.epoch * run.updates_per_epoch + state.samples_seen // run.sampler.samples_per_update
@@ -480,6 +487,7 @@ def train_epoch(run: Run) -> bool:
         action = utils.all_reduce_max(requested_action(run))
         if action in (SAVE, STOP):
             check_faults(run.meters.read(), state.epoch, state.step, skips)
+            state.seconds = time.monotonic() - began
             run.save_in_epoch()
         if action in (STOP, FAIL):
             break
@@ -488,12 +496,13 @@ def train_epoch(run: Run) -> bool:
         return False
 
     run.wait_share = progress.wait_share()
-    seconds = time.monotonic() - run.epoch_began
+    if updates_left or not state.seconds:
+        state.seconds = time.monotonic() - began
     totals = run.meters.total()
     run.record = {
         'epoch': state.epoch, 'train_lr': rate, 'train_loss': totals['loss'] / max(totals['samples'], 1),
         'skipped_updates': int(totals['skipped']), 'n_parameters': n_parameters(run.core),
-        'train_images_per_s': (state.samples_seen - seen_before) / seconds,
+        'train_images_per_s': (state.samples_seen - seen_before) / state.seconds,
     }
     return True
 
@@ -570,7 +579,7 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
                 f"  best {state.best['acc1']:.3f}%" if state.best else '')
     if run.wait_share >= 0.1:
         logger.info(utils.waiting_advice(run.wait_share, args.loader, args.num_workers))
-    state.epoch, state.step, state.samples_seen = state.epoch + 1, 0, 0
+    run.state = RunState(state.epoch + 1, best=state.best)
 
 
 def finish(run: Run) -> None:
@@ -591,6 +600,8 @@ def finish(run: Run) -> None:
             f'after epoch {state.epoch - 1}'
         rest = '; --resume auto resumes there' if state.epoch < run.num_epochs else ', which was the last'
         logger.info('stopped %s%s', where, rest)
+        if run.args.stopped_file and run.writer is not None and state.epoch < run.num_epochs:
+            Path(run.args.stopped_file).touch()
         resumes_itself = run.args.resume == 'auto' and number != signal.SIGINT
         raise SystemExit(0 if resumes_itself else 128 + number)
 
@@ -611,9 +622,9 @@ def cli() -> int:
         main(args)
         status = 0
     except (UsageError, TrainingFault) as error:
-        local_rank, rank, _ = options.ranks_from_env()
+        launch = options.read_launch()
         # before the process group exists, a mistake is known on one node alone
-        if (rank if torch.distributed.is_initialized() else local_rank) == 0:
+        if (launch.rank if torch.distributed.is_initialized() else launch.local_rank) == 0:
             sys.stderr.write(f'train.py: error: {error}\n')
         status = 2 if isinstance(error, UsageError) else 1
     except SystemExit as stopped:

@@ -8,9 +8,12 @@ import os
 import platform
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
+import urllib.parse
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,12 @@ class UsageError(ValueError):
     """Report a user's mistake, raised on every rank: one line, exit status 2."""
 
 
+class TrainingFault(RuntimeError):
+    """Report that training cannot continue: one line, exit status 1; the last checkpoint is good."""
+
+
 def init_distributed(device: str | None = None, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
-    """Join the processes that torchrun, torch.distributed.launch or SLURM started, if any.
+    """Join the processes that torchrun, torch.distributed.launch, srun or mpirun started, if any.
 
     timm's init_distributed_device has no time-out, and leaves SLURM's master address to the user.
 
@@ -45,27 +52,138 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
         The device of this process.
 
     Raises:
-        ValueError: `device` is not available.
+        ValueError: `device` is not available, or the address cannot be known or is taken.
+        TrainingFault: the processes did not meet.
     """
-    local_rank, rank, world_size = options.ranks_from_env()
-    found = find_device(device, local_rank)
+    launch = options.read_launch()
+    found = find_device(device, launch)
     if found.type == 'cuda':
         torch.cuda.set_device(found)
-    if options.is_distributed_env():
-        options.set_slurm_address()
-        timeout = datetime.timedelta(seconds=timeout_s)
-        store, rank, world_size = next(rendezvous(dist_url, rank, world_size, timeout=timeout))
-        # torchrun keeps its store over restarts, with the addresses of dead ranks, which torch 2.15 reads again
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        # gloo beside NCCL: an all-reduce of a CPU tensor, once a step, does not wait for the device
-        dist.init_process_group(
-            'cpu:gloo,cuda:nccl' if found.type == 'cuda' else 'gloo',
-            store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if launch.world_size > 1:
+        # one line a node; rank 1 too, in case rank 0 is missing
+        wait = Wait(timeout_s, is_logged=launch.local_rank == 0 or launch.rank == 1)
+        ranks = dict(rank=launch.rank, world_size=launch.world_size)
+        store = part_of_this_start(open_store(dist_url, **ranks, wait=wait), **ranks, wait=wait)
+        try:
+            # gloo beside NCCL: an all-reduce of a CPU tensor, once a step, does not wait for the device
+            dist.init_process_group(
+                'cpu:gloo,cuda:nccl' if found.type == 'cuda' else 'gloo', store=store, **ranks,
+                timeout=datetime.timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            raise TrainingFault(
+                f'processes met, but cannot connect to each other ({first_line(error)}); if this happens at every '
+                'start, set GLOO_SOCKET_IFNAME to the network interface by which the hosts reach each other') from None
+    elif options.tasks_without_srun() > 1:
+        logger.info('one process, though the SLURM job has %d tasks: `srun python train.py ...` starts one for each',
+                    options.tasks_without_srun())
     return found
 
 
-def find_device(device: str | None, local_rank: int) -> torch.device:
-    """Return the device of the process with `local_rank`.
+class Wait:
+    """Poll conditions that other processes bring about; log once for whom this process waits, and until when.
+
+    Args:
+        timeout_s: seconds for all conditions together.
+        is_logged: whether this process logs.
+    """
+
+    def __init__(self, timeout_s: float, is_logged: bool):
+        self.timeout_s = timeout_s
+        self.began = time.monotonic()
+        self.is_logged = is_logged
+
+    def until(self, condition: Callable[[], Any], absent: Callable[[], str]) -> Any:
+        """Return what `condition` returns, once it is true.
+
+        Raises:
+            TrainingFault: the time is over, and `absent` names those who did not come; or the store is gone.
+        """
+        while True:
+            try:
+                if result := condition():
+                    return result
+            except dist.DistError as error:
+                raise TrainingFault(f'lost the store by which processes meet: {first_line(error)}') from None
+            waited = time.monotonic() - self.began
+            if waited > self.timeout_s:
+                raise TrainingFault(f'no sign of {absent()} within {self.timeout_s:g} s (--dist-timeout)')
+            if self.is_logged and waited > min(10, self.timeout_s / 10):
+                end = datetime.datetime.now() + datetime.timedelta(seconds=self.timeout_s - waited)
+                logger.warning('waiting for %s until %s (--dist-timeout %g)', absent(), f'{end:%X}', self.timeout_s)
+                self.is_logged = False
+            time.sleep(0.1)
+
+
+def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
+    """Open the store of all ranks; rank 0 serves it, unless torchrun or a file system does.
+
+    Raises:
+        ValueError: the port is taken.
+        TrainingFault: nobody serves the store.
+    """
+    parsed = urllib.parse.urlparse(url)
+    host, port = options.set_master_address() if url == 'env://' else (parsed.hostname, parsed.port)
+    server, problem = f'rank 0 at {host}:{port}', ''
+    if options.has_agent_store():
+        server = f'the store of torchrun at {host}:{port}'
+
+    def answers() -> bool:
+        nonlocal problem
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            problem = error.strerror or str(error)
+            return False
+        return True
+
+    # torch's own waiting prints pages of C++ frames, and a TCPStore of rank 0 waits for the world size in silence
+    if host and (rank or options.has_agent_store()):
+        wait.until(answers, lambda: f'{server} ({problem})')
+    try:
+        timeout = datetime.timedelta(seconds=wait.timeout_s)
+        return next(rendezvous(url, rank, 1 if host else world_size, timeout=timeout))[0]
+    except dist.DistError as error:
+        if 'EADDRINUSE' in str(error):
+            raise ValueError(f'another process listens at {host}:{port}: set MASTER_PORT to another port') from None
+        raise TrainingFault(f'no connection to {server}: {first_line(error)}') from None
+
+
+def part_of_this_start(store: dist.Store, rank: int, world_size: int, wait: Wait) -> dist.Store:
+    """Wait for all ranks, and return the part of `store` that belongs to this start alone.
+
+    A store may outlive a start, with keys of dead ranks, also of another world size: torchrun's does. The restart
+    count is no name for a start, since each torchrun counts its own (pytorch issue 108158). Rank 0 draws a name.
+    """
+    own = uuid.uuid4().hex
+
+    def name_of_start() -> str | None:
+        if not store.check(['first']):
+            return None
+        first = store.get('first').decode()  # of an earlier start, until rank 0 is there
+        store.set(f'{first}/{rank}', own)
+        is_complete = store.check([f'{first}/all']) and own.encode() in store.get(f'{first}/all').split()
+        return first if is_complete else None
+
+    def missing() -> str:
+        ranks = [str(other) for other, key in enumerate(keys, 1) if not store.check([key])]
+        return f'rank{"s" * (len(ranks) > 1)} {", ".join(ranks[:8])}{", ..." * (len(ranks) > 8)}'
+
+    if rank:
+        return dist.PrefixStore(wait.until(name_of_start, lambda: 'rank 0'), store)
+    keys = [f'{own}/{other}' for other in range(1, world_size)]
+    store.set('first', own)
+    wait.until(lambda: store.check(keys), missing)
+    store.set(f'{own}/all', b' '.join(store.get(key) for key in keys))
+    return dist.PrefixStore(own, store)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message; torch appends C++ frames."""
+    return str(error).split('\n', 1)[0]
+
+
+def find_device(device: str | None, launch: options.Launch) -> torch.device:
+    """Return the device of the process that was started by `launch`.
 
     Arguments and errors are those of init_distributed.
     """
@@ -74,10 +192,10 @@ def find_device(device: str | None, local_rank: int) -> torch.device:
         return torch.device(kind)
     if not torch.cuda.is_available():
         raise ValueError('--device cuda: no CUDA device here; leave the flag out to run on the CPU')
-    devices = torch.cuda.device_count()
-    if devices == 1 and not options.has_local_rank():
+    devices, local_rank = torch.cuda.device_count(), launch.local_rank
+    if devices == 1 and launch.launcher == 'srun':
         local_rank = 0  # srun --gpus-per-task=1 shows each task only the task's own device
-    processes = options.local_world_size(default=local_rank + 1)
+    processes = launch.local_world_size or local_rank + 1
     if processes > devices:
         raise ValueError(f'{processes} processes on a machine with {devices} CUDA devices: start one for each device')
     return torch.device('cuda', local_rank)
@@ -151,15 +269,19 @@ def usage_errors():
 
 
 class StopRequest:
-    """Record SIGTERM, SIGUSR1 (SLURM's warning) or Ctrl-C, for the run to stop after the step.
+    """Record signals, for the run to stop after the step; a second Ctrl-C raises KeyboardInterrupt at once.
 
-    A second Ctrl-C raises KeyboardInterrupt at once.
+    SLURM's warning, SIGUSR1, is recorded from the start, while SIGTERM and Ctrl-C end a run that has done no step.
     """
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self)
+        signal.signal(signal.SIGUSR1, self)
+
+    def record_all(self) -> None:
+        """Record SIGTERM and Ctrl-C too."""
+        signal.signal(signal.SIGTERM, self)
+        signal.signal(signal.SIGINT, self)
 
     def __call__(self, number: int, frame) -> None:
         self.signal = number
@@ -170,7 +292,7 @@ class StopRequest:
 @contextlib.contextmanager
 def first_on_each_node():
     """Run the block in one process of each node first (downloads, indices), then in the others."""
-    first = options.ranks_from_env()[0] == 0
+    first = options.read_launch().local_rank == 0
     if dist.is_initialized() and not first:
         dist.barrier()
     try:
@@ -182,7 +304,7 @@ def first_on_each_node():
 
 def setup_logging() -> None:
     """Print information from rank 0, and warnings from every rank with the rank's number."""
-    rank = options.ranks_from_env()[1]
+    rank = options.read_launch().rank
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format='%(message)s' if rank == 0 else f'rank {rank}: %(message)s',
@@ -313,7 +435,7 @@ class Progress:
 
 def waiting_advice(share: float, loader: str, num_workers: int) -> str:
     """Return a line for a run that spends `share` of its time waiting for data."""
-    processes, changes = options.local_world_size(default=1), []
+    processes, changes = options.read_launch().local_world_size or 1, []
     if loader == 'reference':
         changes.append('--loader fast')
     if num_workers * processes < cores():

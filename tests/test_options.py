@@ -1,5 +1,6 @@
 """Flags, their checks, YAML files of defaults, and the ranks that launchers set."""
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -143,24 +144,93 @@ def test_mistakes_of_a_launched_group_come_from_the_first_rank(capsys, monkeypat
     assert not capsys.readouterr().err
 
 
-LAUNCHERS = (  # in the order in which their variables are looked for
-    {'LOCAL_RANK': 1, 'RANK': 5, 'WORLD_SIZE': 8, 'LOCAL_WORLD_SIZE': 4},  # torchrun
-    {'MPI_LOCALRANKID': 0, 'PMI_RANK': 3, 'PMI_SIZE': 6},  # Intel MPI
-    {'SLURM_LOCALID': 2, 'SLURM_PROCID': 6, 'SLURM_NTASKS': 16},
-    {'OMPI_COMM_WORLD_LOCAL_RANK': 3, 'OMPI_COMM_WORLD_RANK': 4, 'OMPI_COMM_WORLD_SIZE': 5},
-    {})
+LAUNCHED = {
+    'torchrun': dict(LOCAL_RANK=1, RANK=5, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4),
+    'Kubernetes': dict(RANK=5, WORLD_SIZE=8),
+    'Open MPI': dict(OMPI_COMM_WORLD_LOCAL_RANK=3, OMPI_COMM_WORLD_RANK=4, OMPI_COMM_WORLD_SIZE=5),
+    'Intel MPI': dict(MPI_LOCALRANKID=0, PMI_RANK=3, PMI_SIZE=6),
+    'srun': dict(SLURM_STEP_ID=0, SLURM_LOCALID=2, SLURM_PROCID=6, SLURM_NTASKS=16),
+    'nobody': {},
+}
+STEP = LAUNCHED['srun']
 
 
-def test_ranks_are_those_that_timm_reads(monkeypatch):
-    for variables in LAUNCHERS:
+@pytest.fixture
+def environment(monkeypatch):
+    """Return a function that sets variables and removes all others of launchers."""
+    def change(**variables):
+        for name in list(os.environ):
+            if re.match('(SLURM|OMPI|PMI|MPI|MASTER|TORCHELASTIC)_|(LOCAL_)?(RANK|WORLD_SIZE)$', name):
+                monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
-    for variables in LAUNCHERS:  # each inside those after it
-        assert options.ranks_from_env() == distributed.world_info_from_env()
-        assert options.is_distributed_env() == distributed.is_distributed_env()
-        assert options.local_world_size(default=7) == variables.get('LOCAL_WORLD_SIZE', 7)
-        for name in variables:
-            monkeypatch.delenv(name)
+    for name in ('MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, '')  # what the code sets is undone after the test
+    change()
+    return change
+
+
+@pytest.mark.parametrize('launcher', LAUNCHED)
+def test_ranks_are_those_that_timm_reads(environment, launcher):
+    environment(**LAUNCHED[launcher])
+    assert options.read_launch()[1:4] == distributed.world_info_from_env()
+
+
+@pytest.mark.parametrize('variables, found', [
+    ({**STEP, **LAUNCHED['torchrun']}, ('torchrun', 1, 5, 8, 4)),  # srun torchrun
+    ({**STEP, **LAUNCHED['Open MPI']}, ('mpirun', 3, 4, 5, 0)),  # mpirun starts its own helpers by srun
+    ({**STEP, **LAUNCHED['Intel MPI']}, ('mpirun', 0, 3, 6, 0)),
+    ({**STEP, 'PMI_RANK': 6, 'PMI_SIZE': 16}, ('srun', 2, 6, 16, 0)),  # srun --mpi=pmi2
+    ({**LAUNCHED['Open MPI'], 'OMPI_COMM_WORLD_LOCAL_SIZE': 5}, ('mpirun', 3, 4, 5, 5)),
+    ({'SLURM_NTASKS': 16, 'SLURM_PROCID': 0, 'SLURM_LOCALID': 0}, (None, 0, 0, 1, 0)),  # a batch script, salloc
+    ({'SLURM_STEP_ID': 4294967290, 'SLURM_NTASKS': 16, 'SLURM_STEP_NUM_TASKS': 1}, ('srun', 0, 0, 1, 0)),  # its shell
+])
+def test_the_nearest_launcher_counts(environment, variables, found):
+    environment(**variables)
+    assert options.read_launch() == found
+    assert options.tasks_without_srun() == (16 if found[0] is None else 1)
+
+
+@pytest.mark.parametrize('nodes, host', [
+    ('n2', 'n2'), ('node[1-2]', 'node1'), ('gpu-[008,010-12],cpu1', 'gpu-008'), ('a,b[1-2]', 'a'),
+    ('rack[2-3]n[07-08]-ib', 'rack2n07-ib')])
+def test_slurms_first_host_is_the_address(environment, nodes, host):
+    step = dict(STEP, SLURM_JOB_ID=40123, SLURM_STEP_NODELIST=nodes, SLURM_JOB_NODELIST='other[1-9]')
+    environment(**step)
+    assert options.set_master_address() == (host, 20000 + 40123 % 12000)
+    assert (os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) == (host, '24123')
+    environment(**step, MASTER_ADDR='mine')
+    assert options.set_master_address() == ('mine', 24123)
+
+
+def test_steps_side_by_side_have_ports_of_their_own(environment):
+    """Below the kernel's range of outgoing ports."""
+    ports = []
+    for job, step in [(40123, step) for step in range(10)] + [(job, 0) for job in range(40124, 40130)] + [(2 ** 31, 5)]:
+        environment(**{**STEP, 'SLURM_STEP_ID': step}, SLURM_JOB_ID=job, SLURM_STEP_NODELIST='n1')
+        ports.append(options.set_master_address()[1])
+    assert len(set(ports)) == len(ports) and all(20000 <= port < 32000 for port in ports)
+
+
+def test_mpirun_needs_an_address_for_several_hosts(environment):
+    variables = LAUNCHED['Open MPI']
+    environment(**variables, OMPI_COMM_WORLD_LOCAL_SIZE=5)
+    assert options.set_master_address() == ('127.0.0.1', 29500)
+    for more in ({}, {'OMPI_COMM_WORLD_LOCAL_SIZE': 4}):
+        environment(**variables, **more)
+        with pytest.raises(ValueError, match='mpirun -x MASTER_ADDR=HOST'):
+            options.set_master_address()
+        environment(**variables, **more, MASTER_ADDR='n1')
+        assert options.set_master_address() == ('n1', 29500)
+
+
+@pytest.mark.parametrize('missing', ['RANK', 'MASTER_ADDR', 'MASTER_PORT'])
+def test_half_of_a_launchers_variables_is_named(environment, missing):
+    variables = dict(RANK=1, WORLD_SIZE=8, MASTER_ADDR='n1', MASTER_PORT=29500)
+    del variables[missing]
+    environment(**variables)
+    with pytest.raises(ValueError, match=f'WORLD_SIZE is 8, but {missing} is not set'):
+        options.set_master_address()
 
 
 # YAML

@@ -260,6 +260,24 @@ def test_resume_from_the_end_of_an_epoch(flags, whole, tmp_path, capsys, damaged
     nano.assert_same_run(whole, tmp_path / 'run')
 
 
+@pytest.mark.parametrize('steps', [3, 6])
+def test_the_speed_of_a_resumed_epoch_is_that_of_all_its_steps(flags, tmp_path, steps):
+    """Also if it was stopped after its last step, and then again during the evaluation."""
+    run = [*flags, '--epochs', 1, '--output-dir', tmp_path, '--resume', 'auto']
+    nano.finish(nano.start(
+        run, before=lambda rank: nano.at_step(pytest.MonkeyPatch(), steps - 1, lambda: os.kill(os.getpid(), 15))))
+    before = nano.read(tmp_path)
+    assert before['step'] == steps and before['seconds'] > 0
+
+    def stopped(rank, score=train.score):
+        train.score = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(1) or score(*args)
+    nano.finish(nano.start(run, before=stopped))
+    seconds = nano.read(tmp_path)['seconds']
+    assert seconds == before['seconds'] if steps == 6 else seconds > before['seconds']
+    nano.train(run)
+    assert json.loads((tmp_path / 'log.txt').read_text())['train_images_per_s'] == 96 / seconds
+
+
 def test_resume_in_mid_epoch_loads_only_the_rest(flags, whole, tmp_path, monkeypatch):
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--save-every-steps', 2]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
@@ -383,6 +401,38 @@ def test_a_signal_saves_and_stops_within_a_step(flags, whole, tmp_path, monkeypa
     assert 'stopped in epoch 1 after 3 of its steps' in capsys.readouterr().out
     nano.train(run)
     nano.assert_same_run(whole, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('where', ['start_processes', 'build_data', 'describe'])
+def test_a_warning_during_the_set_up_is_kept_for_the_first_step(flags, whole, tmp_path, where):
+    """SLURM's SIGUSR1. SIGTERM ends a run that has nothing to save, as torchrun's restarts need."""
+    def warned(rank, number=signal.SIGUSR1):
+        step = getattr(train, where)
+        setattr(train, where, lambda *args: os.kill(os.getpid(), number) or step(*args))
+
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+    nano.finish(nano.start(run, before=warned))
+    assert nano.read(tmp_path / 'run')['step'] == 1
+    nano.finish(nano.start(run, before=lambda rank: warned(rank, signal.SIGTERM)), status=-signal.SIGTERM)
+    nano.train(run)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_job_scripts_see_whether_a_stopped_run_has_epochs_left(flags, tmp_path):
+    """The exit status under --resume auto is 0 for both."""
+    stopped = tmp_path / 'stopped'
+    run = [*flags, '--epochs', 1, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--stopped-file', stopped]
+    nano.finish(nano.start(
+        run, before=lambda rank: nano.at_step(pytest.MonkeyPatch(), 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))))
+    assert stopped.exists()
+
+    def warned_late(rank, log=checkpoints.RunWriter.log):
+        checkpoints.RunWriter.log = lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or log(*args)
+
+    output = tmp_path / 'out.txt'
+    nano.finish(nano.start(run, output=output, before=warned_late))
+    assert 'stopped after epoch 0, which was the last' in output.read_text() and not stopped.exists()
+    assert '\nstopped-file' not in (tmp_path / 'run' / 'config.yaml').read_text()
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both(flags, tmp_path):

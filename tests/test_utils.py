@@ -38,53 +38,27 @@ def test_ranks_agree(tmp_path):
     mp.start_processes(on_two_ranks, (str(tmp_path),), nprocs=2, start_method='fork')
 
 
-@pytest.mark.parametrize('devices, launched, local_rank, found', [
-    (8, 8, 5, 'cuda:5'),
-    (8, 0, 5, 'cuda:5'),
-    (1, 0, 5, 'cuda:0'),  # srun --gpus-per-task=1
-    (1, 2, 1, '2 processes on a machine with 1 CUDA devices'),
-    (4, 0, 4, '5 processes on a machine with 4 CUDA devices'),
-    (0, 0, 0, '--device cuda: no CUDA device here'),
+@pytest.mark.parametrize('devices, launch, found', [
+    (8, ('torchrun', 5, 5, 8, 8), 'cuda:5'),
+    (8, ('srun', 5, 5, 8), 'cuda:5'),
+    (1, ('srun', 5, 5, 8), 'cuda:0'),  # srun --gpus-per-task=1
+    (1, (), 'cuda:0'),
+    (1, ('torchrun', 1, 1, 2, 2), '2 processes on a machine with 1 CUDA devices'),
+    (1, ('torchrun', 1), '2 processes on a machine with 1 CUDA devices'),  # a launcher that sets LOCAL_RANK alone
+    (1, ('mpirun', 0, 0, 2, 2), '2 processes on a machine with 1 CUDA devices'),
+    (4, ('srun', 4, 4, 8), '5 processes on a machine with 4 CUDA devices'),
+    (0, (), '--device cuda: no CUDA device here'),
 ])
-def test_a_process_has_its_own_gpu(devices, launched, local_rank, found, monkeypatch):
+def test_a_process_has_its_own_gpu(devices, launch, found, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: devices)
-    monkeypatch.setattr(options, 'local_world_size', lambda default: launched or default)
+    launch = options.Launch(*launch)
     if found.startswith('cuda:'):
-        assert utils.find_device('cuda', local_rank) == torch.device(found)
+        assert utils.find_device('cuda', launch) == torch.device(found)
     else:
         with pytest.raises(ValueError, match=found):
-            utils.find_device('cuda', local_rank)
-    assert utils.find_device('cpu', local_rank) == torch.device('cpu')
-
-
-def test_a_launcher_that_sets_local_rank_alone_may_not_share_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
-    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
-    monkeypatch.setenv('LOCAL_RANK', '1')
-    with pytest.raises(ValueError, match='2 processes on a machine with 1 CUDA devices'):
-        utils.find_device('cuda', 1)
-
-
-def test_slurms_first_host_is_the_address(tmp_path, monkeypatch):
-    scontrol = tmp_path / 'scontrol'
-    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && echo node1 && echo node2\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
-    for name in ('MASTER_ADDR', 'MASTER_PORT'):
-        monkeypatch.setenv(name, '')  # undone after the test
-        monkeypatch.delenv(name)
-    options.set_slurm_address()
-    assert 'MASTER_ADDR' not in os.environ
-    monkeypatch.setenv('SLURM_JOB_NODELIST', 'node[1-2]')
-    monkeypatch.setenv('SLURM_JOB_ID', '40123')
-    options.set_slurm_address()
-    assert (os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) == ('node1', '20123')
-    monkeypatch.delenv('MASTER_ADDR')
-    scontrol.unlink()
-    with pytest.raises(ValueError, match='set MASTER_ADDR'):
-        options.set_slurm_address()
+            utils.find_device('cuda', launch)
+    assert utils.find_device('cpu', launch) == torch.device('cpu')
 
 
 def test_a_hung_loader_ends_the_process_in_bounded_time(flags, tmp_path):

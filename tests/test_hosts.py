@@ -1,0 +1,144 @@
+"""Several hosts: a start on which all ranks agree, and training that survives the loss of a host."""
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import nano
+import utils
+
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        return found.getsockname()[1]
+
+
+def torchrun(nnodes, endpoint, argv, *more) -> list[str]:
+    return [
+        sys.executable, '-m', 'torch.distributed.run', '--nnodes', str(nnodes), '--nproc-per-node', '1',
+        '--rdzv-backend', 'c10d', '--rdzv-endpoint', endpoint, '--rdzv-id', 'test', '--max-restarts', '3',
+        '--monitor-interval', '0.1', *more, nano.__file__, *map(str, argv)]
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for status in Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):
+            if int(status.read_text().rsplit(')', 1)[1].split()[1]) == pid:
+                found.append(int(status.parent.name))
+    return found
+
+
+def wait_for(condition, seconds=200):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, 'waited in vain'
+        time.sleep(0.02)
+    return found
+
+
+# a name for each start
+
+def store_of(host_store, rank, world_size, timeout_s=20):
+    client = dist.TCPStore('127.0.0.1', host_store.port, is_master=False)
+    wait = utils.Wait(timeout_s, is_logged=False)
+    return utils.part_of_this_start(client, rank, world_size, wait)
+
+
+def start_of(host_store, world_size, order):
+    """Let ranks join in `order`, some time apart; return the stores that they got."""
+    stores = {}
+    threads = []
+    for rank in order:
+        threads.append(threading.Thread(target=lambda rank=rank: stores.update(
+            {rank: store_of(host_store, rank, world_size)})))
+        threads[-1].start()
+        time.sleep(0.3)
+    for thread in threads:
+        thread.join(30)
+    return stores
+
+
+def test_ranks_of_a_start_agree_whatever_earlier_starts_left():
+    host_store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(utils.TrainingFault, match='no sign of ranks 1, 2 within 0.5 s'):  # dies while it waits
+        store_of(host_store, 0, 3, timeout_s=0.5)
+    for number, (world_size, order) in enumerate(((3, (1, 2, 0)), (2, (1, 0)), (4, (3, 0, 2, 1)), (2, (0, 1)))):
+        stores = start_of(host_store, world_size, order)
+        assert len(stores) == world_size
+        stores[0].set('rank 0 says', str(number))
+        assert all(store.get('rank 0 says') == str(number).encode() for store in stores.values())
+
+
+@pytest.mark.parametrize('absent, port, host, status, words', [
+    (0, None, '127.0.0.1', 1, r'no sign of rank 0 at 127.0.0.1:\d+ \(Connection refused\) within 1 s'),
+    (0, None, 'no.host.invalid', 1, r'no sign of rank 0 at no.host.invalid:\d+ \(.*[Nn]ame.*\) within 1 s'),
+    (1, None, '127.0.0.1', 1, r'no sign of rank 1 within 1 s \(--dist-timeout\)'),
+    (1, 'taken', '127.0.0.1', 2, r'another process listens at 127.0.0.1:\d+: set MASTER_PORT to another port'),
+], ids=['rank 0', 'unknown host', 'rank 1', 'port'])
+def test_a_rank_alone_gives_up_in_one_line(flags, tmp_path, absent, port, host, status, words):
+    """Without torch's pages of C++ frames."""
+    output = tmp_path / 'out.txt'
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        def before(rank):
+            if rank == absent:
+                os._exit(0)
+            os.environ.update(LOCAL_RANK='0', MASTER_ADDR=host)
+            if port:
+                os.environ['MASTER_PORT'] = str(taken.getsockname()[1])
+
+        ranks = nano.start([*flags, '--dist-timeout', '1'], ranks=2, output=output, before=before)
+        nano.finish([ranks[1 - absent]], status=status)
+    lines = output.read_text().splitlines()
+    assert re.search(f'train.py: error: {words}', lines[-1])
+    assert len(lines) == 1 if port else len(lines) == 2 and re.fullmatch(
+        fr'(rank 1: )?waiting for rank {absent}.* until \d\d:\d\d:\d\d \(--dist-timeout 1\)', lines[0])
+
+
+# two torchruns on one machine
+
+@pytest.mark.parametrize('shared', [True, False], ids=['shared', 'own store'])
+def test_a_worker_is_killed_while_the_other_is_in_a_long_step(flags, tmp_path, shared):
+    """Each torchrun counts its own restarts: the ranks may not meet by that number."""
+    run = [*flags, '--epochs', '2', '--resume', 'auto', '--save-every-steps', '1', '--dist-timeout', '20']
+    nano.finish(nano.start([*run, '--output-dir', tmp_path / 'whole'], ranks=2))
+
+    environment = {**ENVIRONMENT, **({} if shared else {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})}
+    endpoint = f'localhost:{free_port()}'
+    outputs = [tmp_path / 'a.txt', tmp_path / 'b.txt']
+    agents = []
+    try:
+        for output in outputs:
+            with open(output, 'w') as file:
+                agents.append(subprocess.Popen(
+                    torchrun(2, endpoint, [*run, '--output-dir', tmp_path / 'run']), stdout=file,
+                    stderr=subprocess.STDOUT, env=environment, start_new_session=True))
+        wait_for((tmp_path / 'run' / 'checkpoint_last.pth').exists)
+        stopped, killed = (children_of(agent.pid)[0] for agent in agents)
+        os.kill(stopped, signal.SIGSTOP)
+        os.kill(killed, signal.SIGKILL)
+        time.sleep(3)
+        os.kill(stopped, signal.SIGCONT)
+        statuses = [agent.wait(120) for agent in agents]
+        text = ''.join(output.read_text() for output in outputs)
+        assert statuses == [0, 0], text[-5000:]
+    finally:
+        for agent in agents:
+            for pid in (*children_of(agent.pid), agent.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    assert len(re.findall('resuming at epoch', text)) >= 1
+    assert 'no sign of' not in text and 'cannot connect' not in text
+    nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
