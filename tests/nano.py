@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import timm
@@ -159,4 +160,8 @@ def assert_same_run(folder, other) -> None:
 
 if __name__ == '__main__':
     import train as command
+    pause = float(os.environ.get('NANO_PAUSE', 0))  # seconds in each step, for tests that disturb a run
+    if pause:
+        once = command.TrainStep.__call__
+        command.TrainStep.__call__ = lambda *args: time.sleep(pause) or once(*args)
     sys.exit(command.cli())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+import hosts
 import nano
 import utils
 
@@ -142,3 +143,91 @@ def test_a_worker_is_killed_while_the_other_is_in_a_long_step(flags, tmp_path, s
     assert len(re.findall('resuming at epoch', text)) >= 1
     assert 'no sign of' not in text and 'cannot connect' not in text
     nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+# hosts as network namespaces
+
+needs_hosts = pytest.mark.skipif(bool(hosts.why_no_hosts()), reason=hosts.why_no_hosts() or '')
+
+
+@needs_hosts
+def test_two_hosts_train_as_two_local_ranks_do(flags, tmp_path):
+    run = [*flags, '--epochs', '1']
+    output = tmp_path / 'out.txt'
+    with hosts.Hosts(['h1', 'h2']) as network:
+        agents = [network.start(name, torchrun(2, 'h1:29500', [*run, '--output-dir', tmp_path / 'run']), output,
+                                env=ENVIRONMENT) for name in ('h1', 'h2')]
+        nano.finish(nano.start([*run, '--output-dir', tmp_path / 'local'], ranks=2))
+        assert [agent.wait(120) for agent in agents] == [0, 0], output.read_text()[-5000:]
+    nano.assert_same_run(tmp_path / 'local', tmp_path / 'run')
+
+
+@pytest.mark.soak
+@needs_hosts
+@pytest.mark.parametrize('disturb', ['late', 'kill', 'cut'])
+def test_elastic_training_survives_what_happens_to_a_host(flags, tmp_path, disturb):
+    """Rank 0 and the writer are on h1, the first name; the rendezvous is on h2.
+
+    A host that joins late; a host that is lost; a host whose link is cut and mended, which is started again.
+    """
+    run = [*flags, '--epochs', '60', '--resume', 'auto', '--save-every-steps', '5', '--dist-timeout', '20']
+    output, last = tmp_path / 'out.txt', tmp_path / 'run' / 'checkpoint_last.pth'
+    command = torchrun('1:2', 'h2:29500', [*run, '--output-dir', tmp_path / 'run'],
+                       '--rdzv-conf', 'last_call_timeout=5')
+    environment = {**ENVIRONMENT, 'NANO_PAUSE': '0.3', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
+
+    def resumed(times):
+        return lambda: output.read_text().count('resuming at epoch') >= times
+
+    with hosts.Hosts(['h1', 'h2']) as network:
+        def start(name):
+            return network.start(name, command, output, env=environment)
+
+        survivor = start('h2')
+        if disturb != 'late':
+            start('h1')
+        wait_for(last.exists)
+        if disturb == 'kill':
+            network.kill_host('h1')
+            wait_for(resumed(1))
+        if disturb == 'cut':
+            network.cut('h1')
+            wait_for(resumed(1))
+            network.mend('h1')
+            network.kill_host('h1')
+        if disturb != 'kill':
+            start('h1')
+            wait_for(resumed(2 if disturb == 'cut' else 1))
+        assert survivor.wait(300) == 0, output.read_text()[-5000:]
+    replay(run, starts_in(output.read_text()), tmp_path / 'replayed')
+    nano.assert_same_run(tmp_path / 'replayed', tmp_path / 'run')
+
+
+def starts_in(text: str) -> list[tuple[int, tuple[int, int]]]:
+    """World sizes of a run's starts, and where they began: epoch and step."""
+    position, starts = (0, 0), []
+    for line in text.splitlines():
+        if found := re.search(r'resuming at epoch (\d+), step (\d+)', line):
+            position = int(found[1]), int(found[2])
+        elif found := re.search(r'accumulated x (\d+) processes', line):
+            starts.append((int(found[1]), position))
+    return starts
+
+
+def replay(run, starts, folder) -> None:
+    """Train as those starts did, each to where the next one began, and nothing twice."""
+    def stop_at(position):
+        def before(rank):
+            import train
+            requested, stopped = train.requested_action, train.Run.stop_signal
+
+            def is_there(run):
+                return (run.state.epoch, run.state.step) == position
+            train.requested_action = lambda run: train.STOP if is_there(run) else requested(run)
+            train.Run.stop_signal = lambda run: signal.SIGTERM if is_there(run) else stopped(run)
+        return before
+
+    assert len(starts) > 1
+    for (world_size, began), (_, end) in zip(starts, [*starts[1:], (None, None)]):
+        if began != end:
+            nano.finish(nano.start([*run, '--output-dir', folder], ranks=world_size, before=stop_at(end)), timeout=300)

@@ -1,0 +1,215 @@
+"""Hosts on one machine: network namespaces with names and addresses of their own, and a SLURM cluster on them."""
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+
+def ip(*arguments, check=True) -> str:
+    return subprocess.run(['ip', *arguments], check=check, capture_output=True, text=True).stdout
+
+
+def why_no_hosts() -> str | None:
+    """Return why this machine cannot have hosts, or None."""
+    if os.geteuid() != 0:
+        return 'network namespaces need root'
+    missing = [command for command in ('ip', 'unshare', 'hostname') if not shutil.which(command)]
+    if missing:
+        return f'{missing[0]} is not installed'
+    with contextlib.suppress(subprocess.CalledProcessError):
+        ip('netns', 'add', f'cmt{os.getpid()}')
+        ip('netns', 'del', f'cmt{os.getpid()}')
+        return None
+    return 'network namespaces cannot be made here'
+
+
+class Hosts:
+    """Network namespaces joined by a bridge: 10.77.0.1, .2, ... without a way out.
+
+    Args:
+        names: host names.
+        files: /etc/hosts of hosts that have another than all names with their addresses.
+    """
+
+    def __init__(self, names: list[str], files: dict[str, str] | None = None):
+        self.address = {name: f'10.77.0.{number}' for number, name in enumerate(names, 1)}
+        self.files = files or {}
+        self.bridge = f'cmt{os.getpid()}'
+
+    def namespace(self, name: str) -> str:
+        return f'{self.bridge}-{name}'
+
+    def __enter__(self):
+        try:
+            ip('netns', 'add', self.bridge)
+            ip('-n', self.bridge, 'link', 'add', 'bridge', 'type', 'bridge')
+            ip('-n', self.bridge, 'link', 'set', 'bridge', 'up')
+            known = ''.join(f'{address} {name}\n' for name, address in self.address.items())
+            for name, address in self.address.items():
+                namespace = self.namespace(name)
+                ip('netns', 'add', namespace)
+                folder = Path('/etc/netns') / namespace
+                folder.mkdir(parents=True)
+                (folder / 'hosts').write_text('127.0.0.1 localhost\n' + self.files.get(name, known))
+                ip('-n', self.bridge, 'link', 'add', name, 'type', 'veth', 'peer', 'name', 'eth0', 'netns', namespace)
+                ip('-n', self.bridge, 'link', 'set', name, 'master', 'bridge', 'up')
+                ip('-n', namespace, 'address', 'add', f'{address}/24', 'dev', 'eth0')
+                ip('-n', namespace, 'link', 'set', 'eth0', 'up')
+                ip('-n', namespace, 'link', 'set', 'lo', 'up')
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        for name in self.address:
+            self.kill_host(name)
+        for name in [*map(self.namespace, self.address), self.bridge]:
+            ip('netns', 'del', name, check=False)
+            shutil.rmtree(Path('/etc/netns') / name, ignore_errors=True)
+
+    def start(self, name: str, command: list[str], output: Path, env=None, cwd=None) -> subprocess.Popen:
+        """Start a command on a host, and append what it prints to `output`."""
+        with open(output, 'a') as file:
+            return subprocess.Popen(
+                ['ip', 'netns', 'exec', self.namespace(name), 'unshare', '--uts', 'sh', '-c',
+                 'hostname "$0"; exec "$@"', name, *map(str, command)],
+                stdout=file, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True)
+
+    def pids(self, name: str) -> list[int]:
+        return [int(pid) for pid in ip('netns', 'pids', self.namespace(name), check=False).split()]
+
+    def kill_host(self, name: str) -> None:
+        """Kill all processes of a host, as a power failure does."""
+        while pids := self.pids(name):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    def cut(self, name: str) -> None:
+        """Cut the link of a host."""
+        ip('-n', self.bridge, 'link', 'set', name, 'down')
+
+    def mend(self, name: str) -> None:
+        ip('-n', self.bridge, 'link', 'set', name, 'up')
+
+
+def why_no_slurm() -> str | None:
+    """Return why this machine cannot have a SLURM cluster, or None."""
+    missing = [command for command in ('slurmctld', 'slurmd', 'sbatch', 'munged') if not shutil.which(command)]
+    return why_no_hosts() or (f'{missing[0]} is not installed (Debian: slurm-wlm, munge)' if missing else None)
+
+
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost=ctl(10.77.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+SchedulerParameters=sched_interval=5,bf_interval=5
+SlurmctldPidFile={folder}/ctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdSpoolDir={folder}/spool/%n
+StateSaveLocation={folder}/state
+SlurmctldLogFile={folder}/ctld.log
+SlurmdLogFile={folder}/%n.log
+SlurmdParameters=config_overrides
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class Slurm(Hosts):
+    """A SLURM cluster: slurmctld on host ctl, a slurmd on each of n1, n2, ...
+
+    Args:
+        folder: for configuration, state and logs; shared by the hosts, as all of the file system is.
+        nodes: number of nodes, of 2 CPUs each.
+        gpus: make-believe GPUs of a node.
+        more: further lines of slurm.conf.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 2, gpus: int = 2, more: str = 'SlurmdTimeout=30\nKillWait=30'):
+        self.nodes = [f'n{number}' for number in range(1, nodes + 1)]
+        super().__init__(['ctl', *self.nodes])
+        self.folder = folder
+        for name in ('state', *(f'spool/{node}' for node in self.nodes)):
+            (folder / name).mkdir(parents=True)
+        node = f'NodeName=n[1-{nodes}] CPUs=2 RealMemory=4000 State=UNKNOWN'
+        if gpus:
+            for number in range(gpus):
+                (folder / f'gpu{number}').touch()
+            (folder / 'gres.conf').write_text(f'NodeName=n[1-{nodes}] Name=gpu File={folder}/gpu[0-{gpus - 1}]\n')
+            node = f'GresTypes=gpu\n{node} Gres=gpu:{gpus}'
+        (folder / 'cgroup.conf').write_text('CgroupPlugin=cgroup/v1\n')
+        (folder / 'slurm.conf').write_text(f'{CONFIGURATION.format(folder=folder)}{node}\n{more}\n')
+        self.env = {**os.environ, 'SLURM_CONF': str(folder / 'slurm.conf')}
+
+    def __enter__(self):
+        self.munged = None
+        if subprocess.run('munge -n', shell=True, capture_output=True).returncode:
+            Path('/run/munge').mkdir(exist_ok=True)
+            shutil.chown('/run/munge', 'munge', 'munge')
+            self.munged = subprocess.Popen(['runuser', '-u', 'munge', '--', 'munged', '--foreground', '--force'])
+        super().__enter__()
+        try:
+            self.start('ctl', ['slurmctld', '-D'], self.folder / 'out.txt', env=self.env)
+            for node in self.nodes:
+                self.start_node(node)
+            self.wait_idle()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        super().__exit__()
+        if self.munged is not None:
+            self.munged.terminate()
+            self.munged.wait()
+
+    def start_node(self, node: str) -> None:
+        self.start(node, ['slurmd', '-D', '-N', node], self.folder / 'out.txt', env=self.env)
+
+    def run(self, *command, env=None, cwd=None, timeout=60) -> subprocess.CompletedProcess:
+        """Run a command as a user on host ctl."""
+        return subprocess.run(
+            ['ip', 'netns', 'exec', self.namespace('ctl'), 'unshare', '--uts', 'sh', '-c', 'hostname ctl; exec "$@"',
+             'sh', *map(str, command)], env={**self.env, **(env or {})}, cwd=cwd, timeout=timeout, text=True,
+            capture_output=True)
+
+    def submit(self, *command, **keywords) -> str:
+        """Submit a job by sbatch, and return its number."""
+        done = self.run('sbatch', '--parsable', *command, **keywords)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def state(self, job: str) -> dict[str, str]:
+        return dict(re.findall(r'(\S+?)=(\S*)', self.run('scontrol', 'show', 'job', '-o', job).stdout))
+
+    def wait_for(self, job: str, *states: str, timeout: float = 300) -> dict[str, str]:
+        """Wait until a job is in one of `states`."""
+        deadline = time.monotonic() + timeout
+        while (found := self.state(job)).get('JobState') not in states:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.5)
+        return found
+
+    def wait_idle(self, timeout: float = 60) -> None:
+        """Wait until all nodes are idle."""
+        deadline = time.monotonic() + timeout
+        while self.run('sinfo', '-h', '-N', '-o', '%T').stdout.split() != ['idle'] * len(self.nodes):
+            assert time.monotonic() < deadline, self.run('sinfo', '-N').stdout
+            time.sleep(0.5)
