@@ -65,8 +65,8 @@ def has_agent_store() -> bool:
 
 
 def tasks_without_srun() -> int:
-    """Return the number of tasks of a SLURM job in which this process runs without srun; 1 elsewhere."""
-    return 1 if read_launch().launcher else int(os.environ.get('SLURM_NTASKS', 1))
+    """Return the number of tasks of the SLURM job of which this process is the only one; 1 elsewhere."""
+    return int(os.environ.get('SLURM_NTASKS', 1)) if read_launch().world_size == 1 else 1
 
 
 def set_master_address() -> tuple[str, int]:

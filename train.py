@@ -450,7 +450,7 @@ def describe(run: Run) -> None:
                 learning_rate(args), args.lr, args.batch_size * args.accum_steps * utils.get_world_size(),
                 args.batch_size, args.accum_steps, utils.get_world_size(), run.device.type, precision)
     initial = args.model_ema_decay ** updates  # share of the initial weights in the EMA at the end
-    if run.ema is not None and initial > 0.05:
+    if run.ema is not None and initial > 0.05 and utils.get_rank() == 0:
         logger.warning('EMA decay %g is too slow for %d updates: %.0f%% of its weights would still be initial. '
                        'Use --model-ema-decay %.4g or --no-model-ema.',
                        args.model_ema_decay, updates, 100 * initial, 1 - 10 / max(updates, 20))

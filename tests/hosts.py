@@ -1,5 +1,6 @@
 """Hosts on one machine: network namespaces with names and addresses of their own, and a SLURM cluster on them."""
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -27,6 +28,9 @@ def why_no_hosts() -> str | None:
     return 'network namespaces cannot be made here'
 
 
+NUMBERS = itertools.count()
+
+
 class Hosts:
     """Network namespaces joined by a bridge: 10.77.0.1, .2, ... without a way out.
 
@@ -38,7 +42,7 @@ class Hosts:
     def __init__(self, names: list[str], files: dict[str, str] | None = None):
         self.address = {name: f'10.77.0.{number}' for number, name in enumerate(names, 1)}
         self.files = files or {}
-        self.bridge = f'cmt{os.getpid()}'
+        self.bridge = f'cmt{os.getpid()}.{next(NUMBERS)}'
 
     def namespace(self, name: str) -> str:
         return f'{self.bridge}-{name}'
@@ -162,7 +166,8 @@ class Slurm(Hosts):
         if subprocess.run('munge -n', shell=True, capture_output=True).returncode:
             Path('/run/munge').mkdir(exist_ok=True)
             shutil.chown('/run/munge', 'munge', 'munge')
-            self.munged = subprocess.Popen(['runuser', '-u', 'munge', '--', 'munged', '--foreground', '--force'])
+            self.munged = subprocess.Popen(['runuser', '-u', 'munge', '--', 'munged', '--foreground', '--force'],
+                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         super().__enter__()
         try:
             self.start('ctl', ['slurmctld', '-D'], self.folder / 'out.txt', env=self.env)

@@ -1,0 +1,258 @@
+"""scripts/slurm.sbatch: its decisions with stand-ins for SLURM's commands, and real jobs on a real cluster (soak)."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import hosts
+import nano
+
+SCRIPT = Path(nano.__file__).parent.parent / 'scripts' / 'slurm.sbatch'
+SIZE = ('--nodes=2', '--gpus-per-node=1', '--cpus-per-task=1')
+
+
+def folder_with_train_py(folder: Path) -> Path:
+    """A folder from which jobs are submitted: its train.py is that of cmt_nano."""
+    folder.mkdir(exist_ok=True)
+    (folder / 'train.py').write_text(f'import runpy\nrunpy.run_path({nano.__file__!r}, run_name="__main__")\n')
+    return folder
+
+
+# decisions
+
+@pytest.fixture
+def script(tmp_path):
+    """Return a function that runs the script with a stand-in for srun, and returns its status, calls and output."""
+    folder = folder_with_train_py(tmp_path / 'repository')
+    commands = tmp_path / 'bin'
+    commands.mkdir()
+
+    def run(srun, *argv, cwd=folder, **variables):
+        for name, text in (('srun', srun), ('scontrol', ':')):
+            (commands / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{tmp_path}/calls\n{text}\n')
+            (commands / name).chmod(0o755)
+        (tmp_path / 'calls').write_text('')
+        variables = {'SLURM_JOB_ID': 7, 'SLURM_JOB_NUM_NODES': 2, 'SLURM_CPUS_PER_TASK': 96, **variables}
+        done = subprocess.run(
+            ['bash', SCRIPT, *argv], cwd=cwd, capture_output=True, text=True, timeout=60,
+            env={**os.environ, 'PATH': f'{commands}:{os.environ["PATH"]}', **{k: str(v) for k, v in variables.items()}})
+        return done.returncode, (tmp_path / 'calls').read_text().splitlines(), done.stderr
+    return run
+
+
+STOPPED = 'while [ "$1" != --stopped-file ]; do shift; done; touch "$2";'
+REQUEUE = 'scontrol requeue 7'
+
+
+@pytest.mark.parametrize('srun, status, attempts, requeued', [
+    ('exit 0', 0, 1, False),
+    ('exit 2', 2, 1, False),  # a mistake
+    ('exit 1', 1, 4, False),  # a fault
+    ('exit 137', 137, 4, False),
+    ('exit 233', 233, 1, True),  # a node on which nothing can be launched
+    ('trap "" USR1; kill -USR1 $PPID; sleep 0.5; exit 0', 0, 1, False),  # it has done its last epoch
+    ('trap "" USR1; kill -USR1 $PPID; sleep 0.5;' + STOPPED + 'exit 0', 0, 1, True),
+    ('trap "" USR1; kill -USR1 $PPID; sleep 0.5; exit 138', 138, 1, True),  # before it could save
+    ('trap "" USR1; kill -USR1 $PPID; sleep 0.5; exit 2', 2, 1, False),
+    (STOPPED + 'exit 0', 0, 1, False),  # by a signal of the user
+])
+def test_a_job_is_started_again_or_requeued_only_if_that_helps(script, srun, status, attempts, requeued):
+    found, calls, said = script(srun, '--model', 'cmt_b')
+    assert (found, sum(call.startswith('srun') for call in calls), REQUEUE in calls) == (status, attempts, requeued)
+    assert 'python train.py --resume auto' in calls[0] and calls[0].endswith('--model cmt_b')
+    assert said.count(' in attempt ') == (attempts if attempts > 1 else 0)
+
+
+def test_a_warning_reaches_the_processes(script):
+    srun = 'trap "echo warned >&2; exit 0" USR1; kill -USR1 $PPID; for i in {1..50}; do sleep 0.1; done; exit 1'
+    assert script(srun)[::2] == (0, 'warned\n')
+
+
+@pytest.mark.parametrize('variables, processes, cpus', [
+    ({'SLURM_GPUS_ON_NODE': 8}, 8, 12),
+    ({}, 1, 96),  # no GPUs
+    ({'GPUS_PER_NODE': 2}, 2, 48),
+    ({'SLURM_GPUS_ON_NODE': 8, 'SLURM_CPUS_PER_TASK': 4}, 8, 1),
+])
+def test_each_gpu_has_a_process(script, variables, processes, cpus):
+    call = script('env | grep -q SLURM_GPUS_PER_NODE && exit 1', SLURM_GPUS_PER_NODE=8, **variables)[1][0]
+    assert f'--nodes=2 --ntasks-per-node={processes} --cpus-per-task={cpus} ' in call
+
+
+def test_tasks_of_an_array_have_folders_of_their_own(script):
+    status, calls, said = script('exit 0', '--seed', '%a', '--output-dir', 'out/seed_%a', SLURM_ARRAY_TASK_ID=3)
+    assert status == 0 and calls[0].endswith('--seed 3 --output-dir out/seed_3')
+    status, calls, said = script('exit 0', '--output-dir', 'out', SLURM_ARRAY_TASK_ID=3)
+    assert status == 2 and not calls and re.fullmatch(r'slurm.sbatch: .*--output-dir output/run_%a\n', said)
+
+
+def test_a_job_from_another_folder_is_refused_in_a_line(script, tmp_path):
+    status, calls, said = script('exit 0', cwd=tmp_path)
+    assert status == 2 and not calls and re.fullmatch(r'slurm.sbatch: no train.py in .*--chdir=REPOSITORY\n', said)
+
+
+# a real cluster
+
+pytestmark_soak = [
+    pytest.mark.soak, pytest.mark.skipif(bool(hosts.why_no_slurm()), reason=hosts.why_no_slurm() or '')]
+
+
+def soak(function):
+    for mark in pytestmark_soak:
+        function = mark(function)
+    return function
+
+
+class Cluster(hosts.Slurm):
+    """A cluster whose jobs train cmt_nano."""
+
+    def __init__(self, folder, **keywords):
+        super().__init__(folder / 'slurm', **keywords)
+        self.repository = folder_with_train_py(folder / 'repository')
+        (self.repository / 'scripts').symlink_to(SCRIPT.parent)
+        self.env['PATH'] = f'{Path(sys.executable).parent}:{self.env["PATH"]}'
+        self.env['OMP_NUM_THREADS'] = '1'
+
+    def train(self, flags, *sbatch, pause=0.2) -> str:
+        """sbatch scripts/slurm.sbatch with `flags`; `pause` seconds in each step."""
+        return self.submit(*SIZE, *sbatch, 'scripts/slurm.sbatch', *flags, cwd=self.repository,
+                           env={'NANO_PAUSE': str(pause)})
+
+    def log(self, job) -> str:
+        path = self.repository / f'slurm-{job}.log'
+        return path.read_text() if path.exists() else ''
+
+    def until(self, job, words, timeout=120) -> None:
+        deadline = time.monotonic() + timeout
+        while words not in self.log(job):
+            assert time.monotonic() < deadline, self.log(job)
+            time.sleep(0.2)
+
+    def finish(self, job, state='COMPLETED') -> str:
+        found = self.wait_for(job, 'COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT')
+        assert found['JobState'] == state, (found, self.log(job))
+        return self.log(job)
+
+    def run_again(self, job) -> None:
+        """Do not wait two minutes for a requeued job to start."""
+        self.wait_for(job, 'PENDING')
+        assert self.run('scontrol', 'update', f'JobId={job}', 'StartTime=now').returncode == 0
+
+
+@pytest.fixture(scope='module')
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp('cluster'), more='SlurmdTimeout=20\nKillWait=30') as found:
+        yield found
+
+
+@pytest.fixture(scope='module')
+def job_flags(flags):
+    return [*flags, '--epochs', '4', '--print-freq', '1']
+
+
+@pytest.fixture(scope='module')
+def undisturbed(job_flags, tmp_path_factory):
+    """The folder of a local run of two ranks."""
+    folder = tmp_path_factory.mktemp('undisturbed')
+    nano.finish(nano.start([*job_flags, '--output-dir', folder], ranks=2))
+    return folder
+
+
+@soak
+@pytest.mark.parametrize('what', ['nothing', 'warning', 'time limit', 'requeue', 'scancel', 'process', 'node'])
+def test_a_job_ends_with_the_bits_of_an_undisturbed_run(cluster, job_flags, undisturbed, tmp_path, what):
+    """Whatever happens to it in between."""
+    more = ['--time=2', '--signal=B:USR1@90'] if what == 'time limit' else ['--time=60']
+    flags = [*job_flags, '--save-every-steps', '2', '--output-dir', tmp_path / 'run']
+    job = cluster.train(flags, *more, pause=4 if what == 'time limit' else 0.5)
+    if what != 'nothing':
+        cluster.until(job, 'epoch 1/3  step 1/3')
+    if what == 'warning':
+        cluster.run('scancel', '--batch', '--signal=USR1', job)
+    if what == 'requeue':
+        cluster.run('scontrol', 'requeue', job)
+    if what == 'process':
+        pids = [pid for pid in cluster.pids('n2') if 'train.py' in Path(f'/proc/{pid}/cmdline').read_text()]
+        os.kill(max(pids), signal.SIGKILL)
+    if what == 'node':
+        cluster.kill_host('n2')
+        cluster.wait_for(job, 'PENDING')
+        cluster.start_node('n2')
+        time.sleep(10)  # SLURM would wait two minutes: it still ends the job's first start on n2
+    if what == 'scancel':
+        cluster.run('scancel', job)
+        cluster.finish(job, 'CANCELLED')
+        assert 'stopped in epoch' in cluster.log(job)
+        job = cluster.train(flags, pause=0)
+    if what in ('warning', 'time limit', 'requeue', 'node'):
+        cluster.run_again(job)
+    text = cluster.finish(job)
+    assert ('resuming at epoch' in text) == (what != 'nothing')
+    assert ('Traceback' in text) == (what == 'process')  # of the others, which lost it
+    nano.assert_same_run(undisturbed, tmp_path / 'run')
+
+
+@soak
+def test_a_mistake_is_not_started_again(cluster, job_flags, tmp_path):
+    for flags in ([*job_flags, '--lr', 'x', '--output-dir', 'out'], ['--data-path', 'nowhere', '--output-dir', 'out']):
+        job = cluster.train(flags)
+        text = cluster.finish(job, 'FAILED')
+        assert text.count('train.py: error: ') == 1 and 'attempt' not in text and 'Traceback' not in text
+        assert cluster.state(job)['ExitCode'] == '2:0' and cluster.state(job)['Restarts'] == '0'
+
+
+@soak
+def test_a_node_on_which_nothing_can_be_launched_sends_the_job_back_into_the_queue(cluster, job_flags, tmp_path):
+    job = cluster.train([*job_flags, '--output-dir', tmp_path / 'run'], '--begin=now', '--hold')
+    cluster.kill_host('n2')
+    cluster.run('scontrol', 'release', job)
+    try:
+        cluster.until(job, 'back into the queue')
+        assert 'in attempt' not in cluster.log(job)
+    finally:
+        cluster.start_node('n2')
+    cluster.run_again(job)
+    cluster.finish(job)
+
+
+@soak
+def test_an_allocation_is_one_process_and_its_steps_do_not_meet(cluster, job_flags, undisturbed, tmp_path):
+    """Two at once on both nodes, each of two tasks, and one on a part of the nodes."""
+    def command(name):
+        return f'python train.py {" ".join(map(str, job_flags))} --output-dir {tmp_path / name}'
+    cluster.wait_idle()  # the shell that asks here is none that SLURM could call back
+    done = cluster.run(
+        'salloc', '--nodes=2', '--ntasks=4', 'bash', '-c',
+        f'{command("alone")} --epochs 1; unset SLURM_NTASKS_PER_NODE;'
+        f'srun -N2 -n2 --exact {command("a")} & srun -N2 -n2 --exact {command("b")} & wait;'
+        f'srun -N1 -n2 -w n2 {command("part")}', cwd=cluster.repository, timeout=200)
+    assert done.returncode == 0 and 'one process, though the SLURM job has 4 tasks' in done.stdout, done
+    assert 'accumulated x 1 processes' in done.stdout
+    assert [record['epoch'] for record in nano.log(tmp_path / 'alone')] == [0]
+    for name in ('a', 'b', 'part'):
+        nano.assert_same_run(undisturbed, tmp_path / name)
+
+
+@soak
+def test_nodes_without_gpus(job_flags, undisturbed, tmp_path):
+    with Cluster(tmp_path, nodes=1, gpus=0) as cluster:
+        for variables, more in (({}, ['--nodes=1']), ({'GPUS_PER_NODE': '2'}, ['--nodes=1'])):
+            job = cluster.submit(
+                *more, '--gpus-per-node=0', '--cpus-per-task=2', 'scripts/slurm.sbatch', *job_flags,
+                '--output-dir', tmp_path / f'run{len(variables)}', cwd=cluster.repository, env=variables)
+            assert f'accumulated x {2 if variables else 1} processes' in cluster.finish(job)
+    nano.assert_same_run(undisturbed, tmp_path / 'run1')
+
+
+@soak
+def test_gres_and_arrays(cluster, job_flags, tmp_path):
+    job = cluster.submit('--nodes=1', '--gres=gpu:1', '--cpus-per-task=1', '--array=1-2', 'scripts/slurm.sbatch',
+                         *job_flags, '--seed', '%a', '--output-dir', f'{tmp_path}/%a', cwd=cluster.repository)
+    for task in ('1', '2'):
+        cluster.wait_for(f'{job}_{task}', 'COMPLETED')
+        assert nano.read(tmp_path / task)['args']['seed'] == int(task)
