@@ -634,8 +634,12 @@ def cli() -> int:
         utils.exit_now(2 if args.eval else 1)
     except KeyboardInterrupt:
         utils.exit_now(130)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if utils.is_loss_of_process(error):
+            sys.stderr.write(f'train.py: error: rank {utils.get_rank()} lost another process '
+                             f'({utils.first_line(error)})\n')
+        else:
+            traceback.print_exc()
         utils.exit_now(1)
     if torch.distributed.is_initialized():  # all ranks come here
         torch.distributed.destroy_process_group()

@@ -177,6 +177,12 @@ def part_of_this_start(store: dist.Store, rank: int, world_size: int, wait: Wait
     return dist.PrefixStore(own, store)
 
 
+def is_loss_of_process(error: Exception) -> bool:
+    """Return whether gloo reports by `error` that another process or the network is gone."""
+    return 'gloo' in str(error) and any(
+        words in str(error) for words in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting'))
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of a message; torch appends C++ frames."""
     return str(error).split('\n', 1)[0]

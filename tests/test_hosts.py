@@ -17,6 +17,7 @@ import hosts
 import nano
 import utils
 
+ROOT = Path(nano.__file__).parent.parent
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
@@ -108,6 +109,18 @@ def test_a_rank_alone_gives_up_in_one_line(flags, tmp_path, absent, port, host, 
         fr'(rank 1: )?waiting for rank {absent}.* until \d\d:\d\d:\d\d \(--dist-timeout 1\)', lines[0])
 
 
+@pytest.mark.parametrize('number, words', [(signal.SIGKILL, '(closed|reset) by peer'), (signal.SIGSTOP, 'Timed out')])
+def test_a_rank_that_loses_another_ends_with_a_line(flags, tmp_path, number, words):
+    output = tmp_path / 'out.txt'
+    ranks = nano.start(
+        [*flags, '--dist-timeout', '3'], ranks=2, output=output, before=lambda rank: nano.at_step(
+            pytest.MonkeyPatch(), 3, lambda: rank == 1 and os.kill(os.getpid(), number)))
+    nano.finish(ranks[:1], status=1)
+    ranks[1].kill()
+    assert re.search(fr'\ntrain\.py: error: rank 0 lost another process \(.*({words}).*\)\n$', output.read_text())
+    assert 'Traceback' not in output.read_text()
+
+
 # two torchruns on one machine
 
 @pytest.mark.parametrize('shared', [True, False], ids=['shared', 'own store'])
@@ -160,6 +173,23 @@ def test_two_hosts_train_as_two_local_ranks_do(flags, tmp_path):
         nano.finish(nano.start([*run, '--output-dir', tmp_path / 'local'], ranks=2))
         assert [agent.wait(120) for agent in agents] == [0, 0], output.read_text()[-5000:]
     nano.assert_same_run(tmp_path / 'local', tmp_path / 'run')
+
+
+@pytest.mark.soak
+@needs_hosts
+def test_the_line_of_the_readme_runs_as_it_stands(images, tmp_path):
+    """On two hosts, with eight processes of the real train.py on each."""
+    readme = (ROOT / 'README.md').read_text()
+    command, = re.findall(r'^    (torchrun --nnodes .* train\.py) \.\.\.$', readme, re.MULTILINE)
+    flags = (f'--data-path {images} --output-dir {tmp_path}/run --model cmt_ti --input-size 32 --batch-size 2 '
+             '--num-workers 0 --epochs 1 --cooldown-epochs 0').split()
+    output = tmp_path / 'out.txt'
+    environment = {**ENVIRONMENT, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    with hosts.Hosts(['HOST', 'n2']) as network:
+        agents = [network.start(name, [*command.split(), *flags], output, env=environment, cwd=ROOT)
+                  for name in ('HOST', 'n2')]
+        assert [agent.wait(500) for agent in agents] == [0, 0], output.read_text()[-5000:]
+    assert 'x 16 processes' in output.read_text() and [line['epoch'] for line in nano.log(tmp_path / 'run')] == [0]
 
 
 @pytest.mark.soak
