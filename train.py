@@ -612,12 +612,12 @@ def report(stats: dict[str, float], title: str = '') -> None:
     logger.info('%sAccuracy of the network on the %d test images: %.3f%%', title, stats['count'], stats['acc1'])
 
 
-def cli() -> int:
-    """Return the exit status.
+def cli(argv: list[str] | None = None) -> int:
+    """Run main with the flags `argv` (default: of the command line), and return the exit status.
 
     0 done or stopped under --resume auto, 1 a fault, 2 a mistake of the user, 128 + n stopped by signal n.
     """
-    args = options.parse_args()
+    args = options.parse_args(argv)
     try:
         main(args)
         status = 0

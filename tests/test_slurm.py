@@ -73,15 +73,19 @@ def test_a_warning_reaches_the_processes(script):
     assert script(srun)[::2] == (0, 'warned\n')
 
 
-@pytest.mark.parametrize('variables, processes, cpus', [
-    ({'SLURM_GPUS_ON_NODE': 8}, 8, 12),
-    ({}, 1, 96),  # no GPUs
-    ({'GPUS_PER_NODE': 2}, 2, 48),
-    ({'SLURM_GPUS_ON_NODE': 8, 'SLURM_CPUS_PER_TASK': 4}, 8, 1),
+@pytest.mark.parametrize('variables, processes, cpus, threads', [
+    ({'SLURM_GPUS_ON_NODE': 8}, 8, 12, 1),
+    ({}, 1, 96, 96),  # no GPUs
+    ({'GPUS_PER_NODE': 2}, 2, 48, 48),
+    ({'GPUS_PER_NODE': 2, 'SLURM_CPUS_PER_TASK': 1}, 2, None, 1),
+    ({'SLURM_GPUS_ON_NODE': 8, 'SLURM_CPUS_PER_TASK': 4}, 8, None, 1),
 ])
-def test_each_gpu_has_a_process(script, variables, processes, cpus):
-    call = script('env | grep -q SLURM_GPUS_PER_NODE && exit 1', SLURM_GPUS_PER_NODE=8, **variables)[1][0]
-    assert f'--nodes=2 --ntasks-per-node={processes} --cpus-per-task={cpus} ' in call
+def test_each_gpu_has_a_process(script, variables, processes, cpus, threads):
+    status, (call,), said = script('echo threads $OMP_NUM_THREADS $SLURM_GPUS_PER_NODE >&2', OMP_NUM_THREADS='',
+                                   SLURM_GPUS_PER_NODE=8, **variables)
+    assert said == f'threads {threads}\n'
+    share = f'--cpus-per-task={cpus}' if cpus else '--overcommit'
+    assert f'--nodes=2 --ntasks-per-node={processes} {share} ' in call
 
 
 def test_tasks_of_an_array_have_folders_of_their_own(script):
@@ -164,15 +168,18 @@ def undisturbed(job_flags, tmp_path_factory):
 
 
 @soak
-@pytest.mark.parametrize('what', ['nothing', 'warning', 'time limit', 'requeue', 'scancel', 'process', 'node'])
+@pytest.mark.parametrize('what', [
+    'nothing', 'early warning', 'warning', 'time limit', 'requeue', 'scancel', 'process', 'node'])
 def test_a_job_ends_with_the_bits_of_an_undisturbed_run(cluster, job_flags, undisturbed, tmp_path, what):
     """Whatever happens to it in between."""
     more = ['--time=2', '--signal=B:USR1@90'] if what == 'time limit' else ['--time=60']
     flags = [*job_flags, '--save-every-steps', '2', '--output-dir', tmp_path / 'run']
     job = cluster.train(flags, *more, pause=4 if what == 'time limit' else 0.5)
-    if what != 'nothing':
+    if what == 'early warning':
+        cluster.wait_for(job, 'RUNNING')
+    elif what != 'nothing':
         cluster.until(job, 'epoch 1/3  step 1/3')
-    if what == 'warning':
+    if 'warning' in what:
         cluster.run('scancel', '--batch', '--signal=USR1', job)
     if what == 'requeue':
         cluster.run('scontrol', 'requeue', job)
@@ -189,10 +196,10 @@ def test_a_job_ends_with_the_bits_of_an_undisturbed_run(cluster, job_flags, undi
         cluster.finish(job, 'CANCELLED')
         assert 'stopped in epoch' in cluster.log(job)
         job = cluster.train(flags, pause=0)
-    if what in ('warning', 'time limit', 'requeue', 'node'):
+    if what in ('early warning', 'warning', 'time limit', 'requeue', 'node'):
         cluster.run_again(job)
     text = cluster.finish(job)
-    assert ('resuming at epoch' in text) == (what != 'nothing')
+    assert ('resuming at epoch' in text) == (what not in ('nothing', 'early warning'))
     assert 'Traceback' not in text and ('lost another process' in text) == (what in ('process', 'node'))
     nano.assert_same_run(undisturbed, tmp_path / 'run')
 
