@@ -64,6 +64,12 @@ def has_agent_store() -> bool:
     return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
 
 
+def run_name() -> str:
+    """Return the launcher's name of this run: of torchrun's --rdzv-id, or of SLURM's job and step."""
+    step = '.'.join(os.environ.get(name, '') for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID'))
+    return os.environ.get('TORCHELASTIC_RUN_ID', step)
+
+
 def tasks_without_srun() -> int:
     """Return the number of tasks of the SLURM job of which this process is the only one; 1 elsewhere."""
     return int(os.environ.get('SLURM_NTASKS', 1)) if read_launch().world_size == 1 else 1

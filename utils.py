@@ -141,11 +141,12 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
         wait.until(answers, lambda: f'{server} ({problem})')
     try:
         timeout = datetime.timedelta(seconds=wait.timeout_s)
-        return next(rendezvous(url, rank, 1 if host else world_size, timeout=timeout))[0]
+        store = next(rendezvous(url, rank, 1 if host else world_size, timeout=timeout))[0]
     except dist.DistError as error:
         if 'EADDRINUSE' in str(error):
             raise ValueError(f'another process listens at {host}:{port}: set MASTER_PORT to another port') from None
         raise TrainingFault(f'no connection to {server}: {first_line(error)}') from None
+    return dist.PrefixStore(options.run_name(), store)  # two runs may have one endpoint of torchrun
 
 
 def part_of_this_start(store: dist.Store, rank: int, world_size: int, wait: Wait) -> dist.Store:

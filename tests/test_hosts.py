@@ -84,6 +84,24 @@ def test_ranks_of_a_start_agree_whatever_earlier_starts_left():
         assert all(store.get('rank 0 says') == str(number).encode() for store in stores.values())
 
 
+def test_runs_that_share_a_store_do_not_meet(monkeypatch):
+    """Two torchruns may have one --rdzv-endpoint, if their --rdzv-id differ."""
+    server = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    wait = utils.Wait(5, is_logged=False)
+    monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', 'True')
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+    monkeypatch.setenv('MASTER_PORT', str(server.port))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '0')
+    stores = []
+    for name in ('a', 'b', 'a'):
+        monkeypatch.setenv('TORCHELASTIC_RUN_ID', name)
+        stores.append(utils.open_store('env://', 0, 2, wait))
+    stores[0].set('first', 'of a')
+    assert stores[0].get('first') == b'of a'  # set() does not wait for the server
+    assert stores[2].check(['first']) and not stores[1].check(['first'])
+
+
 @pytest.mark.parametrize('absent, port, host, status, words', [
     (0, None, '127.0.0.1', 1, r'no sign of rank 0 at 127.0.0.1:\d+ \(Connection refused\) within 1 s'),
     (0, None, 'no.host.invalid', 1, r'no sign of rank 0 at no.host.invalid:\d+ \(.*[Nn]ame.*\) within 1 s'),
