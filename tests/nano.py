@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -78,6 +79,8 @@ def start(argv, ranks=1, output=os.devnull, before=None) -> list[multiprocessing
         sys.stdout = os.fdopen(1, 'w', buffering=1)
         sys.stderr = os.fdopen(2, 'w', buffering=1)
         os.setpgid(0, 0)
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # not as an earlier run left them in the test's process
+            signal.signal(number, signal.SIG_DFL)
         if ranks > 1:
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
