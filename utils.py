@@ -123,9 +123,8 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
     """
     parsed = urllib.parse.urlparse(url)
     host, port = options.set_master_address() if url == 'env://' else (parsed.hostname, parsed.port)
-    server, problem = f'rank 0 at {host}:{port}', ''
-    if options.has_agent_store():
-        server = f'the store of torchrun at {host}:{port}'
+    is_of_torchrun, problem = url == 'env://' and options.has_agent_store(), ''
+    server = f'{"the store of torchrun" if is_of_torchrun else "rank 0"} at {host}:{port}'
 
     def answers() -> bool:
         nonlocal problem
@@ -137,7 +136,7 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
         return True
 
     # torch's own waiting prints pages of C++ frames, and a TCPStore of rank 0 waits for the world size in silence
-    if host and (rank or options.has_agent_store()):
+    if host and (rank or is_of_torchrun):
         wait.until(answers, lambda: f'{server} ({problem})')
     try:
         timeout = datetime.timedelta(seconds=wait.timeout_s)
