@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import threading
 import warnings
@@ -238,7 +239,7 @@ def build_dataset(
 
 def _read_class_map(file: str) -> list[str]:
     try:
-        classes = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+        classes = [line.strip() for line in Path(file).read_text('utf-8-sig').splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f'--class-map {file}: {error}') from None
     if len(set(classes)) != len(classes) or not classes:
@@ -252,6 +253,9 @@ def _undivided(data_path: str, transform: Callable | None, classes: list[str] | 
     if root.is_dir() and has_part(data_path, 'val'):
         raise ValueError(f'{root} has a validation part: leave --val-split out')
     folders = {path.name for path in root.glob('[!.]*') if path.is_dir()}
+    if len(folders) > 1 and all(re.fullmatch('(train|test|val)(ing|id|idation)?', name.lower()) for name in folders):
+        raise ValueError(f'{root} contains {" and ".join(sorted(folders))}: parts, not classes. Name them train and '
+                         'val, and leave --val-split out')
     if 'train' in folders or not folders and has_part(data_path, 'train'):
         return find_part(data_path, 'train', transform, classes)
     return ImageFolder(root, transform, classes)

@@ -151,6 +151,7 @@ def number(kind: type, low: float, high: float = float('inf'), above: bool = Fal
 
 
 count, positive = number(int, 0), number(int, 1)
+path = os.path.expanduser  # the shell leaves ~ as it is in --flag=~/folder and in YAML
 amount, rate, share = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
 
 
@@ -164,7 +165,7 @@ def data_set(name: str) -> str:
 
 def output_file(text: str) -> Path:
     """Check that a file can be written, before the work whose results go to that file."""
-    path = Path(text)
+    path = Path(text).expanduser()
     try:
         if path.exists():
             path.open('ab').close()
@@ -182,12 +183,14 @@ def get_parser() -> argparse.ArgumentParser:
     toggle = argparse.BooleanOptionalAction
 
     g = parser.add_argument_group('run')
-    g.add_argument('--config', metavar='YAML',
+    g.add_argument('--config', type=path, metavar='YAML',
                    help='file of "flag: value" lines with defaults; flags on the command line override them')
-    g.add_argument('--output-dir', default='', help='folder for checkpoints and log.txt; without it nothing is saved')
-    g.add_argument('--resume', default='', metavar='CKPT', help='checkpoint to resume, or to evaluate with --eval; '
+    g.add_argument('--output-dir', type=path, default='',
+                   help='folder for checkpoints and log.txt; without it nothing is saved')
+    g.add_argument('--resume', type=path, default='', metavar='CKPT',
+                   help='checkpoint to resume, or to evaluate with --eval; '
                    "'auto': the newest good checkpoint in --output-dir, if any")
-    g.add_argument('--finetune', default='', metavar='FILE|NAME',
+    g.add_argument('--finetune', type=path, default='', metavar='FILE|NAME',
                    help='weights to start from, of any input size and number of classes: a file, or the name of a '
                    'model of timm or of the Hugging Face hub; a checkpoint found by --resume takes precedence')
     g.add_argument('--overwrite', action='store_true', help='replace the run in --output-dir')
@@ -217,9 +220,11 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--data-set', default='IMNET', type=data_set, metavar='NAME',
                    help=f"{', '.join(DATA_SETS)}, torch/NAME for a torchvision data set through timm, "
                    'wds/NAME for WebDataset shards')
-    g.add_argument('--data-path', help='IMNET: folder with train/ and val/, or with tars of them; INAT: folder with '
+    g.add_argument('--data-path', type=path,
+                   help='IMNET: folder with train/ and val/, or with tars of them; INAT: folder with '
                    'the JSON files; others: folder of the data set, or to download the data set to')
-    g.add_argument('--class-map', metavar='FILE', help='IMNET: class folders in the order of their index, one a line')
+    g.add_argument('--class-map', type=path, metavar='FILE',
+                   help='IMNET: class folders in the order of their index, one a line')
     g.add_argument('--val-split', type=share, metavar='FRACTION',
                    help='IMNET without val/: share of each class to hold out, the same images in every run')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
@@ -283,7 +288,7 @@ def get_parser() -> argparse.ArgumentParser:
                    help="learn from a teacher's distribution (soft) or from the teacher's decision (hard)")
     g.add_argument('--teacher-model', help='teacher, a model of timm or of the Hugging Face hub; pretrained weights '
                    'are used unless --teacher-path is given')
-    g.add_argument('--teacher-path', metavar='FILE', help="file of the teacher's weights")
+    g.add_argument('--teacher-path', type=path, metavar='FILE', help="file of the teacher's weights")
     g.add_argument('--distillation-alpha', type=share, default=0.5,
                    help="weight of the teacher's part in the loss; with --distillation-type soft and K classes both "
                    "parts weigh the same at K / (K + 1), 0.91 for 10 classes, because DeiT's code divides by K")

@@ -7,6 +7,7 @@ import posixpath
 import re
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -14,7 +15,6 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision import datasets as tv_datasets
 from torchvision.datasets import imagenet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -22,14 +22,29 @@ logger = logging.getLogger(__name__)
 
 # a tar's name that begins with the word of its part, or is the published one
 PART = re.compile(r'(?:ILSVRC2012_img_)?(train|val)(?:ing|idation)?(?![A-Za-z])')
-# a path component that begins with a dot, as ._NAME of macOS, except . and ..
-HIDDEN = re.compile(r'(?:^|/)\.(?!\.?(?:/|$))')
+# a path component that begins with a dot, as ._NAME of macOS, except . and ..; folders of NAS boxes and file systems
+IGNORED = re.compile(r'(?:^|/)(?:\.(?!\.?(?:/|$))|(?:@eaDir|__MACOSX|lost\+found|Thumbs\.db)(?:/|$))')
+# photographs that Pillow decodes by itself; torchvision's list lacks the second line
+ENDINGS = (*IMG_EXTENSIONS, '.apng', '.avif', '.avifs', '.dib', '.gif', '.j2c', '.j2k', '.jfif', '.jp2', '.jpc', '.jpe',
+           '.jpf', '.jpx', '.mpo', '.pbm', '.pnm', '.qoi', '.tga')
 
 
 def open_image(image: bytes | Image.Image) -> Image.Image:
-    """Open an image as torchvision's loader does: RGB, without the rotation that EXIF asks for."""
+    """Open an image as torchvision's loader does: RGB, without the rotation that EXIF asks for.
+
+    16-bit grey images keep their upper 8 bits; Pillow's conversion would make them white.
+
+    Raises:
+        ValueError: grey values of unknown range (32-bit integers, floats).
+    """
     if isinstance(image, bytes):
         image = Image.open(io.BytesIO(image))
+    if image.mode.startswith('I;16') or image.mode == 'I' and image.format == 'PPM':  # a PGM of 16 bits
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert('RGB')
+    if image.mode in ('I', 'F'):
+        low, high = image.getextrema()
+        raise ValueError(f'grey values of {"32-bit integers" if image.mode == "I" else "floats"} from {low:g} to '
+                         f'{high:g}, whose black and white are unknown: convert the image to 8 or 16 bits')
     return image.convert('RGB')
 
 
@@ -90,18 +105,55 @@ def index_of(classes: list[str], found: Iterable[str], where: str | Path) -> dic
     """Map each class name to its index; raise ValueError if `classes` lacks a name of `found`."""
     unknown = sorted(set(found) - set(classes))
     if unknown:
-        raise ValueError(f'{where} has classes that the training set, or --class-map, lacks: {", ".join(unknown[:5])}')
+        raise ValueError(f'{where} has classes that the training set, the checkpoint or --class-map lacks: '
+                         f'{", ".join(unknown[:5])}{f" and {len(unknown) - 5} more" if unknown[5:] else ""}')
     return {name: i for i, name in enumerate(classes)}
 
 
 def is_image(name: str) -> bool:
-    """Return whether a path below the data's root is an image: by its ending, unless hidden."""
-    return name.lower().endswith(IMG_EXTENSIONS) and not HIDDEN.search(name)
+    """Return whether a path below the data's root is an image: by its ending, unless ignored."""
+    return name.lower().endswith(ENDINGS) and not IGNORED.search(name)
+
+
+def walk(top: str) -> list[tuple[str, list[str]]]:
+    """List `top` and the folders below it, through links, with the names of their files; both sorted.
+
+    os.walk alone passes over folders that cannot be listed, and follows a link to a folder above without end.
+
+    Raises:
+        ValueError: a folder cannot be listed.
+    """
+    def fail(error: OSError) -> None:
+        raise ValueError(f'{error.filename} cannot be listed ({error.strerror})')
+
+    def is_read(folder: str, name: str) -> bool:
+        path = os.path.join(folder, name)
+        if os.path.islink(path):
+            target = os.path.join(os.path.realpath(path), '')
+            if os.path.join(os.path.realpath(folder), '').startswith(target):
+                logger.warning('%s leads back to %s: ignored', path, target)
+                return False
+        return not IGNORED.search(name)
+
+    found = []
+    for folder, folders, files in os.walk(top, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if is_read(folder, name)]
+        found.append((folder, sorted(files)))
+    return sorted(found)
+
+
+def log_left_out(files: Iterable[str], where: str | Path) -> None:
+    """Log how many files are no images, by their endings."""
+    endings = Counter(os.path.splitext(file)[1].lower() or 'no ending' for file in files)
+    if endings:
+        logger.info('left out of %s: %s', where, ', '.join(
+            f'{count} {ending}' for ending, count in endings.most_common(5)) + (', ...' if len(endings) > 5 else ''))
 
 
 class ImageFolder(EncodedImages):
-    """List a folder's images as torchvision's ImageFolder does, without hidden ones.
+    """List a folder's images as torchvision's ImageFolder does, without ignored ones.
 
+    torchvision's is silent about folders that cannot be listed, loops of links and files that are left out.
     The class index of another folder can be given, as a validation set needs.
 
     Args:
@@ -118,15 +170,26 @@ class ImageFolder(EncodedImages):
         if not os.path.isdir(root):
             raise ValueError(f'no folder {root}: --data-path takes a folder that contains train/ and val/, '
                              'or tars whose names begin with train and val')
-        found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
+        with os.scandir(root) as listed:
+            entries = [entry for entry in listed if not IGNORED.search(entry.name)]
+        found = sorted(entry.name for entry in entries if entry.is_dir())
         if not found:
             raise ValueError(f'no class folders in {root}: images belong into {root}/CLASS/')
+        dangling = [entry.path for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]
+        if dangling:
+            raise ValueError(f'{dangling[0]} is a link to nothing: mend or remove it')
         self.classes = classes or found
         index = index_of(self.classes, found, root)
-        pairs = tv_datasets.folder.make_dataset(
-            root, {name: index[name] for name in found}, allow_empty=True,
-            is_valid_file=lambda path: is_image(path[len(root):]))
-        super().__init__(Samples([name for name, _ in pairs], [target for _, target in pairs]), transform)
+        names, targets, left_out = [], [], []
+        for name in found:
+            for folder, files in walk(os.path.join(root, name)):
+                images = [file for file in files if file.lower().endswith(ENDINGS) and not file.startswith('.')]
+                names += [f'{folder}/{file}' for file in images]
+                targets += [index[name]] * len(images)
+                if len(images) < len(files):
+                    left_out += [file for file in files if not is_image(file) and not IGNORED.search(file)]
+        log_left_out(left_out, root)
+        super().__init__(Samples(names, targets), transform)
         present = set(self.targets)
         empty = [name for name in found if index[name] not in present]
         if empty:
@@ -184,8 +247,12 @@ class TarImages(EncodedImages):
         if unlabelled:
             raise ValueError(f'{where} has no class for {unlabelled[0]}: images belong into class folders, '
                              'or beside a KEY.cls file each')
-        if labels and classes is None:  # shards number their classes
-            classes = [str(i) for i in range(max(map(int, names)) + 1)]
+        if labels:  # shards number their classes
+            numbers = list(map(int, names))
+            if classes is None:
+                classes = [str(i) for i in range(max(numbers) + 1)]
+            elif max(numbers) < len(classes):
+                names = [classes[i] for i in numbers]
         self.classes = classes or sorted(set(names))
         index = index_of(self.classes, names, where)
         self.places = np.array([(m.tar, m.offset, m.size) for m in images], np.int64)
@@ -266,7 +333,7 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
         ValueError: a tar that is damaged, compressed or sparse.
     """
     stat = path.stat()
-    stamp = np.array([stat.st_size, stat.st_mtime_ns, 3])  # 3: version of the index
+    stamp = np.array([stat.st_size, stat.st_mtime_ns, 4])  # 4: version of the index
     files = [path.with_name(f'.{path.name}.index.npz')]
     with contextlib.suppress(RuntimeError):  # neither HOME nor a passwd entry
         files.append(Path.home() / '.cache' / 'cmt' / (str(path.resolve()).replace('/', '%')[-200:] + '.index.npz'))
@@ -295,7 +362,7 @@ def _scan(file: BinaryIO, start: int, end: int, name: str) -> dict[str, tuple[in
     members, links = {}, {}
     for info in _headers(file, start, end, name):
         own, stop = posixpath.normpath(info.name), info.offset_data + info.size
-        if not is_image(own) and (not own.endswith(('.tar', '.cls')) or HIDDEN.search(own)):
+        if not is_image(own) and (not own.endswith(('.tar', '.cls')) or IGNORED.search(own)):
             continue
         if info.issparse():
             raise ValueError(f'{name} holds {own} without its zeros: pack it without -S (--sparse)')
@@ -412,7 +479,7 @@ def _tars(path: Path, part: str) -> list[Path]:
     if not folder.is_dir():
         return _named_tars(path, part)
     tars = sorted(folder.glob('[!.]*.tar'))
-    folders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.')]
+    folders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not IGNORED.search(entry.name)]
     if tars and folders:
         raise ValueError(f'{folder} holds both tars ({tars[0].name}) and folders ({min(folders)}): '
                          'move away what is not to be read')

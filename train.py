@@ -105,6 +105,7 @@ class Run:
             'meters': self.state.meters, 'best': self.state.best, 'world_size': utils.get_world_size(),
             'samples_seen': self.state.samples_seen, 'seconds': self.state.seconds, 'args': vars(self.args),
             'classes': list(self.val_loader.dataset.dataset.classes),
+            'training_images': len(self.train_loader.dataset),
         }
 
     def load_state_dict(self, checkpoint: dict[str, Any], source: str) -> None:
@@ -131,10 +132,13 @@ class Run:
             self.state = RunState(
                 epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint.get('seconds', 0.),
                 checkpoint['meters'], self.state.best)
+        images, now = checkpoint.get('training_images'), len(self.train_loader.dataset)
+        if images not in (None, now) and utils.get_rank() == 0:
+            logger.warning('%d training images now, %d before', now, images)
         before, now = checkpoint.get('world_size'), utils.get_world_size()
         if before not in (None, now):
             logger.info('%d processes now, %d before: %d samples of epoch %d are done, the base learning rate is %g',
-                        now, before, self.state.samples_seen, self.state.epoch, learning_rate(self.args))
+                        now, before, self.state.samples_seen, self.state.epoch, learning_rate(self.args, self.sampler))
         logger.info('resuming at epoch %d, step %d', self.state.epoch, self.state.step)
 
     def save(self, copies: tuple[str, ...] = ()) -> None:
@@ -167,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
     device = start_processes(args)
     args, start = check_before_data(args, device)  # mistakes cost nothing yet
     check_same_start(args, start)
-    train_set, val_set = build_data(args)
+    train_set, val_set = build_data(args, start)
     model = load_model(args, start, len(val_set.classes), device)
 
     if args.throughput or args.eval:
@@ -255,18 +259,19 @@ def check_same_start(args: argparse.Namespace, start: Start) -> None:
                          'nodes share')
 
 
-def build_data(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:
-    """Build the training and the validation set.
+def build_data(args: argparse.Namespace, start: Start) -> tuple[Dataset | None, Dataset]:
+    """Build the training and the validation set, with the class indices of the checkpoint, if it names its classes.
 
     The training set is None for --eval and --throughput with a validation folder alone.
     """
+    is_training, known = not (args.eval or args.throughput), (start.checkpoint or {}).get('classes')
     with usage_errors():  # before ranks wait for each other below
         transform = build_transform(
             True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
             interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
         if args.loader == 'fast':
             transform = FastTransform(transform)
-        has_train = not (args.eval or args.throughput) or not args.data_path or bool(args.val_split) or \
+        has_train = is_training or not args.data_path or bool(args.val_split) or \
             not args.data_set.startswith(('IMNET', 'wds/')) or sources.has_part(args.data_path, 'train')
         folder = Path(args.data_path or '') / 'train'
         reads_alone = args.data_set == 'DIGITS' or (
@@ -277,10 +282,22 @@ def build_data(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:
     # one process a node downloads and indexes tars; each process lists a folder by itself
     turns = contextlib.nullcontext() if all(utils.gather_from_ranks(reads_alone)) else utils.first_on_each_node()
     with usage_errors(), turns:
-        train = build(is_train=True, transform=transform) if has_train else None
+        train = build(is_train=True, transform=transform, classes=known) if has_train else None
+        if is_training and len(train.classes) == 1:
+            raise ValueError(f'{args.data_path} has one class, {train.classes[0]}{folders_of(train)}')
         val = build(is_train=False, transform=build_transform(False, args.input_size),
-                    classes=train.classes if train is not None else None)
+                    classes=train.classes if train is not None else known)
+        if known and list(val.classes) != list(known):
+            raise ValueError(f'{start.source} was trained on other classes ({", ".join(map(str, known[:3]))}, ...) '
+                             f'than these data have ({", ".join(val.classes[:3])}, ...): start from it by --finetune')
     return train, val
+
+
+def folders_of(dataset: Dataset) -> str:
+    """Return a question about the folders in the only class of `dataset`, which may be the classes."""
+    names = getattr(dataset, 'samples', ())
+    folders = sorted({Path(name).parent.name for name, _ in names} - set(dataset.classes))
+    return f', which contains the folders {", ".join(folders[:5])}: are these the classes?' if folders else ''
 
 
 def create_model(args: argparse.Namespace, num_classes: int, **model_args) -> cmt.CMT:
@@ -356,7 +373,7 @@ def build_run(
         if args.model_ema else None
     criterion, teacher = build_criterion(has_mixup, args.smoothing), None
     with usage_errors():  # before DDP, whose constructor waits for all ranks
-        optimizer = build_optimizer(args, model, learning_rate(args))
+        optimizer = build_optimizer(args, model, learning_rate(args, sampler))
         scheduler, num_epochs = build_scheduler(args, optimizer, sampler.updates)
         if args.distillation_type != 'none':
             teacher = Teacher(build_teacher(args.teacher_model, args.teacher_path, val_set.classes)).to(device)
@@ -390,9 +407,9 @@ def build_run(
         num_epochs=num_epochs, updates_per_epoch=sampler.updates, state=RunState(args.start_epoch))
 
 
-def learning_rate(args: argparse.Namespace) -> float:
-    """Return the learning rate for the global batch; --lr is for 512 images."""
-    return args.lr * args.batch_size * args.accum_steps * utils.get_world_size() / 512
+def learning_rate(args: argparse.Namespace, sampler: TrainSampler) -> float:
+    """Return the learning rate for the images of an update; --lr is for 512 images."""
+    return args.lr * sampler.samples_per_update / 512
 
 
 def build_prepare(args: argparse.Namespace, has_mixup: bool, num_classes: int, device: torch.device) -> Prepare:
@@ -446,9 +463,16 @@ def describe(run: Run) -> None:
                 args.model, n_parameters(run.core) / 1e6, run.core.num_classes, len(train_set), len(val_set),
                 run.updates_per_epoch)
     precision = f'apex {args.apex_opt_level}' if isinstance(run.scaler, ApexScaler) else str(run.dtype)[6:]
-    logger.info('learning rate %g = %g x %d / 512 (global batch = %d x %d accumulated x %d processes), %s, %s',
-                learning_rate(args), args.lr, args.batch_size * args.accum_steps * utils.get_world_size(),
-                args.batch_size, args.accum_steps, utils.get_world_size(), run.device.type, precision)
+    images, world_size = run.sampler.samples_per_update, utils.get_world_size()
+    logger.info('learning rate %g = %g x %d / 512 (global batch = %d x %d accumulated x %d processes%s), %s, %s',
+                learning_rate(args, run.sampler), args.lr, images, args.batch_size, args.accum_steps, world_size,
+                f'; an epoch has only {images}' if images < args.batch_size * args.accum_steps * world_size else '',
+                run.device.type, precision)
+    logger.info('%d epochs, %d of them cool-down', run.num_epochs, args.cooldown_epochs)
+    if args.warmup_epochs >= args.epochs and not args.warmup_prefix and utils.get_rank() == 0:
+        logger.warning('the warm-up of %d epochs is as long as the training: the learning rate never reaches %g. '
+                       'Use --warmup-epochs %d.', args.warmup_epochs, learning_rate(args, run.sampler),
+                       max(1, args.epochs // 20) if args.epochs > 1 else 0)
     initial = args.model_ema_decay ** updates  # share of the initial weights in the EMA at the end
     if run.ema is not None and initial > 0.05 and utils.get_rank() == 0:
         logger.warning('EMA decay %g is too slow for %d updates: %.0f%% of its weights would still be initial. '

@@ -29,7 +29,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,6 +36,7 @@ import cmt  # noqa: E402
 from checkpoints import replacing  # noqa: E402
 from datasets import one_line  # noqa: E402
 from options import Parser, output_file, positive  # noqa: E402
+from sources import ENDINGS, open_image  # noqa: E402
 from transforms import build_transform  # noqa: E402
 from weights import build_model, create_cmt, read_weights  # noqa: E402
 
@@ -46,7 +46,7 @@ PAD, LINE = 14, 27  # of a card: margin and height of an answer (pixels)
 
 
 def find_images(sources: list[str]) -> list[tuple[str, Any]]:
-    """Return (name, argument of default_loader) of each image that `sources` name.
+    """Return (name, path or file of bytes) of each image that `sources` name.
 
     Raises:
         ValueError: a folder without images, or standard input without an image or a path.
@@ -64,7 +64,7 @@ def find_images(sources: list[str]) -> list[tuple[str, Any]]:
                     raise ValueError('-: standard input contains neither an image nor paths of images') from None
                 found += find_images([line for line in lines if line.strip() and line != '-'])
         elif os.path.isdir(source):
-            inside = sorted(str(path) for path in Path(source).rglob('*') if path.suffix.lower() in IMG_EXTENSIONS)
+            inside = sorted(str(path) for path in Path(source).rglob('*') if path.suffix.lower() in ENDINGS)
             if not inside:
                 raise ValueError(f'no images in {source}')
             found += [(path, path) for path in inside]
@@ -306,7 +306,7 @@ def read_images(found: list[tuple[str, Any]], transform: Callable) -> Iterator[t
     """Yield name and pixels (3, H, W), uint8, of each readable image, and report the others."""
     for name, source in found:
         try:
-            image = default_loader(source) if name != '-' else Image.open(source).convert('RGB')
+            image = open_image(Path(source).read_bytes() if name != '-' else source.read())
             yield name, transform(image)
         except Exception as error:  # Pillow's plugins raise anything on damaged files
             reason = getattr(error, 'strerror', None) or one_line(error)

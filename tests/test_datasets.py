@@ -36,7 +36,7 @@ def test_validation_uses_the_training_sets_classes(tmp_path):
     val = build_dataset('IMNET', False, tmp_path, 32, classes=train.classes)
     assert train.classes == val.classes == ['a', 'b', 'c'] and val.targets == [1, 2]
     (tmp_path / 'val' / 'd').mkdir()
-    with pytest.raises(ValueError, match='has classes that the training set, or --class-map, lacks: d'):
+    with pytest.raises(ValueError, match='has classes that the training set, the checkpoint or --class-map lacks: d'):
         build_dataset('IMNET', False, tmp_path, 32, classes=train.classes)
     with pytest.raises(ValueError, match=r'no images in .*val/d: add images or remove'):
         build_dataset('IMNET', False, tmp_path, 32)

@@ -265,6 +265,15 @@ def test_yaml_sets_defaults_that_flags_override(tmp_path):
     assert parse_args([*flags, '--opt-betas', '0.8', '0.9']).opt_betas == [0.8, 0.9]
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'c.yaml').write_text('output-dir: ~/out\n')
+    for name in ('data-path', 'resume', 'finetune', 'class-map', 'teacher-path', 'output-dir', 'stopped-file'):
+        args = parse_args([f'--{name}=~/x', '--config=~/c.yaml', '--distillation-type=soft', '--teacher-model=t'])
+        assert getattr(args, name.replace('-', '_')) == f'{tmp_path}/x'
+        assert args.output_dir == (f'{tmp_path}/x' if name == 'output-dir' else f'{tmp_path}/out')
+
+
 def test_every_switch_of_a_yaml_can_be_turned_off_again(tmp_path):
     lasting = ('apex-amp', 'grad-checkpointing', 'compile', 'sync-bn', 'sched-on-updates', 'model-ema', 'pin-mem')
     flags = config(tmp_path, ''.join(f'{name}: true\n' for name in lasting))

@@ -16,10 +16,10 @@ from PIL import Image
 from torchvision.datasets import imagenet
 
 import nano
-from datasets import build_dataset, build_loader
+from datasets import NamedErrors, UnreadableImage, build_dataset, build_loader
 from fast_transforms import FastTransform
 from samplers import TrainSampler
-from sources import ImageFolder, Samples, has_part, tar_index
+from sources import ImageFolder, Samples, TarImages, has_part, open_image, tar_index
 from transforms import build_transform
 
 
@@ -415,3 +415,114 @@ def test_loaders_do_not_grow(photographs, fast):
         sampler.set_position(epoch)
         most.append(max(int(targets.max()) for _, targets in loader))
     assert most[-1] < 1.05 * most[3]
+
+
+# folders as people have them
+
+def grey16(value, suffix='png', mode=np.uint16) -> bytes:
+    """An image of 16 x 12 pixels around `value`."""
+    pixels = (np.arange(192).reshape(12, 16) * 40 + value).astype(mode)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, {'png': 'PNG', 'tif': 'TIFF', 'pgm': 'PPM'}[suffix])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('suffix, mode', [('png', '<u2'), ('tif', '<u2'), ('tif', '>u2'), ('pgm', '<i4')])
+def test_images_of_16_bits_keep_their_content(tmp_path, suffix, mode):
+    """In both loaders. Pillow's conversion makes them white."""
+    data = grey16(20_000, suffix, mode)
+    want = (np.arange(192).reshape(12, 16) * 40 + 20_000) >> 8
+    assert np.array_equal(np.array(open_image(data)), np.repeat(want[..., None], 3, 2))
+    assert np.array_equal(np.array(open_image(Image.open(io.BytesIO(data)))), np.repeat(want[..., None], 3, 2))
+    transforms = [build_transform(True, 64, auto_augment=None, color_jitter=None)]
+    transforms.append(FastTransform(transforms[0]))
+    for transform, argument in zip(transforms, (open_image(data), data)):
+        random.seed(1)
+        image = transform(argument).float()
+        assert want.min() - 3 <= image.min() and image.max() <= want.max() + 3
+
+
+@pytest.mark.parametrize('mode, name', [(np.int32, '32-bit integers'), (np.float32, 'floats')])
+def test_grey_values_of_unknown_range_are_refused(tmp_path, mode, name):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'x.tif').write_bytes(grey16(300, 'tif', mode))
+    with pytest.raises(UnreadableImage, match=f'cannot read .*x.tif .grey values of {name} from 300 to 7'):
+        NamedErrors(ImageFolder(tmp_path))[0]
+
+
+def test_what_pillow_opens_is_taken_and_the_rest_is_counted(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (tmp_path / 'a' / 'deep').mkdir(parents=True)
+    image = Image.new('RGB', (8, 8), 'red')
+    for ending, kind in (('jfif', 'JPEG'), ('jpe', 'JPEG'), ('GIF', 'GIF'), ('avif', 'AVIF'), ('mpo', 'MPO'),
+                         ('jp2', 'JPEG2000'), ('pbm', 'PPM'), ('tga', 'TGA'), ('qoi', 'QOI')):
+        (image.convert('1') if ending == 'pbm' else image).save(tmp_path / 'a' / 'deep' / f'x.{ending}', kind)
+    for name in ('a.txt', 'b.TXT', 'c.json', 'README', '.hidden', 'Thumbs.db'):
+        (tmp_path / 'a' / name).touch()
+    dataset = ImageFolder(tmp_path)
+    assert len(dataset) == 9 and all(dataset[i][0].size == (8, 8) for i in range(9))
+    assert [r.message for r in caplog.records] == [f'left out of {tmp_path}: 2 .txt, 1 no ending, 1 .json']
+    packed = TarImages([pack(tmp_path / 'train.tar', tmp_path, [f'a/deep/{p.name}' for p in (
+        tmp_path / 'a' / 'deep').iterdir()])], 'train')
+    assert len(packed) == 9
+
+
+@pytest.mark.parametrize('name', ['.ipynb_checkpoints', '@eaDir', '__MACOSX', 'lost+found', '.Trash-1000'])
+def test_folders_of_systems_are_neither_classes_nor_searched(tmp_path, name):
+    for folder in ('a', f'a/{name}', 'b', name):
+        (tmp_path / 'train' / folder).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'train' / folder / 'x.png')
+    (tmp_path / 'train' / 'b' / name).mkdir()  # empty
+    dataset = ImageFolder(tmp_path / 'train')
+    assert dataset.classes == ['a', 'b'] and len(dataset) == 2
+    same_samples(TarImages([pack(tmp_path / 'train.tar', tmp_path / 'train')], 'train'), dataset)
+
+
+def test_a_link_to_a_folder_above_is_passed_over(tmp_path, caplog):
+    for name in ('a', 'b'):
+        (tmp_path / 'train' / name / 'more').mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'train' / name / 'more' / 'x.png')
+    for link, target in (('a/loop', '..'), ('a/more/up', '../..'), ('b/self', '.'), ('b/other', '../a/more')):
+        (tmp_path / 'train' / link).symlink_to(target)
+    dataset = ImageFolder(tmp_path / 'train')
+    assert [name.removeprefix(f'{tmp_path}/train/') for name, _ in dataset.samples] == [
+        'a/more/x.png', 'b/more/x.png', 'b/other/x.png']
+    assert len([r for r in caplog.records if 'leads back to' in r.message]) == 4  # up is found by two ways
+
+
+def test_folders_that_cannot_be_listed_and_links_to_nothing_are_errors(tmp_path, monkeypatch):
+    for name in ('a/more', 'b'):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / name / 'x.png')
+
+    def scandir(path, listed=os.scandir):
+        if str(path).endswith('a/more'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return listed(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'scandir', scandir)
+        with pytest.raises(ValueError, match=r'a/more cannot be listed \(Permission denied\)'):
+            ImageFolder(tmp_path)
+    (tmp_path / 'zebra').symlink_to('/nowhere')
+    with pytest.raises(ValueError, match='zebra is a link to nothing'):
+        ImageFolder(tmp_path)
+
+
+def test_a_list_with_a_byte_order_mark_is_read(images, tmp_path):
+    (tmp_path / 'map').write_bytes(b'\xef\xbb\xbfclass_2\r\nclass_0\r\nclass_1\r\n')
+    dataset = build_dataset('IMNET', True, str(images), 32, class_map=str(tmp_path / 'map'))
+    assert dataset.classes == ['class_2', 'class_0', 'class_1']
+
+
+def test_folders_of_parts_are_no_classes(images, tmp_path):
+    for name in ('Training', 'Testing'):
+        (tmp_path / name).symlink_to(images / 'train')
+    with pytest.raises(ValueError, match='contains Testing and Training: parts, not classes'):
+        build_dataset('IMNET', True, str(tmp_path), 32, val_split=0.2)
+
+
+def test_numbers_of_shards_are_the_checkpoints_indices(images, tmp_path):
+    members(tmp_path / 'val.tar', *[(f'{i}.{end}', data) for i in range(3) for end, data in (
+        ('png', (images / 'val' / 'class_1' / '01.png').read_bytes()), ('cls', str(i % 2).encode()))])
+    dataset = TarImages([tmp_path / 'val.tar'], 'val', classes=['n01', 'n02', 'n03'])
+    assert dataset.classes == ['n01', 'n02', 'n03'] and dataset.targets == [0, 1, 0]

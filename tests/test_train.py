@@ -660,7 +660,7 @@ def mistakes(images, whole, tmp_path):
         'no data': (['--data-path', tmp_path / 'nowhere'], 'no folder'),
         'no path': (['--data-path', ''], '--data-path is missing'),
         'empty class': (['--data-path', empty], 'no images in .*class_0'),
-        'unknown class': (['--data-path', foreign], 'classes that the training set, or --class-map, lacks: unheard'),
+        'unknown class': (['--data-path', foreign], 'classes that the training set, .* or --class-map lacks: unheard'),
         'unknown model': (['--model', 'cmt_xxl'], 'unknown model cmt_xxl: cmt_b, '),
         'other model': (['--model', 'resnet18'], 'resnet18 is no CMT'),
         'size': (['--input-size', 100], '100.*32'),
@@ -778,3 +778,94 @@ def test_digits_need_no_data(tmp_path):
         *nano.FLAGS, '--data-set', 'DIGITS', '--epochs', 1, '--batch-size', 96, '--aa', 'none', '--output-dir',
         tmp_path / 'run'])
     assert nano.read(tmp_path / 'run')['classes'] == list('0123456789')
+
+
+# classes of the data and of the checkpoint
+
+@pytest.fixture
+def renamed(images, tmp_path):
+    """Return a function that makes a data set of some classes under other names."""
+    def make(**names):
+        for part in ('train', 'val'):
+            (tmp_path / 'data' / part).mkdir(parents=True, exist_ok=True)
+            for new, old in names.items():
+                (tmp_path / 'data' / part / new).symlink_to(images / part / old)
+        return tmp_path / 'data'
+    return make
+
+
+def accuracy(capsys) -> float:
+    return float(re.findall(r'^\* Acc@1 (\S+)', capsys.readouterr().out, re.MULTILINE)[-1])
+
+
+def test_classes_are_scored_under_the_checkpoints_indices(flags, images, whole, renamed, tmp_path, capsys):
+    """In another order, and a part of them."""
+    evaluation = [*flags, '--no-model-ema', '--eval', '--resume']
+    nano.train([*evaluation, whole / 'checkpoint_last.pth'])
+    all_of_them = accuracy(capsys)
+    (tmp_path / 'map').write_text('class_2\nclass_0\nclass_1\n')
+    swapped = tmp_path / 'swapped'
+    nano.train([*flags, '--class-map', tmp_path / 'map', '--output-dir', swapped])
+    recorded = nano.log(swapped)[-1]['test_acc1']
+    capsys.readouterr()
+    nano.train([*evaluation, swapped / 'checkpoint_last.pth'])
+    assert accuracy(capsys) == pytest.approx(recorded, abs=1e-3) and recorded > 40
+
+    right, count = 0, 0
+    for name in ('class_0', 'class_1', 'class_2'):
+        data = renamed(**{name: name})
+        (data / 'train').rename(tmp_path / f'unused_{name}')
+        nano.train([*evaluation, whole / 'checkpoint_last.pth', '--data-path', data])
+        images_of_it = len(list((images / 'val' / name).iterdir()))
+        right, count = right + accuracy(capsys) * images_of_it, count + images_of_it
+        shutil.rmtree(data)
+    assert right / count == pytest.approx(all_of_them, abs=1e-3)
+
+
+@pytest.mark.parametrize('change', [['--eval', '--resume', 'CKPT'], ['--resume', 'CKPT', '--output-dir', 'new']])
+def test_classes_that_a_checkpoint_lacks_are_an_error(flags, whole, renamed, tmp_path, monkeypatch, change):
+    data = renamed(class_0='class_0', dog='class_1', class_2='class_2')
+    monkeypatch.chdir(tmp_path)
+    run = [*flags, '--data-path', data, *(whole / 'checkpoint_last.pth' if x == 'CKPT' else x for x in change)]
+    with pytest.raises(utils.UsageError, match='classes that the training set, the checkpoint .* lacks: dog$'):
+        nano.train(run)
+    assert not Path('new').exists()
+    nano.train([*flags, '--data-path', data, '--finetune', whole / 'checkpoint_last.pth', '--epochs', 1])
+
+
+def test_other_classes_of_a_data_set_without_folders_are_an_error(flags, whole):
+    run = [*flags, '--data-set', 'DIGITS', '--eval', '--resume', whole / 'checkpoint_last.pth']
+    with pytest.raises(utils.UsageError, match='trained on other classes .class_0, .* than these data have .0, 1, 2'):
+        nano.train(run)
+
+
+def test_one_class_is_refused_for_training(flags, images, tmp_path):
+    for part in ('train', 'val'):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / 'images').symlink_to(images / part)
+    with pytest.raises(utils.UsageError, match='has one class, images, which contains the folders class_0, class_1, '):
+        nano.train([*flags, '--data-path', tmp_path])
+
+
+def test_another_number_of_training_images_is_said(flags, whole, renamed, tmp_path, capsys):
+    data = renamed(class_0='class_0', class_1='class_1', class_2='class_2')
+    shutil.copytree(whole, tmp_path / 'run')
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--epochs', 4]
+    (data / 'train' / 'class_1').unlink()
+    nano.train([*run, '--data-path', data])
+    assert '76 training images now, 100 before' in capsys.readouterr().out
+
+
+# the schedule as it will be
+
+@pytest.mark.parametrize('change, words', [
+    (['--epochs', 2, '--warmup-epochs', 5], 'the warm-up of 5 epochs is as long as the training: the learning rate '
+     'never reaches 0.003125. Use --warmup-epochs 1.'),
+    (['--epochs', 3, '--cooldown-epochs', 2], '5 epochs, 2 of them cool-down'),
+    (['--epochs', 3, '--batch-size', 4096], 'learning rate 0.0195312 = 0.1 x 100 / 512 (global batch = 4096 x 2 '
+     'accumulated x 1 processes; an epoch has only 100), cpu, float32'),
+])
+def test_a_schedule_that_surprises_is_said(flags, capsys, change, words):
+    nano.train([*flags, *change])
+    said = capsys.readouterr().out
+    assert words in said and ('is as long as' in said) == (change[1] < 3)
