@@ -30,6 +30,15 @@ def why_no_hosts() -> str | None:
 
 NUMBERS = itertools.count()
 
+GUARD = '''
+tail --pid="$0" -f /dev/null
+for name; do
+    while pids=$(ip netns pids "$name") && [ -n "$pids" ]; do kill -KILL $pids; sleep 0.1; done
+    ip netns del "$name"
+    rm -rf "/etc/netns/$name"
+done
+'''
+
 
 class Hosts:
     """Network namespaces joined by a bridge: 10.77.0.1, .2, ... without a way out.
@@ -48,6 +57,10 @@ class Hosts:
         return f'{self.bridge}-{name}'
 
     def __enter__(self):
+        # also after SIGKILL of this process; a process that waits for its end outlives Ctrl-C in a session of its own
+        self.guard = subprocess.Popen(
+            ['sh', '-c', GUARD, str(os.getpid()), *map(self.namespace, self.address), self.bridge],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             ip('netns', 'add', self.bridge)
             ip('-n', self.bridge, 'link', 'add', 'bridge', 'type', 'bridge')
@@ -59,8 +72,9 @@ class Hosts:
                 folder = Path('/etc/netns') / namespace
                 folder.mkdir(parents=True)
                 (folder / 'hosts').write_text('127.0.0.1 localhost\n' + self.files.get(name, known))
-                ip('-n', self.bridge, 'link', 'add', name, 'type', 'veth', 'peer', 'name', 'eth0', 'netns', namespace)
-                ip('-n', self.bridge, 'link', 'set', name, 'master', 'bridge', 'up')
+                ip('-n', self.bridge, 'link', 'add', 'name', name, 'type', 'veth',
+                   'peer', 'name', 'eth0', 'netns', namespace)
+                ip('-n', self.bridge, 'link', 'set', 'dev', name, 'master', 'bridge', 'up')
                 ip('-n', namespace, 'address', 'add', f'{address}/24', 'dev', 'eth0')
                 ip('-n', namespace, 'link', 'set', 'eth0', 'up')
                 ip('-n', namespace, 'link', 'set', 'lo', 'up')
@@ -75,6 +89,8 @@ class Hosts:
         for name in [*map(self.namespace, self.address), self.bridge]:
             ip('netns', 'del', name, check=False)
             shutil.rmtree(Path('/etc/netns') / name, ignore_errors=True)
+        os.killpg(self.guard.pid, signal.SIGKILL)
+        self.guard.wait()
 
     def start(self, name: str, command: list[str], output: Path, env=None, cwd=None) -> subprocess.Popen:
         """Start a command on a host, and append what it prints to `output`."""
@@ -97,10 +113,10 @@ class Hosts:
 
     def cut(self, name: str) -> None:
         """Cut the link of a host."""
-        ip('-n', self.bridge, 'link', 'set', name, 'down')
+        ip('-n', self.bridge, 'link', 'set', 'dev', name, 'down')
 
     def mend(self, name: str) -> None:
-        ip('-n', self.bridge, 'link', 'set', name, 'up')
+        ip('-n', self.bridge, 'link', 'set', 'dev', name, 'up')
 
 
 def why_no_slurm() -> str | None:
@@ -115,6 +131,7 @@ SlurmctldHost=ctl(10.77.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -162,14 +179,9 @@ class Slurm(Hosts):
         self.env = {**os.environ, 'SLURM_CONF': str(folder / 'slurm.conf')}
 
     def __enter__(self):
-        self.munged = None
-        if subprocess.run('munge -n', shell=True, capture_output=True).returncode:
-            Path('/run/munge').mkdir(exist_ok=True)
-            shutil.chown('/run/munge', 'munge', 'munge')
-            self.munged = subprocess.Popen(['runuser', '-u', 'munge', '--', 'munged', '--foreground', '--force'],
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         super().__enter__()
         try:
+            self.start_munged()
             self.start('ctl', ['slurmctld', '-D'], self.folder / 'out.txt', env=self.env)
             for node in self.nodes:
                 self.start_node(node)
@@ -179,11 +191,19 @@ class Slurm(Hosts):
             raise
         return self
 
-    def __exit__(self, *exception):
-        super().__exit__()
-        if self.munged is not None:
-            self.munged.terminate()
-            self.munged.wait()
+    def start_munged(self) -> None:
+        """Start a munged with a key and a socket of its own, so that clusters of two test runs share nothing."""
+        folder = self.folder / 'munge'
+        folder.mkdir(mode=0o711)
+        (folder / 'key').touch(0o600)
+        (folder / 'key').write_bytes(os.urandom(128))
+        files = [f'--{name}-file={folder}/{name}' for name in ('key', 'pid', 'log', 'seed')]
+        self.start('ctl', ['munged', '--foreground', '--force', f'--socket={folder}/socket', *files],
+                   self.folder / 'out.txt')
+        deadline = time.monotonic() + 30
+        while subprocess.run(['munge', '-n', f'--socket={folder}/socket'], capture_output=True).returncode:
+            assert time.monotonic() < deadline, (self.folder / 'out.txt').read_text()
+            time.sleep(0.1)
 
     def start_node(self, node: str) -> None:
         self.start(node, ['slurmd', '-D', '-N', node], self.folder / 'out.txt', env=self.env)
