@@ -42,36 +42,41 @@ def read_launch() -> Launch:
     def number(name: str, default: int = 0) -> int:
         return int(os.environ.get(name, default))
 
-    if any(name in os.environ for name in ('LOCAL_RANK', 'RANK', 'WORLD_SIZE')):
+    def by_environment() -> Launch:
         return Launch('torchrun', number('LOCAL_RANK'), number('RANK'), number('WORLD_SIZE', 1),
                       number('LOCAL_WORLD_SIZE'))
+
+    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
+        return by_environment()
     if 'OMPI_COMM_WORLD_SIZE' in os.environ:  # Open MPI
         return Launch('mpirun', number('OMPI_COMM_WORLD_LOCAL_RANK'), number('OMPI_COMM_WORLD_RANK'),
                       number('OMPI_COMM_WORLD_SIZE'), number('OMPI_COMM_WORLD_LOCAL_SIZE'))
     has_step = 'SLURM_STEP_ID' in os.environ  # batch scripts and shells of salloc have SLURM's other variables
     # srun --mpi=pmi2 sets PMI_SIZE as well, but not MPI_LOCALRANKID
-    if 'MPI_LOCALRANKID' in os.environ or 'PMI_SIZE' in os.environ and not has_step:  # Intel MPI, MPICH
-        return Launch('mpirun', number('MPI_LOCALRANKID'), number('PMI_RANK'), number('PMI_SIZE', 1),
-                      number('MPI_LOCALNRANKS'))
+    if 'MPI_LOCALRANKID' in os.environ or 'PMI_SIZE' in os.environ and not has_step:  # Intel MPI, MPICH; HPE's PALS
+        return Launch('mpirun', number('MPI_LOCALRANKID', number('PMI_LOCAL_RANK')), number('PMI_RANK'),
+                      number('PMI_SIZE', 1), number('MPI_LOCALNRANKS', number('PMI_LOCAL_SIZE')))
     if has_step:  # the shell of an interactive step has the job's SLURM_NTASKS
         return Launch('srun', number('SLURM_LOCALID'), number('SLURM_PROCID'),
                       number('SLURM_STEP_NUM_TASKS', number('SLURM_NTASKS', 1)))
-    return Launch()
+    # scripts set some of torchrun's variables for srun and mpirun, which know the rest
+    return by_environment() if {'LOCAL_RANK', 'RANK', 'WORLD_SIZE'} & set(os.environ) else Launch()
 
 
 def has_agent_store() -> bool:
-    """Return whether MASTER_ADDR and MASTER_PORT are those of a store that torchrun itself serves."""
+    """Return whether torchrun itself serves the store at MASTER_ADDR and MASTER_PORT."""
     return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
 
 
 def run_name() -> str:
-    """Return the launcher's name of this run: of torchrun's --rdzv-id, or of SLURM's job and step."""
-    step = '.'.join(os.environ.get(name, '') for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID'))
+    """Return the launcher's name of this run: torchrun's --rdzv-id, or SLURM's job and step."""
+    step = '.'.join(os.environ[name] for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID')) \
+        if read_launch().launcher == 'srun' else ''
     return os.environ.get('TORCHELASTIC_RUN_ID', step)
 
 
 def tasks_without_srun() -> int:
-    """Return the number of tasks of the SLURM job of which this process is the only one; 1 elsewhere."""
+    """Return the number of tasks of a SLURM job that runs one process without srun; else 1."""
     return int(os.environ.get('SLURM_NTASKS', 1)) if read_launch().world_size == 1 else 1
 
 
@@ -87,7 +92,8 @@ def set_master_address() -> tuple[str, int]:
     launch = read_launch()
     if launch.launcher == 'mpirun':
         if 'MASTER_ADDR' not in os.environ and launch.local_world_size != launch.world_size:
-            raise ValueError('mpirun started processes on several hosts: name the host of rank 0, with '
+            raise ValueError('mpirun started processes on several hosts (or does not count them): name the host of '
+                             'rank 0, with '
                              'mpirun -x MASTER_ADDR=HOST (Open MPI) or -genv MASTER_ADDR HOST (Intel MPI, MPICH)')
         os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
         os.environ.setdefault('MASTER_PORT', '29500')
@@ -103,7 +109,10 @@ def set_master_address() -> tuple[str, int]:
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of a SLURM node list such as node[08-15,20],gpu3; containers often lack scontrol."""
+    """Return the first host of a SLURM node list such as node[08-15,20],gpu3.
+
+    `scontrol show hostnames` lists them too, but containers often lack scontrol.
+    """
     first = re.match(r'(?:[^,[]|\[[^]]*\])+', nodes)[0]
     return re.sub(r'\[([^],-]+)[^]]*\]', r'\1', first)
 
@@ -207,8 +216,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--save-every-minutes', type=amount, default=0,
                    help='minutes between checkpoints within an epoch; 0 for none')
     g.add_argument('--stopped-file', type=lambda path: str(output_file(path)), metavar='FILE',
-                   help='file to create if a signal stops the run before its last epoch, for job scripts that start '
-                   'the run again')
+                   help='file to create if a signal stops training before the last epoch, for job scripts that start '
+                   'the run again; needs --output-dir')
     g.add_argument('--keep-checkpoints', type=count, default=0,
                    help='number of recent epochs whose checkpoints are kept under their own names')
     g.add_argument('--log-tensorboard', action=toggle, default=False, help="write each epoch's figures for TensorBoard")

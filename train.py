@@ -63,7 +63,8 @@ class RunState:
     epoch: int = 0
     step: int = 0  # updates done in the epoch
     samples_seen: int = 0  # in the epoch, by all ranks
-    seconds: float = 0.  # of training in the epoch, before the last checkpoint
+    seconds: float = 0.  # of training in the epoch, up to the last checkpoint
+    timed_samples: int = 0  # in these seconds; fewer than seen after a resume from a file of commit 9777bd7
     meters: list[list[float]] = field(default_factory=list)  # sums of an unfinished epoch, by rank
     best: dict[str, Any] = field(default_factory=dict)
 
@@ -103,7 +104,8 @@ class Run:
             'optimizer': self.optimizer.state_dict(), 'lr_scheduler': self.scheduler.state_dict(),
             'loss_scaler': self.scaler.state_dict(), 'epoch': self.state.epoch, 'step': self.state.step,
             'meters': self.state.meters, 'best': self.state.best, 'world_size': utils.get_world_size(),
-            'samples_seen': self.state.samples_seen, 'seconds': self.state.seconds, 'args': vars(self.args),
+            'samples_seen': self.state.samples_seen, 'seconds': self.state.seconds,
+            'timed_samples': self.state.timed_samples, 'args': vars(self.args),
             'classes': list(self.val_loader.dataset.dataset.classes),
             'training_images': len(self.train_loader.dataset),
         }
@@ -131,7 +133,7 @@ class Run:
         if is_own and checkpoint.get('meters'):  # the epoch was in progress
             self.state = RunState(
                 epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint.get('seconds', 0.),
-                checkpoint['meters'], self.state.best)
+                checkpoint.get('timed_samples', 0), checkpoint['meters'], self.state.best)
         images, now = checkpoint.get('training_images'), len(self.train_loader.dataset)
         if images not in (None, now) and utils.get_rank() == 0:
             logger.warning('%d training images now, %d before', now, images)
@@ -167,7 +169,9 @@ def main(args: argparse.Namespace) -> None:
         TrainingFault: losses or gradients that are not finite, or a full disk; the last checkpoint is good.
         SystemExit: stopped by a signal, after a checkpoint.
     """
-    stop = utils.StopRequest()
+    if args.stopped_file and options.read_launch().rank == 0:
+        Path(args.stopped_file).unlink(missing_ok=True)
+    stop = None if args.eval or args.throughput else utils.StopRequest()
     device = start_processes(args)
     args, start = check_before_data(args, device)  # mistakes cost nothing yet
     check_same_start(args, start)
@@ -437,8 +441,6 @@ def open_output(run: Run, start: Start) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if utils.get_rank() != 0:
         return
-    if args.stopped_file:
-        Path(args.stopped_file).unlink(missing_ok=True)
     settings = {key.replace('_', '-'): value for key, value in vars(args).items()
                 if key not in ('config', 'local_rank', 'resume', 'overwrite', 'stopped_file') and value is not None}
     run.writer = checkpoints.open_run(
@@ -489,7 +491,6 @@ def train_epoch(run: Run) -> bool:
     args, state = run.args, run.state
     run.epoch_began = run.saved_at = time.monotonic()
     began = run.epoch_began - state.seconds  # as if the epoch had not been interrupted
-    seen_before = 0 if state.seconds else state.samples_seen  # checkpoints of commit 9777bd7 have no seconds
     run.sampler.set_position(state.epoch, state.samples_seen)
     updates_left = run.sampler.updates  # of the epoch
     updates_done = state.epoch * run.updates_per_epoch + state.samples_seen // run.sampler.samples_per_update
@@ -504,6 +505,7 @@ def train_epoch(run: Run) -> bool:
             run.train_step, run.train_loader, state.epoch, state.step, updates_left, args.accum_steps, run.meters,
             progress, check_every=1 if run.device.type == 'cpu' else args.print_freq, skips_in_a_row=skips):
         state.step, state.samples_seen = step, state.samples_seen + run.sampler.samples_per_update
+        state.timed_samples += run.sampler.samples_per_update
         updates_done += 1
         run.scheduler.step_update(updates_done)
         if run.profiler is not None:
@@ -526,7 +528,7 @@ def train_epoch(run: Run) -> bool:
     run.record = {
         'epoch': state.epoch, 'train_lr': rate, 'train_loss': totals['loss'] / max(totals['samples'], 1),
         'skipped_updates': int(totals['skipped']), 'n_parameters': n_parameters(run.core),
-        'train_images_per_s': (state.samples_seen - seen_before) / state.seconds,
+        'train_images_per_s': state.timed_samples / state.seconds,
     }
     return True
 
@@ -647,8 +649,9 @@ def cli(argv: list[str] | None = None) -> int:
         status = 0
     except (UsageError, TrainingFault) as error:
         launch = options.read_launch()
-        # before the process group exists, a mistake is known on one node alone
-        if (launch.rank if torch.distributed.is_initialized() else launch.local_rank) == 0:
+        # before the process group exists, a mistake is known on one node alone; rank 0 may be the one that is missing
+        if launch.rank == 0 if torch.distributed.is_initialized() else launch.local_rank == 0 or (
+                launch.rank == 1 and isinstance(error, TrainingFault)):
             sys.stderr.write(f'train.py: error: {error}\n')
         status = 2 if isinstance(error, UsageError) else 1
     except SystemExit as stopped:

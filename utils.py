@@ -35,11 +35,14 @@ class UsageError(ValueError):
 
 
 class TrainingFault(RuntimeError):
-    """Report that training cannot continue: one line, exit status 1; the last checkpoint is good."""
+    """Report that training cannot continue; the last checkpoint is good.
+
+    One line, exit status 1.
+    """
 
 
 def init_distributed(device: str | None = None, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
-    """Join the processes that torchrun, torch.distributed.launch, srun or mpirun started, if any.
+    """Join the processes that torchrun, srun or mpirun started, if any.
 
     timm's init_distributed_device has no time-out, and leaves SLURM's master address to the user.
 
@@ -63,7 +66,8 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
         # one line a node; rank 1 too, in case rank 0 is missing
         wait = Wait(timeout_s, is_logged=launch.local_rank == 0 or launch.rank == 1)
         ranks = dict(rank=launch.rank, world_size=launch.world_size)
-        store = part_of_this_start(open_store(dist_url, **ranks, wait=wait), **ranks, wait=wait)
+        with ended_after(timeout_s + 30):
+            store = part_of_this_start(open_store(dist_url, **ranks, wait=wait), **ranks, wait=wait)
         try:
             # gloo beside NCCL: an all-reduce of a CPU tensor, once a step, does not wait for the device
             dist.init_process_group(
@@ -80,7 +84,9 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
 
 
 class Wait:
-    """Poll conditions that other processes bring about; log once for whom this process waits, and until when.
+    """Poll conditions that other processes bring about.
+
+    Log once for whom this process waits, and until when.
 
     Args:
         timeout_s: seconds for all conditions together.
@@ -106,7 +112,7 @@ class Wait:
                 raise TrainingFault(f'lost the store by which processes meet: {first_line(error)}') from None
             waited = time.monotonic() - self.began
             if waited > self.timeout_s:
-                raise TrainingFault(f'no sign of {absent()} within {self.timeout_s:g} s (--dist-timeout)')
+                raise TrainingFault(f'{absent()} did not answer within {self.timeout_s:g} s (--dist-timeout)')
             if self.is_logged and waited > min(10, self.timeout_s / 10):
                 end = datetime.datetime.now() + datetime.timedelta(seconds=self.timeout_s - waited)
                 logger.warning('waiting for %s until %s (--dist-timeout %g)', absent(), f'{end:%X}', self.timeout_s)
@@ -114,8 +120,24 @@ class Wait:
             time.sleep(0.1)
 
 
+@contextlib.contextmanager
+def ended_after(seconds: float):
+    """End the process if the block takes longer: a TCPStore whose host freezes never answers."""
+    def end() -> None:
+        sys.stderr.write(f'train.py: error: the store by which processes meet does not answer ({seconds:g} s)\n')
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
-    """Open the store of all ranks; rank 0 serves it, unless torchrun or a file system does.
+    """Open the store of all ranks, which rank 0, torchrun or a file system serves.
 
     Raises:
         ValueError: the port is taken.
@@ -160,7 +182,7 @@ def part_of_this_start(store: dist.Store, rank: int, world_size: int, wait: Wait
         if not store.check(['first']):
             return None
         first = store.get('first').decode()  # of an earlier start, until rank 0 is there
-        store.set(f'{first}/{rank}', own)
+        store.set(f'{first}/{world_size}/{rank}', own)
         is_complete = store.check([f'{first}/all']) and own.encode() in store.get(f'{first}/all').split()
         return first if is_complete else None
 
@@ -170,7 +192,8 @@ def part_of_this_start(store: dist.Store, rank: int, world_size: int, wait: Wait
 
     if rank:
         return dist.PrefixStore(wait.until(name_of_start, lambda: 'rank 0'), store)
-    keys = [f'{own}/{other}' for other in range(1, world_size)]
+    # with the world size: a process of an earlier start may still wait, and must not join
+    keys = [f'{own}/{world_size}/{other}' for other in range(1, world_size)]
     store.set('first', own)
     wait.until(lambda: store.check(keys), missing)
     store.set(f'{own}/all', b' '.join(store.get(key) for key in keys))
@@ -275,7 +298,9 @@ def usage_errors():
 
 
 class StopRequest:
-    """Record signals, for the run to stop after the step; a second Ctrl-C raises KeyboardInterrupt at once.
+    """Record signals, for the run to stop after the step.
+
+    A second Ctrl-C raises KeyboardInterrupt at once.
 
     SLURM's warning, SIGUSR1, is recorded from the start, while SIGTERM and Ctrl-C end a run that has done no step.
     """

@@ -75,7 +75,7 @@ def start_of(host_store, world_size, order):
 
 def test_ranks_of_a_start_agree_whatever_earlier_starts_left():
     host_store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    with pytest.raises(utils.TrainingFault, match='no sign of ranks 1, 2 within 0.5 s'):  # dies while it waits
+    with pytest.raises(utils.TrainingFault, match='ranks 1, 2 did not answer within 0.5 s'):  # dies while it waits
         store_of(host_store, 0, 3, timeout_s=0.5)
     for number, (world_size, order) in enumerate(((3, (1, 2, 0)), (2, (1, 0)), (4, (3, 0, 2, 1)), (2, (0, 1)))):
         stores = start_of(host_store, world_size, order)
@@ -102,10 +102,32 @@ def test_runs_that_share_a_store_do_not_meet(monkeypatch):
     assert stores[2].check(['first']) and not stores[1].check(['first'])
 
 
+def test_a_process_of_an_earlier_start_does_not_join_one_of_another_size():
+    host_store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    old = threading.Thread(target=lambda: pytest.raises(utils.TrainingFault, store_of, host_store, 1, 3, timeout_s=3))
+    old.start()
+    assert len(start_of(host_store, 2, (0, 1))) == 2
+    old.join()
+
+
+def test_a_store_that_freezes_ends_the_process(tmp_path):
+    """Without an answer of its host, torch's calls do not come back."""
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, '-c', 'import sys, utils; utils.threading.Timer = lambda s, end, timer='
+             'utils.threading.Timer: timer(s - 30, end); utils.init_distributed("cpu", timeout_s=2)'],
+            cwd=ROOT, capture_output=True, text=True, timeout=60, env={
+                **ENVIRONMENT, 'RANK': '1', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
+                'MASTER_PORT': str(silent.getsockname()[1])})
+    assert done.returncode == 1 and time.monotonic() - began < 40
+    assert done.stderr.splitlines()[-1] == 'train.py: error: the store by which processes meet does not answer (32 s)'
+
+
 @pytest.mark.parametrize('absent, port, host, status, words', [
-    (0, None, '127.0.0.1', 1, r'no sign of rank 0 at 127.0.0.1:\d+ \(Connection refused\) within 1 s'),
-    (0, None, 'no.host.invalid', 1, r'no sign of rank 0 at no.host.invalid:\d+ \(.*[Nn]ame.*\) within 1 s'),
-    (1, None, '127.0.0.1', 1, r'no sign of rank 1 within 1 s \(--dist-timeout\)'),
+    (0, None, '127.0.0.1', 1, r'rank 0 at 127.0.0.1:\d+ \(Connection refused\) did not answer within 1 s'),
+    (0, None, 'no.host.invalid', 1, r'rank 0 at no.host.invalid:\d+ \(.*[Nn]ame.*\) did not answer within 1 s'),
+    (1, None, '127.0.0.1', 1, r'rank 1 did not answer within 1 s \(--dist-timeout\)'),
     (1, 'taken', '127.0.0.1', 2, r'another process listens at 127.0.0.1:\d+: set MASTER_PORT to another port'),
 ], ids=['rank 0', 'unknown host', 'rank 1', 'port'])
 def test_a_rank_alone_gives_up_in_one_line(flags, tmp_path, absent, port, host, status, words):
@@ -172,7 +194,7 @@ def test_a_worker_is_killed_while_the_other_is_in_a_long_step(flags, tmp_path, s
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
     assert len(re.findall('resuming at epoch', text)) >= 1
-    assert 'no sign of' not in text and 'cannot connect' not in text
+    assert 'did not answer' not in text and 'cannot connect' not in text
     nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
 
 

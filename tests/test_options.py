@@ -182,6 +182,9 @@ def test_ranks_are_those_that_timm_reads(environment, launcher):
     ({**STEP, **LAUNCHED['Intel MPI']}, ('mpirun', 0, 3, 6, 0)),
     ({**STEP, 'PMI_RANK': 6, 'PMI_SIZE': 16}, ('srun', 2, 6, 16, 0)),  # srun --mpi=pmi2
     ({**LAUNCHED['Open MPI'], 'OMPI_COMM_WORLD_LOCAL_SIZE': 5}, ('mpirun', 3, 4, 5, 5)),
+    ({**STEP, 'WORLD_SIZE': 16}, ('srun', 2, 6, 16, 0)),  # scripts that export WORLD_SIZE=$SLURM_NTASKS
+    ({**STEP, 'LOCAL_RANK': 2}, ('srun', 2, 6, 16, 0)),
+    ({'PMI_RANK': 3, 'PMI_SIZE': 6, 'PMI_LOCAL_RANK': 1, 'PMI_LOCAL_SIZE': 2}, ('mpirun', 1, 3, 6, 2)),
     ({'SLURM_NTASKS': 16, 'SLURM_PROCID': 0, 'SLURM_LOCALID': 0}, (None, 0, 0, 1, 0)),  # a batch script, salloc
     ({'SLURM_STEP_ID': 4294967290, 'SLURM_NTASKS': 16, 'SLURM_STEP_NUM_TASKS': 1}, ('srun', 0, 0, 1, 0)),  # its shell
 ])
@@ -210,6 +213,18 @@ def test_steps_side_by_side_have_ports_of_their_own(environment):
         environment(**{**STEP, 'SLURM_STEP_ID': step}, SLURM_JOB_ID=job, SLURM_STEP_NODELIST='n1')
         ports.append(options.set_master_address()[1])
     assert len(set(ports)) == len(ports) and all(20000 <= port < 32000 for port in ports)
+
+
+def test_runs_have_the_launchers_name(environment):
+    """The head and the other hosts of mpirun do not have the same variables of SLURM."""
+    names = set()
+    for more in ({'SLURM_JOB_ID': 77}, {'SLURM_JOB_ID': 77, 'SLURM_STEP_ID': 0}, {}):
+        environment(**LAUNCHED['Open MPI'], **more)
+        names.add(options.run_name())
+    environment(**STEP, SLURM_JOB_ID=77)
+    assert names == {''} and options.run_name() == '77.0'
+    environment(**STEP, SLURM_JOB_ID=77, **LAUNCHED['torchrun'], TORCHELASTIC_RUN_ID='mine')
+    assert options.run_name() == 'mine'
 
 
 def test_mpirun_needs_an_address_for_several_hosts(environment):

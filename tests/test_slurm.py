@@ -37,7 +37,7 @@ def script(tmp_path):
             (commands / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{tmp_path}/calls\n{text}\n')
             (commands / name).chmod(0o755)
         (tmp_path / 'calls').write_text('')
-        variables = {'SLURM_JOB_ID': 7, 'SLURM_JOB_NUM_NODES': 2, 'SLURM_CPUS_PER_TASK': 96, **variables}
+        variables = {'SLURM_JOB_ID': 7, 'SLURM_JOB_NUM_NODES': 2, 'SLURM_CPUS_ON_NODE': 96, **variables}
         done = subprocess.run(
             ['bash', SCRIPT, *argv], cwd=cwd, capture_output=True, text=True, timeout=60,
             env={**os.environ, 'PATH': f'{commands}:{os.environ["PATH"]}', **{k: str(v) for k, v in variables.items()}})
@@ -76,23 +76,36 @@ def test_a_warning_reaches_the_processes(script):
 @pytest.mark.parametrize('variables, processes, cpus, threads', [
     ({'SLURM_GPUS_ON_NODE': 8}, 8, 12, 1),
     ({}, 1, 96, 96),  # no GPUs
+    ({'SLURM_GPUS_ON_NODE': 0}, 1, 96, 96),
     ({'GPUS_PER_NODE': 2}, 2, 48, 48),
-    ({'GPUS_PER_NODE': 2, 'SLURM_CPUS_PER_TASK': 1}, 2, None, 1),
-    ({'SLURM_GPUS_ON_NODE': 8, 'SLURM_CPUS_PER_TASK': 4}, 8, None, 1),
+    ({'GPUS_PER_NODE': 2, 'SLURM_CPUS_ON_NODE': 1}, 2, '1 --overcommit', 1),
+    ({'SLURM_GPUS_ON_NODE': 8, 'SLURM_CPUS_PER_TASK': 12, 'SLURM_NTASKS_PER_NODE': 8}, 8, 12, 1),
 ])
 def test_each_gpu_has_a_process(script, variables, processes, cpus, threads):
-    status, (call,), said = script('echo threads $OMP_NUM_THREADS $SLURM_GPUS_PER_NODE >&2', OMP_NUM_THREADS='',
-                                   SLURM_GPUS_PER_NODE=8, **variables)
+    status, (call,), said = script(
+        'echo threads $OMP_NUM_THREADS $SLURM_GPUS_PER_NODE$SLURM_NTASKS_PER_NODE$SLURM_CPUS_PER_TASK >&2',
+        OMP_NUM_THREADS='', SLURM_GPUS_PER_NODE=8, **variables)
     assert said == f'threads {threads}\n'
-    share = f'--cpus-per-task={cpus}' if cpus else '--overcommit'
-    assert f'--nodes=2 --ntasks-per-node={processes} {share} ' in call
+    assert f'--nodes=2 --ntasks-per-node={processes} --cpus-per-task={cpus} --kill-on-bad-exit=0' in call
 
 
 def test_tasks_of_an_array_have_folders_of_their_own(script):
-    status, calls, said = script('exit 0', '--seed', '%a', '--output-dir', 'out/seed_%a', SLURM_ARRAY_TASK_ID=3)
-    assert status == 0 and calls[0].endswith('--seed 3 --output-dir out/seed_3')
-    status, calls, said = script('exit 0', '--output-dir', 'out', SLURM_ARRAY_TASK_ID=3)
+    for flag in (['--output-dir', 'out/seed_%a'], ['--output_dir=out/seed_%a']):
+        status, calls, said = script('exit 0', '--seed', '%a', *flag, SLURM_ARRAY_TASK_ID=3)
+        assert status == 0 and calls[0].endswith(f'--seed 3 {" ".join(flag).replace("%a", "3")}')
+    status, calls, said = script('exit 0', '--seed', '%a', '--output-dir', 'out', SLURM_ARRAY_TASK_ID=3)
     assert status == 2 and not calls and re.fullmatch(r'slurm.sbatch: .*--output-dir output/run_%a\n', said)
+
+
+def test_a_job_resumes_nothing_but_itself(script):
+    for flags in (['--resume', 'x.pth'], ['--resume=x.pth', '--lr', '1']):
+        status, calls, said = script('exit 0', *flags)
+        assert status == 2 and not calls and re.fullmatch('slurm.sbatch: leave --resume out: .*\n', said)
+    assert script('exit 0', '--resume', 'auto')[0] == script('exit 0', '--resume=auto')[0] == 0
+
+
+def test_a_node_that_never_launches_does_not_requeue_for_ever(script):
+    assert REQUEUE not in script('exit 233', SLURM_RESTART_COUNT=20)[1]
 
 
 def test_a_job_from_another_folder_is_refused_in_a_line(script, tmp_path):
