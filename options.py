@@ -83,8 +83,8 @@ def tasks_without_srun() -> int:
 def set_master_address() -> tuple[str, int]:
     """Set MASTER_ADDR and MASTER_PORT if the launcher left them out, and return host and port.
 
-    srun: the first host of the step, and a port by job and step, so that steps side by side do not meet. Ports from
-    32768 are the kernel's, for outgoing connections. mpirun: this host.
+    Under srun this is the first host of the step. The port follows from job and step, so that steps side by side do
+    not meet. The kernel uses ports from 32768 for outgoing connections. Under mpirun the address is this host.
 
     Raises:
         ValueError: the address cannot be known.
@@ -92,8 +92,7 @@ def set_master_address() -> tuple[str, int]:
     launch = read_launch()
     if launch.launcher == 'mpirun':
         if 'MASTER_ADDR' not in os.environ and launch.local_world_size != launch.world_size:
-            raise ValueError('mpirun started processes on several hosts (or does not count them): name the host of '
-                             'rank 0, with '
+            raise ValueError('mpirun started processes on several hosts: name the host of rank 0 by '
                              'mpirun -x MASTER_ADDR=HOST (Open MPI) or -genv MASTER_ADDR HOST (Intel MPI, MPICH)')
         os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
         os.environ.setdefault('MASTER_PORT', '29500')

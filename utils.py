@@ -63,7 +63,7 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
     if found.type == 'cuda':
         torch.cuda.set_device(found)
     if launch.world_size > 1:
-        # one line a node; rank 1 too, in case rank 0 is missing
+        # each node logs once; rank 1 logs too, since rank 0 may be the missing one
         wait = Wait(timeout_s, is_logged=launch.local_rank == 0 or launch.rank == 1)
         ranks = dict(rank=launch.rank, world_size=launch.world_size)
         with ended_after(timeout_s + 30):
@@ -77,9 +77,9 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
             raise TrainingFault(
                 f'processes met, but cannot connect to each other ({first_line(error)}); if this happens at every '
                 'start, set GLOO_SOCKET_IFNAME to the network interface by which the hosts reach each other') from None
-    elif options.tasks_without_srun() > 1:
+    elif (tasks := options.tasks_without_srun()) > 1:
         logger.info('one process, though the SLURM job has %d tasks: `srun python train.py ...` starts one for each',
-                    options.tasks_without_srun())
+                    tasks)
     return found
 
 
@@ -173,8 +173,8 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
 def part_of_this_start(store: dist.Store, rank: int, world_size: int, wait: Wait) -> dist.Store:
     """Wait for all ranks, and return the part of `store` that belongs to this start alone.
 
-    A store may outlive a start, with keys of dead ranks, also of another world size: torchrun's does. The restart
-    count is no name for a start, since each torchrun counts its own (pytorch issue 108158). Rank 0 draws a name.
+    torchrun's store outlives a start, and then contains keys of dead ranks. The restart count is no name for a start,
+    since each torchrun counts its own restarts (pytorch issue 108158). Rank 0 draws a name instead.
     """
     own = uuid.uuid4().hex
 
