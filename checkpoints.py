@@ -22,9 +22,6 @@ from utils import WANDB_ID
 
 logger = logging.getLogger(__name__)
 
-# Released checkpoints contain their training arguments. Unpickling a Namespace runs nothing.
-torch.serialization.add_safe_globals([argparse.Namespace])
-
 LAST, PREVIOUS, LOG = 'checkpoint_last.pth', 'checkpoint_prev.pth', 'log.txt'
 
 
@@ -133,8 +130,12 @@ class RunWriter:
                     os.fsync(file.fileno())
             except OSError as error:
                 self.error = error
-        for tracker in self.trackers:
-            tracker(record)
+        for tracker in list(self.trackers):
+            try:
+                tracker(record)
+            except Exception as error:  # log.txt has the record
+                logger.warning('a tracker failed and gets no more records: %s', str(error) or type(error).__name__)
+                self.trackers.remove(tracker)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk, or has failed."""
@@ -173,6 +174,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     name = str(path)
     if not name.startswith(('http://', 'https://')) and not os.path.isfile(name):
         raise ValueError(f'no checkpoint at {name}')
+    # Released checkpoints contain their training arguments; unpickling a Namespace runs nothing. Each time, since
+    # timm's load_checkpoint forbids the type when it returns.
+    torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         if name.startswith(('http://', 'https://')):
             state = torch.hub.load_state_dict_from_url(name, map_location='cpu', weights_only=True)
@@ -245,29 +249,56 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
         raise ValueError(f'{folder} holds a run: --resume auto resumes it, --overwrite replaces it')
 
 
-def open_run(folder: Path, keep: int, epoch: int, resumed: str | None, replace: bool, config: str) -> RunWriter:
-    """Lock a folder for a run, remove what it replaces or trains again, and write config.yaml.
+def start_run(
+        folder: Path, epoch: int, resumed: str | None, replace: bool, config: str, wandb_id: str | None) -> None:
+    """Write config.yaml, and remove what the run replaces or trains again.
 
     Args:
-        folder: of the run.
-        keep: argument of RunWriter.
+        folder: of the run, locked by its RunWriter.
         epoch: first epoch to train.
-        resumed: file that the run resumes, or None.
-        replace: remove the run in `folder`, unless `resumed` belongs to it.
+        resumed: file in `folder` that the run resumes, or None.
+        replace: remove the run in `folder`.
         config: contents of config.yaml.
-
-    Raises:
-        ValueError: another run is writing to `folder`.
+        wandb_id: id of the run at Weights & Biases, or None.
     """
-    writer = RunWriter(folder, keep)
-    if resumed is not None and Path(resumed).resolve().parent == folder.resolve():
-        make_last(Path(resumed))
-    elif replace:
-        remove_run(folder)
-    rewind(folder, epoch)
     with replacing(folder / 'config.yaml') as file:
         file.write(config.encode())
-    return writer
+        file.flush()
+        os.fsync(file.fileno())  # a full disk ends the run here, before anything is removed
+        if resumed is not None:
+            make_last(Path(resumed))
+        elif replace:
+            remove_run(folder)
+        rewind(folder, epoch)
+    if wandb_id is not None:
+        (folder / WANDB_ID).write_text(wandb_id)
+
+
+def copy_best(source: Path, folder: Path, best: dict[str, Any]) -> dict[str, Any]:
+    """Copy the best checkpoints of a run that is resumed in another folder.
+
+    Args:
+        source: folder of the run so far.
+        folder: folder of the run from now on.
+        best: its best scores.
+
+    Returns:
+        `best` without scores whose checkpoint is not in `source`.
+    """
+    kept = dict(best)
+    for prefix in ('', 'ema_'):
+        name, epoch = f'checkpoint_{prefix}best.pth', best.get(f'{prefix}epoch')
+        try:
+            is_there = epoch is not None and read_checkpoint(source / name).get('epoch') == epoch
+        except ValueError:
+            is_there = False
+        if is_there:
+            with open(source / name, 'rb') as read, replacing(folder / name) as file:
+                shutil.copyfileobj(read, file, 1 << 20)
+        elif epoch is not None:
+            logger.warning('%s of epoch %d is not in %s: the best score is searched anew', name, epoch, source)
+            del kept[f'{prefix}acc1'], kept[f'{prefix}epoch']
+    return kept
 
 
 def run_files(folder: Path) -> list[Path]:

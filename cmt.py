@@ -9,6 +9,7 @@ is torch's or timm's own.
 """
 import argparse
 import contextlib
+import logging
 import math
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
@@ -33,6 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ['CMT', 'MODELS', 'checkpoint_filter_fn', 'to_released']
 
+_logger = logging.getLogger(__name__)
+
 # Released checkpoints hold their training arguments. This lets torch.load(weights_only=True), and with it timm's
 # pretrained=True, read them. Unpickling a Namespace runs nothing.
 torch.serialization.add_safe_globals([argparse.Namespace])
@@ -40,23 +43,39 @@ torch.serialization.add_safe_globals([argparse.Namespace])
 STRIDE = 32  # of the last stage: 2 in the stem and in each of four patch aggregations
 
 
+def _size_fault(shape: List[int], img_size: Tuple[int, int], dynamic: bool, in_chans: int) -> str:
+    """Return the reason why check_image_size refuses images of `shape`, and the way out."""
+    needed = f'images must be (B, {in_chans}, H, W), not ({", ".join([str(size) for size in shape])})'
+    if len(shape) != 4:
+        return needed
+    height, width = shape[2], shape[3]
+    if shape[1] != in_chans and (width <= 4 or width == in_chans):
+        return f'{needed}: channels come second, as in x.permute(0, 3, 1, 2)'
+    fault = f'image size {height}x{width}: ' + (
+        '' if dynamic else f'this model was built for {img_size[0]}x{img_size[1]}; ')
+    near_h, near_w = max(32, (height + 16) // 32 * 32), max(32, (width + 16) // 32 * 32)
+    if height != near_h or width != near_w:
+        return f'{fault}height and width must be multiples of 32 (nearest: {near_h}x{near_w})'
+    return f'{fault}build it with img_size=({height}, {width}) or dynamic_img_size=True (any multiples of 32)'
+
+
 @register_notrace_function  # a branch on a shape breaks torch.fx; one opaque call is checked in traced models too
 @torch.fx.wrap
-def check_image_size(x: torch.Tensor, img_size: Tuple[int, int], dynamic: bool) -> torch.Tensor:
-    """Check the size of images (B, C, H, W) and return them unchanged.
+def check_image_size(x: torch.Tensor, img_size: Tuple[int, int], dynamic: bool, in_chans: int = 3) -> torch.Tensor:
+    """Check the size of images (B, in_chans, H, W) and return them unchanged; the convolution checks `in_chans`.
 
     Raises:
-        ValueError: `dynamic` and a height or width that is no multiple of 32, or else another size than `img_size`.
+        ValueError: other than four dimensions; `dynamic` and a height or width that is no multiple of 32, or else
+            another size than `img_size`.
     """
-    height, width = x.shape[2], x.shape[3]
-    if dynamic:
-        if height % 32 != 0 or width % 32 != 0 or height < 32 or width < 32:
-            raise ValueError(f'image size {height}x{width}: height and width must be multiples of 32')
-    elif height != img_size[0] or width != img_size[1]:
-        raise ValueError(
-            f'image size {height}x{width}: this model was built for {img_size[0]}x{img_size[1]}; build it with '
-            f'img_size=({height}, {width}) or dynamic_img_size=True (any multiples of 32)')
-    return x
+    if x.dim() == 4:
+        height, width = x.shape[2], x.shape[3]
+        if dynamic:
+            if height % 32 == 0 and width % 32 == 0 and height >= 32 and width >= 32:
+                return x
+        elif height == img_size[0] and width == img_size[1]:
+            return x
+    raise ValueError(_size_fault(x.shape, img_size, dynamic, in_chans))
 
 
 @register_notrace_function
@@ -127,6 +146,7 @@ class Stem(nn.Module):
             gelu: str = 'none', device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        self.in_chans = in_chans
         self.img_size = img_size
         self.dynamic_img_size = dynamic_img_size
         self.conv1 = nn.Conv2d(in_chans, chs, 3, stride=2, padding=1, **dd)
@@ -138,7 +158,7 @@ class Stem(nn.Module):
         self.act = GELU(gelu)
 
     def forward(self, x):
-        x = check_image_size(x, self.img_size, self.dynamic_img_size)
+        x = check_image_size(x, self.img_size, self.dynamic_img_size, self.in_chans)
         # channels-last memory from here on; torch.func refuses contiguous(memory_format=torch.channels_last)
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         x = self.norm1(self.act(self.conv1(x)))
@@ -460,7 +480,7 @@ class CMT(nn.Module):
     def _checked_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
         height, width = to_2tuple(img_size)
         if min(height, width) < STRIDE or height % STRIDE or width % STRIDE:
-            raise ValueError(f'image size {height}x{width}: height and width must be multiples of {STRIDE}')
+            raise ValueError(_size_fault([1, 3, height, width], (height, width), True, 3))
         return height, width
 
     @staticmethod
@@ -617,10 +637,72 @@ def _released_name(name: str) -> str:
     return re.sub(r'<(\d)>', lambda m: 'abcd'[int(m[1])], name)
 
 
-def _plain_name(name: str) -> str:
-    """Remove the prefixes of wrappers and map MindSpore's names to torch's."""
-    path, _, last = re.sub(r'^(module\.|_orig_mod\.)+', '', name).rpartition('.')
+def _torch_name(name: str) -> str:
+    """Map MindSpore's names to torch's."""
+    path, _, last = name.rpartition('.')
     return f'{path}.{_MINDSPORE_NAMES.get(last, last)}' if path else last
+
+
+# Keys of checkpoints, in order of preference
+WEIGHT_KEYS = 'model', 'state_dict', 'model_state_dict', 'net', 'network', 'weights', 'params', 'module'
+EMA_KEYS = 'model_ema', 'state_dict_ema', 'ema', 'ema_state_dict', 'params_ema'
+# components that DDP and AveragedModel, torch.compile, FSDP and activation checkpointing add anywhere in a name
+_MARKS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
+# a prefix stands before both of these; names of a CMT begin with one of the components
+_ANCHORS = r'stem[._]conv1\.weight', r'(?:stages\.0\.blocks\.0\.lmhsa|blocks_a\.0\.attn)\.q\.weight'
+_COMPONENTS = re.compile(r'(stem|stages|head_proj|head|(stem|patch_embed|relative_pos|blocks)_\w+|_fc|_bn)(\.|$)')
+
+
+def find_weights(checkpoint: Dict[str, Any], use_ema: bool = False) -> Tuple[Dict[str, Any], str]:
+    """Return the state dict in a checkpoint, its EMA first if `use_ema`, and its key; '' for the checkpoint itself."""
+    for key in EMA_KEYS + WEIGHT_KEYS if use_ema else WEIGHT_KEYS + EMA_KEYS:
+        if isinstance(checkpoint.get(key), dict):
+            state, inner = find_weights(checkpoint[key], use_ema)
+            if any(isinstance(value, torch.Tensor) for value in state.values()):
+                return state, inner if inner in EMA_KEYS else key
+    return checkpoint, ''
+
+
+def unwrapped_name(name: str) -> str:
+    """Remove the components that wrappers add to a name."""
+    return '.'.join(part for part in name.split('.') if part not in _MARKS)
+
+
+def plain_weights(state_dict: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], List[str]]:
+    """Remove a prefix, wrappers' components and tensors of other modules from the state dict of a CMT.
+
+    A state dict of another model loses wrappers' components only.
+
+    Returns:
+        Tensors by name, and notes on what was removed.
+
+    Raises:
+        ValueError: the weights of two models.
+    """
+    tensors, others, notes = {}, [], []
+    for name, value in state_dict.items():
+        plain = unwrapped_name(str(name))
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            others.append(str(name))
+        elif plain in tensors:
+            first = next(other for other in state_dict if unwrapped_name(str(other)) == plain)
+            raise ValueError(f'{first} and {name} are of two models: save the weights of one of them')
+        else:
+            tensors[plain] = value
+    found = [{m[1] or '' for m in map(re.compile(rf'(.*\.)?{anchor}').fullmatch, tensors) if m} for anchor in _ANCHORS]
+    prefixes = sorted(found[0] & found[1])
+    if len(prefixes) > 1:
+        names = ' and '.join(prefix or '(none)' for prefix in prefixes)
+        raise ValueError(f'the prefixes {names} are of {len(prefixes)} models: save the weights of one of them')
+    for prefix in prefixes:
+        kept = {name for name in tensors if name.startswith(prefix) and _COMPONENTS.match(name, len(prefix))}
+        others += [name for name in tensors if name not in kept]
+        tensors = {name[len(prefix):]: value for name, value in tensors.items() if name in kept}
+        notes += [f'prefix {prefix} removed'] if prefix else []
+    if others:
+        notes.append(f'{len(others)} other{"s" * (len(others) > 1)} left out: '
+                     + ', '.join([*others[:3], *['...'] * (len(others) > 3)]))
+    return tensors, notes
 
 
 def _query_grid(num_queries: int, num_keys: int, stage: CMTStage) -> Tuple[int, int]:
@@ -639,22 +721,41 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
     """Map weights to the names and sizes of `model`.
 
     Args:
-        state_dict: tensors under released, MindCV's or this project's names; or a checkpoint that holds them under
-            `model`, `state_dict` or `model_ema`, with or without DistributedDataParallel's prefix `module.`.
+        state_dict: tensors under released, MindCV's or this project's names, also with one prefix and with wrappers'
+            names; or a checkpoint that holds them under one of WEIGHT_KEYS or EMA_KEYS.
         model: the model to load them into; position biases of another size are resampled to its own.
 
     Returns:
-        A state dict for `model.load_state_dict`. Unknown keys are kept, so that strict loading reports them.
+        A state dict for `model.load_state_dict`. The classifier may be missing, and names in a part that `model` does
+        not have are kept: strict loading reports both.
+
+    Raises:
+        ValueError: tensors missing, left over or of two models; a position bias whose grid does not follow from its
+            shape.
+    """
+    state_dict, notes = plain_weights(find_weights(state_dict)[0])
+    state_dict, wanted = to_model(state_dict, model), model.state_dict()
+    faults = [f'{name} missing' for name in wanted
+              if name not in state_dict and not name.startswith('head.') and not name.endswith('.num_batches_tracked')]
+    # timm is not strict if the head is new: further blocks, or biases of a model without, would be left out in silence
+    parts = {tuple(name.split('.')[:2]) for name in wanted}
+    faults += [f'{name} left over' for name in state_dict if name not in wanted and tuple(name.split('.')[:2]) in parts]
+    if faults:
+        shown = '; '.join([*faults[:8], *['...'] * (len(faults) > 8), *notes])
+        raise ValueError(f'these weights do not fit the model: {len(faults)} tensors differ ({shown})')
+    if notes:
+        _logger.warning('weights: %s', '; '.join(notes))
+    return state_dict
+
+
+def to_model(state_dict: Dict[str, torch.Tensor], model: CMT) -> Dict[str, torch.Tensor]:
+    """Map plain weights to the names and sizes of `model`, contiguous; unknown names are kept.
 
     Raises:
         ValueError: a position bias whose grid does not follow from its shape.
     """
-    for key in ('model', 'state_dict', 'model_ema'):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-            break
     is_mindspore = any(name.endswith('.moving_mean') for name in state_dict)
-    state_dict = {_plain_name(name): value for name, value in state_dict.items()}
+    state_dict = {_torch_name(name): value.contiguous() for name, value in state_dict.items()}
     for name, target in model.state_dict().items():
         released = _released_name(name)
         halves = [released.replace('.kv.', half) for half in ('.k.', '.v.')]
@@ -681,7 +782,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
 
 
 def to_released(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Map weights under this project's names and shapes to those of the authors' code.
+    """Map weights under this project's names and shapes to those of the authors' code; K and V are copies.
 
     Raises:
         ValueError: weights without position bias (MindCV's), which the authors' code has no model for.
@@ -692,7 +793,8 @@ def to_released(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     for name, value in state_dict.items():
         released = _released_name(name)
         if '.attn.kv.' in released:
-            out[released.replace('.kv.', '.k.')], out[released.replace('.kv.', '.v.')] = value.chunk(2)
+            k, v = value.chunk(2)  # two views of one tensor: torch.save writes it twice, huggingface_hub refuses it
+            out[released.replace('.kv.', '.k.')], out[released.replace('.kv.', '.v.')] = k.clone(), v.clone()
         elif released.startswith('relative_pos_'):
             out[released] = value.flatten(3).flatten(1, 2)
         else:
@@ -743,6 +845,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_cmt(variant: str, pretrained: bool, **kwargs) -> CMT:
+    torch.serialization.add_safe_globals([argparse.Namespace])  # again: timm's load_checkpoint forbids it afterwards
     if kwargs.get('dynamic_img_size', False):
         kwargs['pretrained_cfg_overlay'] = dict(kwargs.get('pretrained_cfg_overlay') or {}, fixed_input_size=False)
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))

@@ -3,8 +3,10 @@
 Loaders yield uint8 images (B, 3, H, W) and class indices (B,). Normalisation, random erasing and mixup are applied to
 the whole batch on the device (engine.py).
 """
+import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -24,11 +26,13 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
 from samplers import TrainSampler, eval_indices
-from sources import EncodedImages, ImageFolder, Samples, find_part, has_part, open_image
+from sources import EncodedImages, ImageFolder, Samples, find_part, has_part, open_image, printable
 
 logger = logging.getLogger(__name__)
 
 BAD_IMAGES_IN_A_ROW = 10
+PREFETCH = 2  # batches that each loader process has ready, torch's default
+SHARED_MEMORY = Path('/dev/shm')  # Linux
 
 
 class INaturalist(EncodedImages):
@@ -178,7 +182,7 @@ def one_line(error: Exception) -> str:
 def image_name(dataset: Dataset, index: int) -> str:
     """Return the file of a sample, or its index if the data set has no files."""
     samples = getattr(dataset, 'samples', None)
-    return samples[index][0] if samples else f'image {index} of {type(dataset).__name__}'
+    return printable(samples[index][0]) if samples else f'image {index} of {type(dataset).__name__}'
 
 
 def build_dataset(
@@ -303,8 +307,21 @@ class _Loader(DataLoader):
     Ctrl-C, SLURM and `timeout` signal every process of a group, but a run that saves its state still needs its loader.
     Any SIGTERM before `worker_init_fn` would end a process of torch's, so signals are blocked before the fork.
     """
+    started = None
+
+    def start(self) -> None:
+        """Load the first batch of the next iteration now, so that faults of the loader come before long work."""
+        batches = iter(self)
+        self.started = itertools.chain(list(itertools.islice(batches, 1)), batches)
+
+    def stop(self) -> None:
+        """End the loader processes; the next iteration starts others."""
+        self.started = self._iterator = None
 
     def __iter__(self):
+        if self.started is not None:
+            batches, self.started = self.started, None
+            return batches
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             return super().__iter__()
@@ -344,6 +361,31 @@ def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torc
     return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), torch.tensor(targets)
 
 
+def check_shared_memory(images: int, size: int, num_workers: int) -> None:
+    """Check that batches of loader processes fit into shared memory.
+
+    torch reports a shortage by 25 lines of traceback, or ends the loader process by SIGBUS.
+
+    Args:
+        images: number of images in all batches that are ready at a time on this host.
+        size: height and width of the images (pixels).
+        num_workers: loader processes; 0 needs no shared memory.
+
+    Raises:
+        ValueError: shared memory that is too small, or cannot be written to.
+    """
+    if not num_workers or not SHARED_MEMORY.is_dir():
+        return
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        raise ValueError(f'{SHARED_MEMORY} cannot be written to, and loader processes need it: use --num-workers 0')
+    found, needed = os.statvfs(SHARED_MEMORY), images * 3 * size ** 2
+    free = found.f_bavail * found.f_frsize
+    if needed > free:
+        raise ValueError(
+            f'{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but loader processes need {needed / 1e6:.0f} MB: use fewer '
+            f'--num-workers (0 needs none), or give docker --shm-size={math.ceil(needed / 2 ** 30)}g or --ipc=host')
+
+
 def build_loader(
         dataset: Dataset,
         batch_size: int,
@@ -380,6 +422,7 @@ def build_loader(
         pin_memory=pin_memory,
         collate_fn=collate,
         timeout=timeout if num_workers else 0,
+        prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # the loader draws a base seed, not from the global generator
     )

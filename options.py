@@ -123,7 +123,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if read_launch().rank == 0:
-            sys.stderr.write(f'{self.prog}: error: {message}\n')
+            sys.stderr.write(f'{self.prog}: error: ' + message.replace('\n', '\\n') + '\n')
         raise SystemExit(2)
 
 
@@ -168,6 +168,17 @@ def data_set(name: str) -> str:
     if name not in DATA_SETS and not name.startswith(('torch/', 'wds/')):
         raise argparse.ArgumentTypeError(
             f"invalid choice: '{name}' (choose from {', '.join(DATA_SETS)}, torch/NAME, wds/NAME)")
+    return name
+
+
+def policy(name: str) -> str:
+    """Check the name of a policy of timm.data.auto_augment, whose own checks are assertions: -O removes them."""
+    number = r'\d+(\.\d*)?'
+    if not re.fullmatch(rf'(?i:none)?|rand(-(m|n|inc|mmax)\d+|-(p|mstd){number}|-t\w+)*|'
+                        rf'augmix(-[mwdb]\d+|-(a|mstd){number})*|(v0r?|originalr?|3a)(-mstd{number})*', name):
+        raise argparse.ArgumentTypeError(
+            f"'{name}' is no policy of timm: give one such as rand-m9-mstd0.5-inc1, augmix-m5-w4, original-mstd0.5, "
+            'v0, 3a, or none')
     return name
 
 
@@ -249,7 +260,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     g = parser.add_argument_group('augmentation')
     g.add_argument('--color-jitter', type=amount, default=0.4, help='strength of colour jitter, used with --aa none')
-    g.add_argument('--aa', default='rand-m9-mstd0.5-inc1',
+    g.add_argument('--aa', type=policy, default='rand-m9-mstd0.5-inc1',
                    help="timm's name of a RandAugment or AutoAugment policy; none for no policy")
     g.add_argument('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'))
     g.add_argument('--hflip', type=share, default=0.5, help='probability of a horizontal flip')
@@ -377,12 +388,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = [re.sub('^--[^=]*', lambda flag: flag[0].replace('_', '-'), arg)
             for arg in (sys.argv[1:] if argv is None else argv)]
     config = parser.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0].config
-    if config:
-        argv = config_flags(parser, config) + argv
+    from_config = config_flags(parser, config) if config else []
+    argv = from_config + argv
     args = parser.parse_args(argv)
     if (args.resume or args.finetune) and not any(arg.split('=')[0] == '--model' for arg in argv):
         args.model = None  # the model of the weights
-    mistake = find_mistake(args)
+    is_given = any(arg.split('=')[0] == '--output-dir' for arg in argv[len(from_config):])
+    mistake = find_mistake(args) or ('' if is_given else find_moved_run(args))
     if mistake:
         parser.error(mistake)
     if args.aa.lower() == 'none':
@@ -411,10 +423,24 @@ def find_mistake(args: argparse.Namespace) -> str | None:
     return next((mistake for applies, mistake in checks if applies), None)
 
 
+def find_moved_run(args: argparse.Namespace) -> str | None:
+    """Describe a config.yaml whose run lies beside it, and not in the --output-dir that it names; None for others.
+
+    Such a run was moved or copied, or its --output-dir is relative to another folder.
+    """
+    if not args.config or not args.output_dir or (args.eval and args.resume != 'auto'):
+        return None
+    folder = Path(args.config).resolve().parent
+    if not any(folder.glob('checkpoint_*.pth')) or Path(args.output_dir).resolve() == folder:
+        return None
+    return (f'--config {args.config} lies beside the checkpoints of its run, but names --output-dir '
+            f'{args.output_dir}: add --output-dir with the folder that is meant, such as {folder}')
+
+
 def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """Turn a YAML file into flags, so that both are checked alike."""
     try:
-        config = yaml.safe_load(Path(path).read_text())
+        config = yaml.safe_load(Path(path).read_text('utf-8'))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f'--config {path}: {" ".join(str(error).split())}')
     if not isinstance(config, dict):

@@ -48,13 +48,18 @@ def open_image(image: bytes | Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
+def printable(text: str) -> str:
+    """Escape characters of a file's name that would break a line, or that no encoding has."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
+
+
 class Samples(Sequence):
     """Store (name, class index) pairs in two blocks of memory.
 
     A list of 1.3 million tuples would be copied into every loader process page by page, as Python counts references.
     """
 
-    def __init__(self, names: list[str], targets: list[int]):
+    def __init__(self, names: list[str] | list[bytes], targets: list[int]):
         self.names = np.array([os.fsencode(name) for name in names], np.bytes_)
         self.targets = np.array(targets, np.int64)
 
@@ -184,7 +189,7 @@ class ImageFolder(EncodedImages):
         for name in found:
             for folder, files in walk(os.path.join(root, name)):
                 images = [file for file in files if file.lower().endswith(ENDINGS) and not file.startswith('.')]
-                names += [f'{folder}/{file}' for file in images]
+                names += [os.fsencode(f'{folder}/{file}') for file in images]  # half the memory of str
                 targets += [index[name]] * len(images)
                 if len(images) < len(files):
                     left_out += [file for file in files if not is_image(file) and not IGNORED.search(file)]
@@ -240,6 +245,7 @@ class TarImages(EncodedImages):
             raise ValueError(f'no images in {where}')
         labels = self._labels(members)
         if labels:
+            images = _one_image_a_key(images, where)
             names = [labels.get((m.tar, _key(m.name)), '') for m in images]
         else:
             images, names = self._by_class(images, part, both)
@@ -300,6 +306,25 @@ def _key(name: str) -> str:
     return f'{folder}/{file.split(".", 1)[0]}'
 
 
+def _one_image_a_key(images: list[Member], where: str) -> list[Member]:
+    """Keep the image of each key whose ending has the fewest parts: KEY.jpg, not the mask KEY.seg.png.
+
+    Raises:
+        ValueError: a key with two such images.
+    """
+    kept, left_out = {}, []
+    for image in sorted(images, key=lambda m: posixpath.basename(m.name).count('.')):
+        first = kept.setdefault((image.tar, _key(image.name)), image)
+        if first is not image:
+            left_out.append(posixpath.basename(image.name).split('.', 1)[1])
+            if first.name.count('.') == image.name.count('.'):
+                raise ValueError(f'{where} has two images of one key, {first.name} and {image.name}: keep one of them')
+    if left_out:
+        logger.warning('%s has %d more images of the same keys: ignored (.%s)', where, len(left_out),
+                       ', .'.join(sorted(set(left_out))[:5]))
+    return [image for image in images if kept[image.tar, _key(image.name)] is image]
+
+
 def _part_folder(name: str) -> str | None:
     """Return the first folder named train or val: a class may have such a name too."""
     return next((folder for folder in name.split('/')[:-1] if folder in ('train', 'val')), None)
@@ -343,8 +368,10 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
                 names = os.fsdecode(saved['names'].tobytes()).split('\0')
                 return dict(zip(names, map(tuple, saved['places'].tolist())))
     logger.info('reading the index of %s', path)
+    left_out: list[str] = []
     with open(path, 'rb') as tar:
-        members = _scan(tar, 0, stat.st_size, str(path))
+        members = _scan(tar, 0, stat.st_size, str(path), left_out)
+    log_left_out(left_out, path)
     names = np.frombuffer(os.fsencode('\0'.join(members)), np.uint8)
     for file in files:
         with contextlib.suppress(OSError):
@@ -357,12 +384,16 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
     return members
 
 
-def _scan(file: BinaryIO, start: int, end: int, name: str) -> dict[str, tuple[int, int]]:
-    """Map images and labels of the tar at bytes `start` to `end` of a file to (offset, size)."""
+def _scan(file: BinaryIO, start: int, end: int, name: str, left_out: list[str]) -> dict[str, tuple[int, int]]:
+    """Map images and labels of the tar at bytes `start` to `end` of a file to (offset, size).
+
+    The names of other files are appended to `left_out`.
+    """
     members, links = {}, {}
     for info in _headers(file, start, end, name):
         own, stop = posixpath.normpath(info.name), info.offset_data + info.size
         if not is_image(own) and (not own.endswith(('.tar', '.cls')) or IGNORED.search(own)):
+            left_out += [own] if info.isfile() and not IGNORED.search(own) else []
             continue
         if info.issparse():
             raise ValueError(f'{name} holds {own} without its zeros: pack it without -S (--sparse)')
@@ -370,7 +401,7 @@ def _scan(file: BinaryIO, start: int, end: int, name: str) -> dict[str, tuple[in
             raise ValueError(f'{name} is truncated in {info.name}, at byte {end - start} of at least '
                              f'{stop - start}: copy it again')
         if info.isfile() and own.endswith('.tar'):
-            inner = _scan(file, info.offset_data, stop, f'{name}/{info.name}')
+            inner = _scan(file, info.offset_data, stop, f'{name}/{info.name}', left_out)
             members.update((f'{own[:-len(".tar")]}/{found}', place) for found, place in inner.items())
         elif info.isfile():
             members[own] = info.offset_data, info.size
@@ -417,6 +448,9 @@ def _published_val_classes(path: Path, names: list[str]) -> list[str]:
 
     The development kit that lists them lies beside the tar, or beside the target of a link.
     """
+    if not all(re.match('(?:.*/)?ILSVRC2012_val_[0-9]{8}', name) for name in names):
+        raise ValueError(f'{path} has no classes: put images into class folders, or KEY.cls with the number of the '
+                         'class beside each KEY.jpg')
     kit = imagenet.ARCHIVE_META['devkit'][0]
     kits = [folder / kit for folder in (path.parent, path.resolve().parent) if (folder / kit).is_file()]
     if not kits:
@@ -431,8 +465,8 @@ def _published_val_classes(path: Path, names: list[str]) -> list[str]:
             raise ValueError(f'{kits[0]}: {error}') from None
     try:
         return [ids[int(PurePosixPath(name).stem.split('_')[-1]) - 1] for name in names]
-    except (ValueError, IndexError):
-        raise ValueError(f'{path} has no class folders, and other names than the published validation images') from None
+    except IndexError:
+        raise ValueError(f'{path} has more images than the validation set that {kits[0]} describes') from None
 
 
 def find_part(data_path: str, part: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:

@@ -31,7 +31,7 @@ import cmt
 import options
 import sources
 import utils
-from datasets import UnreadableImage, build_dataset, build_loader
+from datasets import PREFETCH, UnreadableImage, build_dataset, build_loader, check_shared_memory
 from engine import Meters, Prepare, TrainStep, check_faults, evaluate, throughput, train_one_epoch
 from fast_transforms import HAS_FAST, FastTransform
 from losses import DistillationLoss, Teacher, build_criterion
@@ -186,12 +186,13 @@ def main(args: argparse.Namespace) -> None:
     with usage_errors():
         if start.checkpoint is not None:
             run.load_state_dict(start.checkpoint, start.source)
+    run.stop = stop
+    stop.record_all()
+    start_loader(run)
     open_output(run, start)
     del start  # the tensors of its file
     describe(run)
 
-    run.stop = stop
-    stop.record_all()
     while run.state.epoch < run.num_epochs:
         if not train_epoch(run):
             break
@@ -207,6 +208,7 @@ def main(args: argparse.Namespace) -> None:
 def start_processes(args: argparse.Namespace) -> torch.device:
     """Join the other processes, if any, and return the device of this one."""
     utils.setup_logging()
+    utils.raise_file_limit()
     with usage_errors():
         return utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
 
@@ -224,7 +226,8 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
         raise ValueError(f'--world-size {args.world_size}, but the launcher started {world_size}')
     if is_training and args.sync_bn and device.type != 'cuda':
         raise ValueError('--sync-bn needs CUDA: torch has no SyncBatchNorm for the CPU; leave the flag out')
-    utils.check_trackers(args.log_tensorboard, args.log_wandb)
+    if is_training and utils.get_rank() == 0:
+        utils.check_trackers(args.log_tensorboard, args.log_wandb)
     if is_training and output_dir:
         checkpoints.check_output_dir(output_dir, may_hold_run=args.overwrite or args.resume == 'auto' or (
             bool(args.resume) and Path(args.resume).resolve().parent == output_dir.resolve()))
@@ -294,7 +297,19 @@ def build_data(args: argparse.Namespace, start: Start) -> tuple[Dataset | None, 
         if known and list(val.classes) != list(known):
             raise ValueError(f'{start.source} was trained on other classes ({", ".join(map(str, known[:3]))}, ...) '
                              f'than these data have ({", ".join(val.classes[:3])}, ...): start from it by --finetune')
+        ready = images_in_shared_memory(args, len(train) if is_training else 0, len(val))
+        check_shared_memory(ready, args.input_size, args.num_workers)
     return train, val
+
+
+def images_in_shared_memory(args: argparse.Namespace, training: int, validation: int) -> int:
+    """Count the images that loaders on this host have in shared memory, of so many images.
+
+    Training's batches are gone before validation's are loaded.
+    """
+    batches = PREFETCH * args.num_workers + 1  # those that are ready, and the one in use
+    batches *= options.read_launch().local_world_size or 1
+    return max(min(batches * args.batch_size, training), min(batches * val_batch_size(args), validation))
 
 
 def folders_of(dataset: Dataset) -> str:
@@ -338,9 +353,14 @@ def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, 
                 timeout=args.dist_timeout)
 
 
+def val_batch_size(args: argparse.Namespace) -> int:
+    """Return the number of images in a batch of validation."""
+    return int(1.5 * args.batch_size)
+
+
 def build_val_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> DataLoader:
     """Build the loader of this rank's share of the validation set."""
-    return build_loader(val_set, int(1.5 * args.batch_size), rank=utils.get_rank(), world_size=utils.get_world_size(),
+    return build_loader(val_set, val_batch_size(args), rank=utils.get_rank(), world_size=utils.get_world_size(),
                         **loader_options(args, device))
 
 
@@ -429,9 +449,16 @@ def build_prepare(args: argparse.Namespace, has_mixup: bool, num_classes: int, d
 
 # output
 
+def start_loader(run: Run) -> None:
+    """Load the first training batch, before an old run is removed."""
+    if run.state.epoch < run.num_epochs:
+        run.sampler.set_position(run.state.epoch, run.state.samples_seen)
+        run.train_loader.start()
+
+
 @usage_errors()
 def open_output(run: Run, start: Start) -> None:
-    """Prepare --output-dir: lock it, remove what is replaced or about to be trained again, write config.yaml."""
+    """Prepare --output-dir: lock it, start trackers, then remove what is replaced or about to be trained again."""
     args, state = run.args, run.state
     if not args.output_dir:
         if utils.get_rank() == 0:
@@ -443,10 +470,21 @@ def open_output(run: Run, start: Start) -> None:
         return
     settings = {key.replace('_', '-'): value for key, value in vars(args).items()
                 if key not in ('config', 'local_rank', 'resume', 'overwrite', 'stopped_file') and value is not None}
-    run.writer = checkpoints.open_run(
-        folder, args.keep_checkpoints, state.epoch, start.source, replace=start.checkpoint is None or args.overwrite,
-        config=f'# train.py {shlex.join(sys.argv[1:])}\n' + yaml.safe_dump(settings, sort_keys=False))
-    run.writer.trackers = utils.build_trackers(args.log_tensorboard, args.log_wandb, folder, settings, state.epoch)
+    run.writer = checkpoints.RunWriter(folder, args.keep_checkpoints)
+    source_folder = Path(start.source).resolve().parent if start.source else None
+    is_here = source_folder == folder.resolve()
+    replaces = not is_here and (start.checkpoint is None or args.overwrite)
+    wandb_id = utils.read_wandb_id(folder, is_new=replaces) if args.log_wandb else None
+    if args.log_wandb:
+        run.writer.trackers.append(utils.wandb_tracker(folder, settings, wandb_id))
+    if args.log_tensorboard:
+        run.writer.trackers.append(utils.tensorboard_tracker(folder, state.epoch))
+    command = sources.printable(shlex.join(sys.argv[1:]))  # a comment ends with its line
+    checkpoints.start_run(
+        folder, state.epoch, start.source if is_here else None, replaces, wandb_id=wandb_id,
+        config=f'# train.py {command}\n' + yaml.safe_dump(settings, sort_keys=False))
+    if source_folder and not is_here:
+        state.best = checkpoints.copy_best(source_folder, folder, state.best)
     if args.profile:
         run.profiler = utils.build_profiler(args.profile, folder / 'trace.json')
         run.profiler.start()
@@ -571,8 +609,9 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
             model = copy.deepcopy(model).to(run.device)
         try:
             scores[prefix] = score(model, run.val_loader, run.device, run.eval_autocast)
-        except UnreadableImage:
+        except Exception:  # an unreadable image, loader processes that cannot be started
             if world_size == 1 and run.writer is not None:  # with more ranks, the others would have to save too
+                run.train_loader.stop()  # its open files may be those that the checkpoint needs
                 run.save_in_epoch()
                 run.writer.wait()
             raise
@@ -652,19 +691,19 @@ def cli(argv: list[str] | None = None) -> int:
         # before the process group exists, a mistake is known on one node alone; rank 0 may be the one that is missing
         if launch.rank == 0 if torch.distributed.is_initialized() else launch.local_rank == 0 or (
                 launch.rank == 1 and isinstance(error, TrainingFault)):
-            sys.stderr.write(f'train.py: error: {error}\n')
+            sys.stderr.write(f'train.py: error: {sources.printable(str(error))}\n')
         status = 2 if isinstance(error, UsageError) else 1
     except SystemExit as stopped:
         status = stopped.code
     except UnreadableImage as error:  # on this rank alone: the others wait for it
-        sys.stderr.write(f'train.py: error: {error.line}\n')
+        sys.stderr.write(f'train.py: error: {sources.printable(error.line)}\n')
         utils.exit_now(2 if args.eval else 1)
     except KeyboardInterrupt:
         utils.exit_now(130)
     except Exception as error:
-        if utils.is_loss_of_process(error):
-            sys.stderr.write(f'train.py: error: rank {utils.get_rank()} lost another process '
-                             f'({utils.first_line(error)})\n')
+        line = utils.explain(error)
+        if line:
+            sys.stderr.write(f'train.py: error: {sources.printable(line)}\n')
         else:
             traceback.print_exc()
         utils.exit_now(1)

@@ -1,12 +1,13 @@
 """Manage processes and the terminal: distributed set-up, stopping, logging, progress."""
 import contextlib
 import datetime
-import importlib.util
+import importlib
 import logging
 import multiprocessing
 import os
 import platform
 import resource
+import secrets
 import signal
 import socket
 import sys
@@ -206,9 +207,32 @@ def is_loss_of_process(error: Exception) -> bool:
         words in str(error) for words in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting'))
 
 
-def first_line(error: Exception) -> str:
+def explain(error: BaseException) -> str | None:
+    """Return one line about a fault that lies outside of the code, or None."""
+    text = str(error)
+    if is_loss_of_process(error):
+        return f'rank {get_rank()} lost another process ({first_line(error)})'
+    if isinstance(error, torch.OutOfMemoryError):
+        return f'{first_line(error)} Use a smaller --batch-size (with --accum-steps), or --grad-checkpointing.'
+    if 'shared memory' in text or 'Bus error' in text:
+        return ('no shared memory is left for the batches of loader processes: give docker --shm-size=8g or '
+                '--ipc=host, or use fewer --num-workers (0 needs none)')
+    if 'Too many open files' in text or 'received 0 items of ancdata' in text:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f'too many open files, of {limit} allowed (ulimit -n): raise that limit, or use fewer --num-workers'
+    if 'DataLoader timed out' in text:
+        return f'{first_line(error)}: loader processes hang, or the file system of --data-path does (--dist-timeout)'
+    if 'DataLoader worker' in text and ('killed by signal' in text or 'exited unexpectedly' in text):
+        return (f'a loader process was killed, for lack of memory in most cases ({first_line(error)}): use fewer '
+                '--num-workers or more memory; --resume auto resumes at the last checkpoint')
+    if isinstance(error, MemoryError) or 'Cannot allocate memory' in text:
+        return f'no memory is left ({first_line(error)}): use fewer --num-workers or a smaller --batch-size'
+    return None
+
+
+def first_line(error: BaseException) -> str:
     """Return the first line of a message; torch appends C++ frames."""
-    return str(error).split('\n', 1)[0]
+    return str(error).strip().split('\n', 1)[0] or type(error).__name__
 
 
 def find_device(device: str | None, launch: options.Launch) -> torch.device:
@@ -302,7 +326,8 @@ class StopRequest:
 
     A second Ctrl-C raises KeyboardInterrupt at once.
 
-    SLURM's warning, SIGUSR1, is recorded from the start, while SIGTERM and Ctrl-C end a run that has done no step.
+    SLURM's warning, SIGUSR1, is recorded from the start, while SIGTERM and Ctrl-C end a run that is
+    being set up.
     """
 
     def __init__(self):
@@ -341,6 +366,16 @@ def setup_logging() -> None:
         format='%(message)s' if rank == 0 else f'rank {rank}: %(message)s',
         stream=sys.stdout, force=True)
     logging.captureWarnings(True)
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be in no encoding
+
+
+def raise_file_limit(most: int = 65536) -> None:
+    """Raise the limit of open files as far as this process may; loader processes need about 20 each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def cores() -> int:
@@ -363,43 +398,60 @@ def memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def build_trackers(
-        tensorboard: bool, wandb: bool, folder: Path, settings: dict[str, Any], epoch: int) -> list[Callable]:
-    """Build functions that send a record of log.txt to TensorBoard and Weights & Biases.
+def check_trackers(tensorboard: bool, wandb: bool) -> None:
+    """Raise ValueError if the package of a requested tracker cannot be used."""
+    used = {'tensorboard': ('torch.utils.tensorboard', 'SummaryWriter'), 'wandb': ('wandb', 'init')}
+    for package in ['tensorboard'] * tensorboard + ['wandb'] * wandb:
+        module, name = used[package]
+        try:  # a folder called wandb can be imported too, as a package without attributes
+            getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f'--log-{package} needs a package that is not installed: pip install {package} '
+                             f'({first_line(error)})') from None
+
+
+def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
+    """Return a function that sends a record of log.txt to TensorBoard.
 
     Args:
-        tensorboard, wandb: whether to send records there.
-        folder: folder of the run, whose earlier curves are continued.
-        settings: flags of the run, for Weights & Biases.
+        folder: of the run, whose earlier curves are continued.
         epoch: first epoch to come; TensorBoard drops later records of an earlier run.
     """
-    trackers = []
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(folder / 'tensorboard', purge_step=epoch)
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(folder / 'tensorboard', purge_step=epoch)
 
-        def to_tensorboard(record: dict[str, Any]) -> None:
-            for key, value in record.items():
-                writer.add_scalar(key, value, record['epoch'])
-            writer.flush()
-        trackers.append(to_tensorboard)
-    if wandb:
-        import wandb as package
-        remembered = folder / WANDB_ID
-        if not remembered.exists():
-            remembered.write_text(package.util.generate_id())
-        run = package.init(
-            project='cmt', name=folder.resolve().name, dir=folder, config=settings, resume='allow',
-            id=remembered.read_text())
-        trackers.append(lambda record: run.log(record, step=record['epoch']))
-    return trackers
+    def track(record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            writer.add_scalar(key, value, record['epoch'])
+        writer.flush()
+    return track
 
 
-def check_trackers(tensorboard: bool, wandb: bool) -> None:
-    """Raise ValueError if the package of a requested tracker is missing."""
-    for wanted, package in ((tensorboard, 'tensorboard'), (wandb, 'wandb')):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f'--log-{package} needs a package that is not installed: pip install {package}')
+def wandb_tracker(folder: Path, settings: dict[str, Any], run_id: str) -> Callable:
+    """Return a function that sends a record of log.txt to Weights & Biases.
+
+    Args:
+        folder: of the run, which gives the name.
+        settings: flags of the run.
+        run_id: of the run at Weights & Biases, which is continued if it exists there.
+
+    Raises:
+        ValueError: no run can be started (no key, no network).
+    """
+    import wandb
+    try:
+        run = wandb.init(
+            project='cmt', name=folder.resolve().name, dir=folder, config=settings, resume='allow', id=run_id)
+    except Exception as error:
+        raise ValueError(f'--log-wandb: {" ".join(str(error).split())} '
+                         '(WANDB_MODE=offline needs neither key nor network)') from None
+    return lambda record: run.log(record, step=record['epoch'])
+
+
+def read_wandb_id(folder: Path, is_new: bool) -> str:
+    """Return the id of the folder's run at Weights & Biases, or a new one if there is none or `is_new`."""
+    file = folder / WANDB_ID
+    return file.read_text().strip() if file.exists() and not is_new else secrets.token_hex(4)
 
 
 def build_profiler(steps: int, path: Path) -> torch.profiler.profile:

@@ -6,7 +6,6 @@ import argparse
 import logging
 import math
 import os
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,13 +33,14 @@ class Weights:
     """Hold the tensors of a model with the metadata of their file.
 
     Attributes:
-        state: tensors under the names of the file.
-        kind: 'model', 'model_ema', 'state_dict', 'bare' (a file of tensors alone) or 'mindspore'.
+        state: tensors under the names of the file, without prefix (cmt.plain_weights).
+        kind: 'model_ema' for any EMA, 'bare' (a file of tensors alone), 'mindspore', or one of cmt.WEIGHT_KEYS.
         source: file or name, for messages.
         model_args: arguments of cmt.CMT inferred from names and shapes; empty if the weights are of no CMT.
         run_args: arguments of the run that wrote the file; empty if the file contains none.
         classes: class names in the order of their index, or None.
         epoch: last epoch that was trained, or None.
+        notes: what was removed from the names or left out of the file.
     """
     state: dict[str, torch.Tensor]
     kind: str
@@ -49,6 +49,7 @@ class Weights:
     run_args: dict[str, Any]
     classes: list[str] | None
     epoch: int | None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], source: str, use_ema: bool = False) -> 'Weights':
@@ -57,7 +58,12 @@ class Weights:
         Raises:
             ValueError: a checkpoint without weights, or tensors of shapes that no model has.
         """
-        state, kind = _find_state(checkpoint, use_ema, source)
+        state, key = cmt.find_weights(checkpoint, use_ema)
+        try:
+            state, notes = cmt.plain_weights(state)
+        except ValueError as error:
+            raise ValueError(f'{source}: {error}') from None
+        kind = _checked_kind(state, key, checkpoint, source)
         try:
             model_args = model_args_of(state)
         except ODD_SHAPES as error:
@@ -65,33 +71,28 @@ class Weights:
         args = checkpoint.get('args')
         run_args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
         classes, epoch = checkpoint.get('classes') or None, checkpoint.get('epoch')
+        classes = classes if isinstance(classes, (list, tuple)) else None  # other tools may write a number
         if checkpoint.get('meters') and isinstance(epoch, int):  # an epoch in progress
             epoch -= 1
-        return cls(state, kind, source, model_args, run_args, classes, epoch)
+        return cls(state, kind, source, model_args, run_args, classes, epoch, tuple(notes))
 
     def classes_for(self, model: nn.Module) -> list[str] | None:
         """Return the class names if there is one for each output of `model`."""
         return self.classes if self.classes and len(self.classes) == model.num_classes else None
 
 
-def _find_state(checkpoint: dict[str, Any], use_ema: bool, source: str) -> tuple[dict[str, torch.Tensor], str]:
-    """Return the state dict in a checkpoint, and its kind."""
-    ema = [('model_ema', 'model_ema'), ('state_dict_ema', 'model_ema')]  # the second is timm's
-    plain = [('model', 'model'), ('state_dict', 'state_dict')]
-    found, kind = checkpoint, 'bare'
-    for key, name in ema + plain if use_ema else plain + ema:
-        if isinstance(checkpoint.get(key), dict):
-            found, kind = checkpoint[key], name
-            break
-    if not found or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()):
-        raise ValueError(f'{source}: it holds no weights')
-    empty = next((name for name, value in found.items() if value.numel() == 0), None)
+def _checked_kind(state: dict[str, torch.Tensor], key: str, checkpoint: dict[str, Any], source: str) -> str:
+    """Return the kind of a state dict that was found under `key`; raise ValueError if it has no values to load."""
+    if not state:
+        keys = ', '.join([str(name) for name in list(checkpoint)[:SHOWN]]) + ', ...' * (len(checkpoint) > SHOWN)
+        raise ValueError(f"{source}: it holds no weights under a known key; its keys are {keys or 'none'}: save the "
+                         "state dict of the model under 'model'")
+    empty = next((name for name, value in state.items() if value.numel() == 0), None)
     if empty:  # placeholders of weights that are sharded over other files
         raise ValueError(f'{source}: its tensor {empty} is empty')
-    if kind == 'bare' and any(name.endswith(('.gamma', '.moving_mean')) for name in found):
-        counters = ('epoch_num', 'step_num', 'global_step', 'learning_rate')  # added by MindSpore's callbacks
-        return {name: value for name, value in found.items() if name not in counters}, 'mindspore'
-    return found, kind
+    if not key and any(name.endswith(('.gamma', '.moving_mean')) for name in state):
+        return 'mindspore'
+    return 'model_ema' if key in cmt.EMA_KEYS else key or 'bare'
 
 
 # reading
@@ -282,7 +283,7 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         Arguments by name; empty if the weights are of no CMT. Without `img_size` for MindCV's weights, which fit any
         size, and for released tables of an input that is not square.
     """
-    shapes = {cmt._released_name(cmt._plain_name(name)): tuple(value.shape) for name, value in weights.items()}
+    shapes = {cmt._released_name(cmt._torch_name(name)): tuple(value.shape) for name, value in weights.items()}
     stages = [c for c in 'abcdefgh' if f'patch_embed_{c}.proj.weight' in shapes]
     depths = [len({n.split('.')[1] for n in shapes if n.startswith(f'blocks_{c}.')}) for c in stages]
     wanted = [f'blocks_{c}.0.mlp.conv1.0.weight' for c in stages] + ['stem_conv1.weight', '_fc.weight']
@@ -354,8 +355,8 @@ def identify(weights: Weights, model: str | None = None) -> tuple[str, dict[str,
     """
     args = weights.model_args
     if not args:
-        names = ', '.join(list(weights.state)[:3])
-        raise ValueError(f'{weights.source} does not fit the model: it holds no CMT ({names}, ...)')
+        names = '; '.join([', '.join(list(weights.state)[:3]) + ', ...', *weights.notes])
+        raise ValueError(f'{weights.source} does not fit the model: it holds no CMT ({names})')
     saved, variant = weights.run_args.get('model'), variant_of(args)
     saved = saved if isinstance(saved, str) and timm.is_model(saved) else None
     if variant is None and cmt.ALIASES.get(saved, saved) in cmt.MODELS:
@@ -406,10 +407,10 @@ def load_weights(model: nn.Module, weights: Weights, new_head: bool = False) -> 
     Raises:
         ValueError: tensors missing, left over or of another shape; `model` is unchanged.
     """
-    model_state, notes = model.state_dict(), []
+    model_state, notes = model.state_dict(), list(weights.notes)
     if isinstance(model, cmt.CMT):
         try:
-            state = cmt.checkpoint_filter_fn(weights.state, model)
+            state = cmt.to_model(weights.state, model)
         except ODD_SHAPES as error:
             raise ValueError(f'{weights.source} does not fit the model: {error}') from None
         before, now = weights.model_args.get('img_size'), model.img_size
@@ -417,7 +418,8 @@ def load_weights(model: nn.Module, weights: Weights, new_head: bool = False) -> 
         if resampled:
             notes.append(f'{resampled} position biases resampled from {before[0]}x{before[1]} to {now[0]}x{now[1]}')
     else:
-        state = {re.sub(r'^(module\.|_orig_mod\.)+', '', name): value for name, value in weights.state.items()}
+        own = {cmt.unwrapped_name(name): name for name in model_state}  # timm's iformer has modules named `module`
+        state = {own.get(name, name): value for name, value in weights.state.items()}
     kept = []  # tensors that stay as `model` has them
     if new_head:
         for name in ('head.weight', 'head.bias'):

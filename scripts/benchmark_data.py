@@ -33,7 +33,7 @@ import utils  # noqa: E402
 from datasets import UnreadableImage, build_dataset, build_loader, collate, one_line  # noqa: E402
 from engine import Prepare  # noqa: E402
 from fast_transforms import FastTransform  # noqa: E402
-from options import Parser, count, output_file, positive, rate  # noqa: E402
+from options import Parser, count, number, output_file, path, positive, rate  # noqa: E402
 from samplers import TrainSampler  # noqa: E402
 from sources import EncodedImages, ImageFolder, has_part, open_image  # noqa: E402
 from transforms import build_transform  # noqa: E402
@@ -64,6 +64,24 @@ def open_images(path: str, loader: str, size: int) -> EncodedImages:
         if has_part(path, part):
             return build_dataset('IMNET', part == 'train', path, size, transform)
     return ImageFolder(path, transform)
+
+
+def measure_listing(folder: Path, count: int) -> str:
+    """Return a line on the time and memory that a process needs to list `count` images in 1,000 class folders.
+
+    The images are links to one file for each class, since listing does not read files.
+    """
+    for label in range(1000):
+        first = folder / 'train' / f'n{label:08d}' / f'n{label:08d}_0.JPEG'
+        first.parent.mkdir(parents=True)
+        first.touch()
+        for i in range(1, len(range(label, count, 1000))):
+            os.link(first, first.with_name(f'n{label:08d}_{i}.JPEG'))
+    before, began = utils.memory_mb(torch.device('cpu')), time.process_time()
+    images = len(build_dataset('IMNET', True, str(folder), 224))
+    seconds, after = time.process_time() - began, utils.memory_mb(torch.device('cpu'))
+    return (f'{images} images in 1000 folders: {seconds:.2f} s of processor time, peak memory {after:.0f} MiB, '
+            f'{before:.0f} MiB of it before the listing (imports of torch, torchvision and timm)')
 
 
 class Case:
@@ -264,7 +282,7 @@ def compare(args: argparse.Namespace, columns: int = 8) -> None:
 def build_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(prog='benchmark_data.py', description=__doc__.split('\n\n')[1])
-    parser.add_argument('--data-path', help='folder with train/ or val/, folder of classes, or tar '
+    parser.add_argument('--data-path', type=path, help='folder with train/ or val/, folder of classes, or tar '
                                             '(default: JPEGs made for the benchmark)')
     parser.add_argument('--images', type=positive, default=250, help='number of JPEGs to make without --data-path')
     parser.add_argument('--loaders', nargs='+', default=['reference', 'fast'], choices=('reference', 'fast'))
@@ -280,6 +298,9 @@ def build_parser() -> Parser:
                         help='print the cores that load these numbers of images per second')
     parser.add_argument('--compare', type=output_file, metavar='PNG',
                         help="draw both loaders' images of the same draws, and measure nothing")
+    parser.add_argument('--listing', type=number(int, 1000), metavar='N',
+                        help='measure what listing N images in 1,000 folders costs a process, and nothing else; '
+                        'TMPDIR=/dev/shm keeps the disk out of it')
     parser.add_argument('--json', type=output_file, metavar='FILE',
                         help='write all figures with versions and hardware to this file')
     return parser
@@ -328,6 +349,9 @@ def main() -> None:
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     with tempfile.TemporaryDirectory() as folder:
         try:
+            if args.listing:
+                print(measure_listing(Path(folder), args.listing))
+                return
             check_model(args)
             args.data_path = args.data_path or str(make_images(Path(folder), args.images))
             if args.compare:

@@ -66,13 +66,8 @@ def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_safetensors(path: Path, model: nn.Module) -> None:
-    content = safetensors.torch.save(contiguous(model.state_dict()), {'format': 'pt'})
+    content = safetensors.torch.save(model.state_dict(), {'format': 'pt'})
     write(path, lambda file: file.write(content))
-
-
-def contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy each tensor to its own memory: a file would otherwise store K and V, halves of one tensor, twice."""
-    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
 
 def write_folder(folder: Path, model: nn.Module, weights: Weights, name: str | None) -> None:
@@ -89,6 +84,7 @@ def write_folder(folder: Path, model: nn.Module, weights: Weights, name: str | N
             described, config, model_config={'label_names': weights.classes_for(model)},
             data_config={'crop_pct': 1.0 if max(model.img_size) <= 32 else 0.875})
         content = json.loads(config.read_text())
+    content['model_args'].pop('num_classes', None)  # transformers passes its own beside these; the config has it
     if Path(weights.source).exists() or ':' in weights.source:  # not the published weights, which timm describes
         for key in ('tag', 'license', 'origin_url'):
             content['pretrained_cfg'].pop(key, None)
@@ -99,7 +95,7 @@ def write_checkpoint(
         path: Path, loaded: dict[str, tuple[Weights, nn.Module]], name: str | None, is_released: bool) -> None:
     """Write models as a checkpoint, under the names of the authors' code if `is_released`."""
     rename = cmt.to_released if is_released else dict
-    state = {kind: contiguous(rename(model.state_dict())) for kind, (_, model) in loaded.items()}
+    state = {kind: rename(model.state_dict()) for kind, (_, model) in loaded.items()}
     weights, model = next(iter(loaded.values()))
     facts = {'epoch': weights.epoch, 'classes': weights.classes_for(model)}
     state.update({key: value for key, value in facts.items() if value is not None})

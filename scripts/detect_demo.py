@@ -37,7 +37,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoints import replacing  # noqa: E402
-from options import Parser, number, output_file, positive, rate  # noqa: E402
+from options import Parser, number, output_file, path, positive, rate  # noqa: E402
 from weights import build_model, create_cmt, identify, read_weights  # noqa: E402
 
 CLASSES = ('circle', 'square', 'triangle')  # labels 1, 2, 3; 0 is the background
@@ -245,7 +245,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', choices=['retinanet', 'maskrcnn'], default='retinanet')
     parser.add_argument('--backbone', default='cmt_ti', help='name of a CMT (default: %(default)s)')
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights of the backbone (default: random)')
+    parser.add_argument('--checkpoint', type=path, metavar='FILE', help='weights of the backbone (default: random)')
     parser.add_argument('--batch-norm', choices=['train', 'frozen'],
                         help="BatchNorm of the backbone (default: frozen with --checkpoint, else train)")
     parser.add_argument('--steps', type=positive, default=400)

@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cmt  # noqa: E402
 from checkpoints import replacing  # noqa: E402
 from datasets import one_line  # noqa: E402
-from options import Parser, output_file, positive  # noqa: E402
-from sources import ENDINGS, open_image  # noqa: E402
+from options import Parser, output_file, path, positive  # noqa: E402
+from sources import is_image, open_image, printable  # noqa: E402
 from transforms import build_transform  # noqa: E402
 from weights import build_model, create_cmt, read_weights  # noqa: E402
 
@@ -64,7 +64,7 @@ def find_images(sources: list[str]) -> list[tuple[str, Any]]:
                     raise ValueError('-: standard input contains neither an image nor paths of images') from None
                 found += find_images([line for line in lines if line.strip() and line != '-'])
         elif os.path.isdir(source):
-            inside = sorted(str(path) for path in Path(source).rglob('*') if path.suffix.lower() in ENDINGS)
+            inside = sorted(str(path) for path in Path(source).rglob('*') if is_image(str(path.relative_to(source))))
             if not inside:
                 raise ValueError(f'no images in {source}')
             found += [(path, path) for path in inside]
@@ -73,7 +73,7 @@ def find_images(sources: list[str]) -> list[tuple[str, Any]]:
     return found
 
 
-def class_names(path: Path | None, known: list[str] | None, num_classes: int) -> list[str]:
+def class_names(path: str | None, known: list[str] | None, num_classes: int) -> list[str]:
     """Return the names of the classes in the order of their index.
 
     Args:
@@ -86,7 +86,7 @@ def class_names(path: Path | None, known: list[str] | None, num_classes: int) ->
     """
     if path is not None:
         try:
-            text = path.read_text(encoding='utf-8')
+            text = Path(path).read_text('utf-8-sig')
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f'--class-names {path}: {error}') from None
         try:
@@ -215,7 +215,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
     rows = [('image', 'class', 'probability')]
     for result in results:
         for rank, answer in enumerate(result['predictions']):
-            rows.append(('' if rank else result['image'], answer['class'], f"{answer['probability']:.2%}"))
+            rows.append(('' if rank else printable(result['image']), answer['class'], f"{answer['probability']:.2%}"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ['-' * width for width in widths])
     for image, name, probability in rows:
@@ -241,7 +241,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     output = parser.add_mutually_exclusive_group()
     output.add_argument('--json', action='store_true', help='print JSON')
     output.add_argument('--csv', action='store_true', help='print CSV')
-    parser.add_argument('--class-names', type=Path, metavar='FILE', help='names of the classes, one a line or JSON')
+    parser.add_argument('--class-names', type=path, metavar='FILE', help='names of the classes, one a line or JSON')
     parser.add_argument('--picture', type=output_file, metavar='OUT.png',
                         help=f'draw a sheet of the first {SHEET} images')
     parser.add_argument('--input-size', type=int, metavar='N', help="a multiple of 32 (default: the checkpoint's)")
@@ -310,7 +310,7 @@ def read_images(found: list[tuple[str, Any]], transform: Callable) -> Iterator[t
             yield name, transform(image)
         except Exception as error:  # Pillow's plugins raise anything on damaged files
             reason = getattr(error, 'strerror', None) or one_line(error)
-            print(f'cannot read {name} ({reason})', file=sys.stderr)
+            print(f'cannot read {printable(name)} ({reason})', file=sys.stderr)
 
 
 def write_picture(path: Path, entries: list[dict[str, Any]], model: str, count: int) -> None:
@@ -318,7 +318,7 @@ def write_picture(path: Path, entries: list[dict[str, Any]], model: str, count: 
     title = f'{model}: {count} image{"s"[:count > 1]}' + (f', the first {len(entries)}' if len(entries) < count else '')
     folder = os.path.commonpath([os.path.dirname(entry['name']) or '.' for entry in entries])
     for entry in entries:
-        entry['name'] = os.path.relpath(entry['name'], folder) if folder else entry['name']
+        entry['name'] = printable(os.path.relpath(entry['name'], folder) if folder else entry['name'])
         entry['predictions'] = entry['predictions'][:5]
     picture = draw_sheet(entries, title)
     with replacing(path) as file:
@@ -328,6 +328,8 @@ def write_picture(path: Path, entries: list[dict[str, Any]], model: str, count: 
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be in no encoding
     try:
         if args.picture and args.picture.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'):
             raise ValueError(f'--picture {args.picture}: the name must end in .png, .jpg or .webp')

@@ -99,6 +99,10 @@ def start(argv, ranks=1, output=os.devnull, before=None) -> list[multiprocessing
     return processes
 
 
+def full_disk(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
+
 def at_step(monkeypatch, number, action):
     """Do `action` in the training step after `number` others."""
     import engine

@@ -45,6 +45,12 @@ def test_made_images_and_their_comparison(monkeypatch, tmp_path, capsys):
     assert float(capsys.readouterr().out.split()[3]) < 20
 
 
+def test_listing_counts_what_it_made(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, 'argv', ['benchmark_data.py', '--listing', '1500'])
+    benchmark_data.main()
+    assert capsys.readouterr().out.startswith('1500 images in 1000 folders: ')
+
+
 def test_a_folder_of_classes(monkeypatch, images):
     run(monkeypatch, '--data-path', images / 'train', '--sizes', 32, '--repeats', 1, '--loaders', 'fast')
 

@@ -156,6 +156,28 @@ def test_after_a_full_disk_nothing_more_is_written(tmp_path, monkeypatch):
     assert number(read_checkpoint(tmp_path / LAST)) == 1 and not (tmp_path / 'log.txt').exists()
 
 
+def test_a_tracker_that_fails_ends_alone(tmp_path, caplog):
+    writer, seen = checkpoints.RunWriter(tmp_path), []
+    writer.trackers = [lambda record: 1 / 0, seen.append]
+    writer.log({'epoch': 0})
+    writer.log({'epoch': 1})
+    assert seen == [{'epoch': 0}, {'epoch': 1}] and caplog.text.count('division by zero') == 1
+    assert len((tmp_path / 'log.txt').read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize('best', [
+    {}, {'acc1': 50., 'epoch': 3}, {'acc1': 50., 'epoch': 3, 'ema_acc1': 60., 'ema_epoch': 2}])
+def test_the_best_checkpoints_follow_a_run_that_goes_on_elsewhere(tmp_path, best, caplog):
+    for folder in ('a', 'b'):
+        (tmp_path / folder).mkdir()
+    torch.save({'epoch': 3}, tmp_path / 'a' / 'checkpoint_best.pth')
+    torch.save({'epoch': 5}, tmp_path / 'a' / 'checkpoint_ema_best.pth')  # of epochs that are trained again
+    kept = checkpoints.copy_best(tmp_path / 'a', tmp_path / 'b', best)
+    assert kept == {key: value for key, value in best.items() if not key.startswith('ema_')}
+    assert [path.name for path in (tmp_path / 'b').iterdir()] == ['checkpoint_best.pth'] * bool(best)
+    assert ('checkpoint_ema_best.pth of epoch 2 is not in' in caplog.text) == ('ema_epoch' in best)
+
+
 def test_kept_epochs_are_the_last(tmp_path):
     writer = RunWriter(tmp_path, keep=2)
     for epoch in range(4):

@@ -16,8 +16,10 @@ import re
 import zlib
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
@@ -210,6 +212,30 @@ def test_released_tables_of_another_size():
         cmt.checkpoint_filter_fn(cmt.to_released(small(img_size=(64, 96)).state_dict()), model)
 
 
+@pytest.mark.parametrize('size', [32, 96, (96, 64), (64, 96), (32, 160), (64, 64)])
+def test_weights_of_another_size_can_be_saved(tmp_path, size):
+    """As safetensors, which refuses what is not contiguous, and by huggingface_hub, which refuses views of a part."""
+    model, other = small(seed=1), small(img_size=size)
+    (tmp_path / 'hub').mkdir()
+    mapped = cmt.checkpoint_filter_fn(model.to(memory_format=torch.channels_last).state_dict(), other)
+    assert not model.stem.conv1.weight.is_contiguous()
+    model = small(seed=1)
+    model.set_input_size(size)
+    for state in (mapped, model.state_dict(), cmt.to_released(mapped), cmt.to_released(model.state_dict())):
+        safetensors.torch.save_file(state, tmp_path / 'model.safetensors')
+        huggingface_hub.save_torch_state_dict(state, tmp_path / 'hub')
+        for path in (tmp_path / 'model.safetensors', tmp_path / 'hub' / 'model.safetensors'):
+            other.load_state_dict(cmt.checkpoint_filter_fn(safetensors.torch.load_file(path), other))
+            assert all(torch.equal(value, mapped[name]) for name, value in other.state_dict().items())
+
+
+def test_released_keys_and_values_are_no_views_of_one_tensor():
+    released = cmt.to_released(small().state_dict())
+    storages = [value.untyped_storage() for value in released.values()]
+    assert len({storage.data_ptr() for storage in storages}) == len(released)
+    assert all(storage.nbytes() == value.nbytes for storage, value in zip(storages, released.values()))
+
+
 @pytest.mark.parametrize('dynamic', [False, True])
 @pytest.mark.parametrize('make', [lambda m: m, symbolic_trace, torch.jit.script], ids=['eager', 'fx', 'script'])
 def test_a_wrong_size_is_named(make, dynamic):
@@ -223,10 +249,40 @@ def test_a_wrong_size_is_named(make, dynamic):
             model(images(96, 64))
 
 
-@pytest.mark.parametrize('size', [70, 0, (64, 33)])
-def test_a_wrong_size_is_refused_at_construction(size):
+LAYOUTS = [
+    ((3, 64, 64), r'images must be \(B, 3, H, W\), not \(3, 64, 64\)$'),
+    ((64, 64, 3), r'images must be \(B, 3, H, W\), not \(64, 64, 3\)$'),
+    ((64, 64), r'not \(64, 64\)$'), ((1, 3, 8, 64, 64), r'not \(1, 3, 8, 64, 64\)$'),
+    ((2, 64, 64, 3), r'images must be \(B, 3, H, W\), not \(2, 64, 64, 3\): channels come second'),
+    ((1, 64, 64, 1), 'channels come second'), ((1, 64, 96, 4), 'channels come second'),
+    ((1, 3, 60, 64), r'60x64: .*multiples of 32 \(nearest: 64x64\)$'),
+    ((1, 3, 100, 80), r'100x80: .*multiples of 32 \(nearest: 96x96\)$'),
+    ((1, 3, 4, 4), r'4x4: .*multiples of 32 \(nearest: 32x32\)$'), ((1, 3, 65, 0), r'nearest: 64x32\)$')]
+
+
+@pytest.mark.parametrize('make', [lambda m: m, symbolic_trace, torch.jit.script], ids=['eager', 'fx', 'script'])
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_images_of_another_layout_are_refused_by_what_is_wrong(make, dynamic):
+    model = make(small(dynamic_img_size=dynamic).eval())
+    for shape, words in LAYOUTS:
+        with pytest.raises((ValueError, torch.jit.Error)) as error:
+            model(torch.randn(shape))
+        line = str(error.value).strip().splitlines()[-1]
+        assert re.search(words, line) and 'img_size=' not in line, line
+
+
+def test_layouts_are_named_for_other_channels_and_backbones_too():
+    with pytest.raises(ValueError, match=r'\(B, 12, H, W\), not \(1, 64, 64, 12\): channels come second'):
+        small(in_chans=12)(torch.randn(1, 64, 64, 12))
+    model = timm.create_model('cmt_ti', features_only=True, img_size=64)
+    with pytest.raises(ValueError, match=r'\(B, 3, H, W\), not \(3, 64, 64\)'):
+        model(torch.randn(3, 64, 64))
+
+
+@pytest.mark.parametrize('size, nearest', [(70, '64x64'), (0, '32x32'), ((64, 33), '64x32'), ((60, 112), '64x128')])
+def test_a_wrong_size_is_refused_at_construction(size, nearest):
     for build in (lambda: small(img_size=size), lambda: small().set_input_size(size)):
-        with pytest.raises(ValueError, match='multiples of 32'):
+        with pytest.raises(ValueError, match=rf'multiples of 32 \(nearest: {nearest}\)$'):
             build()
 
 

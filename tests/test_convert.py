@@ -107,6 +107,22 @@ def test_a_folder_that_timm_opens(run_file, tmp_path, capsys):
     assert other(torch.randn(1, 1, 96, 96)).shape == (1, 5)
 
 
+def test_the_number_of_classes_is_in_the_config_once(run_file, tmp_path, monkeypatch):
+    """transformers hands its own number beside model_args, and create_model refuses a second one."""
+    convert(tmp_path, 'run.pth', 'out')
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['num_classes'] == 3 and 'num_classes' not in config['model_args']
+    monkeypatch.setattr('timm.models._hub.hf_hub_download',
+                        lambda repo_id, filename, **_: str(tmp_path / 'out' / filename))
+    for source in (f'local-dir:{tmp_path / "out"}', 'hf-hub:someone/digits'):
+        model = timm.create_model(source, pretrained=True)
+        assert nano.same(dict(model.state_dict()), run_file['model_ema'])
+        assert timm.create_model(source).num_classes == 3
+        assert timm.create_model(source, pretrained=True, num_classes=5).num_classes == 5
+    model = timm.create_model(config['architecture'], num_classes=4, **config['model_args'])
+    assert model.num_classes == 4 and model.img_size == (64, 64)
+
+
 def test_weights_of_choice_and_a_file_replaced_from_another_folder(run_file, tmp_path):
     for choice, kind in (('ema', 'model_ema'), ('model', 'model')):
         convert(tmp_path, 'run.pth', f'{choice}.safetensors', '--weights', choice)

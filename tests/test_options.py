@@ -1,4 +1,5 @@
 """Flags, their checks, YAML files of defaults, and the ranks that launchers set."""
+import argparse
 import functools
 import os
 import re
@@ -11,7 +12,8 @@ import pytest
 from timm.utils import distributed
 
 import options
-from options import get_parser, parse_args
+from options import get_parser, parse_args, policy
+from transforms import build_transform
 
 ROOT = Path(options.__file__).parent
 
@@ -126,9 +128,37 @@ def test_both_spellings():
     ('--cache none', '--cache is not supported: .*page cache'),
     ('--cache_size=1G', '--cache-size is not supported: .*page cache'),
     ('--no-kernels', '--no-kernels is not supported: .*9777bd7'),
+    ('--aa rand-m9-foo5', "'rand-m9-foo5' is no policy of timm"),
 ])
 def test_mistakes_get_one_line(mistake, argv, words):
     assert re.search(words, mistake(*argv.split()))
+
+
+@pytest.mark.parametrize('name, is_policy', [
+    ('rand-m9-mstd0.5-inc1', True), ('rand-m7-n3-p0.4-mmax12-tweights', True), ('augmix-m5-w4-d2-a1.5', True),
+    ('original-mstd0.5', True), ('v0r', True), ('3a', True), ('None', True),
+    ('foo', False), ('rand-mx', False), ('original-m9', False), ('augmix-n3', False), ('v0-mstd.5', False)])
+def test_policies_are_those_of_timm_without_its_assertions(name, is_policy):
+    """python -O leaves timm's checks out. timm itself takes every name that is taken here."""
+    if not is_policy:
+        with pytest.raises(argparse.ArgumentTypeError, match='is no policy of timm'):
+            policy(name)
+    elif policy(name) != 'None':
+        build_transform(True, 64, auto_augment=name)
+
+
+def test_a_run_that_was_moved_is_not_begun_anew_in_its_old_place(tmp_path, mistake, monkeypatch):
+    (tmp_path / 'new').mkdir()
+    (tmp_path / 'new' / 'config.yaml').write_text('output-dir: old\n')
+    argv = ['--config', str(tmp_path / 'new' / 'config.yaml'), '--resume', 'auto']
+    assert parse_args(argv).output_dir == 'old'  # a recipe, with no run beside it
+    (tmp_path / 'new' / 'checkpoint_last.pth').touch()
+    assert re.search(r'names --output-dir old: add --output-dir .*/new$', mistake(*argv).strip())
+    assert parse_args([*argv, '--output-dir=old']).output_dir == 'old'
+    assert parse_args(['--config', argv[1], '--eval', '--resume', 'x.pth']).output_dir == 'old'
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'old').symlink_to('new')
+    assert parse_args(argv).output_dir == 'old'
 
 
 def test_odd_batches_without_mixup():

@@ -3,7 +3,10 @@ import csv
 import io
 import json
 import logging
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,13 +84,31 @@ def test_table_and_csv(place, capsys):
     assert lines[2].endswith(f"{top['probability']:.2%}") and top['class'] in lines[2]
 
 
+def test_names_of_any_bytes_in_every_output(place, capsys):
+    name = os.fsdecode(b'photos/more/bad\xff\nname.png')
+    shutil.copy('photos/a.png', name)
+    Path('photos/.ipynb_checkpoints').mkdir()
+    shutil.copy('photos/a.png', 'photos/.ipynb_checkpoints/a.png')
+    Path(os.fsdecode(b'photos/no\xff\nimage.png')).write_text('no image')
+    results = {}
+    for flag in ('--json', '--csv', '--picture=sheet.png'):
+        with pytest.raises(SystemExit):  # for the file that is no image
+            predict.main(['named.pth', 'photos', flag])
+        results[flag] = capsys.readouterr()
+        assert results[flag].err.count('\n') == 1 and r'photos/no\udcff\nimage.png (no image)' in results[flag].err
+    images = [answer['image'] for answer in json.loads(results['--json'].out)]
+    assert len(images) == 6 and name in images
+    assert r'photos/more/bad\udcff\nname.png' in results['--picture=sheet.png'].out
+    assert len(list(csv.DictReader(io.StringIO(results['--csv'].out)))) == 6 * 5
+
+
 def test_class_names(place, capsys):
     def names(*argv):
         return [answer['class'] for answer in as_json(capsys, *argv, 'photos/a.png', '--top', '99')[0]['predictions']]
 
     assert sorted(names('nameless.pth')) == [f'class {i}' for i in range(6)]
     letters = dict(zip(names('named.pth'), names('nameless.pth')))
-    (place / 'names.txt').write_text('zero\none\ntwo\nthree\nfour\nfive\n')
+    (place / 'names.txt').write_text('\ufeffzero\none\ntwo\nthree\nfour\nfive\n')
     (place / 'names.json').write_text(json.dumps({str(i): f'n{i}' for i in (3, 0, 1, 2, 5, 4)}))
     assert names('named.pth', '--class-names', 'names.txt')[0] == (
         'zero one two three four five'.split()[NAMES.index(names('named.pth')[0])])

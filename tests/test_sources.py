@@ -127,6 +127,36 @@ def test_shards_take_their_classes_from_cls_files(images, tmp_path):
         build_dataset('IMNET', True, str(tmp_path), 32)
 
 
+def test_a_shard_gives_one_image_a_key(tmp_path, caplog):
+    png = io.BytesIO()
+    Image.new('RGB', (8, 8)).save(png, 'png')
+    samples = [entry for i in range(3) for entry in (
+        (f'{i}.seg.png', b'mask'), (f'{i}.jpg', png.getvalue()), (f'{i}.depth.png', b''), (f'{i}.cls', b'%d' % i))]
+    members(tmp_path / 'train.tar', *samples)
+    data = build_dataset('IMNET', True, str(tmp_path), 32)
+    assert [name.rpartition('/')[2] for name, _ in data.samples] == ['0.jpg', '1.jpg', '2.jpg']
+    assert data.targets == [0, 1, 2] and data.read(2) == png.getvalue()
+    assert '6 more images of the same keys: ignored (.depth.png, .seg.png)' in caplog.text
+    members(tmp_path / 'train.tar', *samples, ('1.webp', b''))
+    with pytest.raises(ValueError, match='two images of one key, 1.jpg and 1.webp'):
+        build_dataset('IMNET', True, str(tmp_path), 32)
+
+
+def test_shards_without_cls_files_are_named(tmp_path):
+    for i in range(2):
+        members(tmp_path / f'train-{i}.tar', ('0.jpg', b''), ('0.json', b'{"label": 1}'))
+    with pytest.raises(ValueError, match='KEY.cls with the number of the class beside each KEY.jpg'):
+        build_dataset('wds/imagenet', True, str(tmp_path), 32)
+
+
+def test_files_that_a_tar_has_besides_images_are_counted(tmp_path, caplog):
+    caplog.set_level('INFO')
+    members(tmp_path / 'train.tar', ('a/0.png', b''), ('b/0.png', b''), ('b/1.heic', b''), ('b/.DS_Store', b''),
+            ('a/1.heic', b''), ('notes.txt', b''))
+    build_dataset('IMNET', True, str(tmp_path), 32)
+    assert 'train.tar: 2 .heic, 1 .txt\n' in caplog.text
+
+
 def test_the_published_validation_tar_finds_its_classes_in_the_development_kit(images, tmp_path, monkeypatch):
     files = sorted((images / 'val').rglob('*.*'))
     random.Random(0).shuffle(files)
@@ -189,8 +219,8 @@ def test_tars_without_classes_or_beside_folders_are_refused(tmp_path):
     (tmp_path / 'both' / 'train' / 'class_0').mkdir(parents=True)
     members(tmp_path / 'both' / 'train' / 'class_0.tar', ('0.png', b''))
     for path, words in (
-            (flat, 'put ILSVRC2012_devkit'),
-            (tmp_path, 'put ILSVRC2012_devkit'),  # several flat tars are not class tars outside of train/
+            (flat, 'has no classes: put images into class folders, or KEY.cls'),
+            (tmp_path, 'has no classes'),  # several flat tars are not class tars outside of train/
             (tmp_path / 'nowhere.tar', 'no file .*nowhere.tar'),
             (text, 'no images in .*text.tar'), (text, 'no images in .*text.tar'),  # the second time from the index
             (tmp_path / 'both', r'train holds both tars \(class_0.tar\) and folders \(class_0\): move')):

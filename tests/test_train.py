@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -403,7 +404,7 @@ def test_a_signal_saves_and_stops_within_a_step(flags, whole, tmp_path, monkeypa
     nano.assert_same_run(whole, tmp_path / 'run')
 
 
-@pytest.mark.parametrize('where', ['start_processes', 'build_data', 'describe'])
+@pytest.mark.parametrize('where', ['start_processes', 'build_data', 'build_run'])
 def test_a_warning_during_the_set_up_is_kept_for_the_first_step(flags, whole, tmp_path, where):
     """SLURM's SIGUSR1. SIGTERM ends a run that has nothing to save, as torchrun's restarts need."""
     def warned(rank, number=signal.SIGUSR1):
@@ -742,6 +743,26 @@ def test_folders_that_ranks_do_not_share_are_told(flags, whole, tmp_path, damage
     assert len(found) == 1 and re.fullmatch(words, found[0])
 
 
+@pytest.mark.parametrize('fault', ['images', 'disk', 'config'])
+def test_an_old_run_stays_until_nothing_can_fail_any_more(flags, images, tmp_path, monkeypatch, fault):
+    run, output = [*flags, '--epochs', 1, '--output-dir', tmp_path / 'run'], tmp_path / 'out.txt'
+    nano.train(run)
+    before = {path: path.read_bytes() for path in (tmp_path / 'run').iterdir() if path.name != '.lock'}
+    if fault == 'images':
+        shutil.copytree(images / 'val', tmp_path / 'data' / 'val')
+        for i in range(20):
+            (tmp_path / 'data' / 'train' / f'class_{i % 3}').mkdir(parents=True, exist_ok=True)
+            (tmp_path / 'data' / 'train' / f'class_{i % 3}' / f'{i}.png').write_text('no image')
+        run += ['--data-path', tmp_path / 'data']
+    elif fault == 'disk':
+        monkeypatch.setattr(os, 'fsync', nano.full_disk)
+    else:
+        monkeypatch.setattr(checkpoints, 'replacing', nano.full_disk)
+    nano.finish(nano.start([*run, '--overwrite'], output=output), status=1 if fault == 'images' else 2)
+    assert output.read_text().count('train.py: error: ') == 1 and 'Traceback' not in output.read_text()
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 @pytest.mark.parametrize('elsewhere', [False, True])
 def test_overwrite_clears_the_folder_also_for_a_run_that_goes_on_from_elsewhere(flags, whole, tmp_path, elsewhere):
     nano.train([*flags, '--epochs', 2, '--keep-checkpoints', 2, '--output-dir', tmp_path])
@@ -869,3 +890,100 @@ def test_a_schedule_that_surprises_is_said(flags, capsys, change, words):
     nano.train([*flags, *change])
     said = capsys.readouterr().out
     assert words in said and ('is as long as' in said) == (change[1] < 3)
+
+
+# limits of the system
+
+@pytest.mark.parametrize('hard, status', [(4096, 0), (0, 1)])
+def test_too_few_open_files_are_one_line_and_cost_no_epoch(flags, images, tmp_path, hard, status):
+    """The soft limit is raised. Without that, validation's processes are those too many."""
+    limit = len(os.listdir('/proc/self/fd')) + 58  # eight training processes need 38
+    output, run = tmp_path / 'out.txt', [
+        *flags, '--epochs', 1, '--batch-size', 16, '--output-dir', tmp_path / 'run']  # each batch needs two
+    nano.finish(nano.start([*run, '--num-workers', 8], output=output, before=lambda rank: resource.setrlimit(
+        resource.RLIMIT_NOFILE, (limit, hard or limit))), status=status)
+    assert 'Traceback' not in output.read_text()
+    if status:
+        assert f'train.py: error: too many open files, of {limit} allowed (ulimit -n)' in output.read_text()
+        assert nano.read(tmp_path / 'run')['step'] == 3
+        nano.train([*run, '--resume', 'auto'])
+    assert [line['epoch'] for line in nano.log(tmp_path / 'run')] == [0]
+
+
+@pytest.mark.parametrize('free, workers, words', [
+    (0, 2, '/shm has 0 MB free, but loader processes need 0 MB: use fewer --num-workers .* --shm-size=1g'),
+    (0, 0, None), (10 ** 9, 2, None)])
+def test_little_shared_memory_is_said_before_training(flags, tmp_path, monkeypatch, free, workers, words):
+    found = os.statvfs(tmp_path)
+    monkeypatch.setattr(datasets, 'SHARED_MEMORY', tmp_path / 'shm')
+    (tmp_path / 'shm').mkdir()
+    monkeypatch.setattr(os, 'statvfs', lambda path: types.SimpleNamespace(f_bavail=free // 4096, f_frsize=4096) if
+                        path == tmp_path / 'shm' else found)
+    run = [*flags, '--epochs', 1, '--num-workers', workers]
+    if words is None:
+        nano.train(run)
+    else:
+        with pytest.raises(utils.UsageError, match=words):
+            nano.train(run)
+
+
+@pytest.mark.parametrize('images, batch, workers, free, fits', [
+    (600, 64, 4, 64, False), (600, 64, 2, 64, True), (36, 64, 4, 64, True), (10 ** 6, 256, 8, 1024, True),
+    (10 ** 6, 256, 16, 1024, False)])
+def test_shared_memory_is_for_two_batches_a_process_and_the_one_in_use(monkeypatch, images, batch, workers, free, fits):
+    """Of 224 px. free: MiB, 64 in docker unless asked for more."""
+    monkeypatch.setattr(os, 'statvfs', lambda path: types.SimpleNamespace(f_bavail=free * 256, f_frsize=4096))
+    ready = train.images_in_shared_memory(options.parse_args(
+        ['--batch-size', str(batch), '--num-workers', str(workers)]), images, 0)
+    if fits:
+        datasets.check_shared_memory(ready, 224, workers)
+    else:
+        with pytest.raises(ValueError, match='free, but loader processes need'):
+            datasets.check_shared_memory(ready, 224, workers)
+
+
+def test_a_loader_process_that_is_killed_is_one_line(flags, tmp_path):
+    output = tmp_path / 'out.txt'
+    run = [*flags, '--num-workers', 2, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+    nano.finish(nano.start(run, output=output, before=lambda rank: nano.at_step(
+        pytest.MonkeyPatch(), 8, lambda: multiprocessing.active_children()[0].kill())), status=1)
+    assert output.read_text().count('train.py: error: a loader process was killed') == 1
+    assert 'Traceback' not in output.read_text()
+    nano.train(run)
+    assert [line['epoch'] for line in nano.log(tmp_path / 'run')] == [0, 1, 2]
+
+
+# names of files
+
+def test_names_of_any_bytes_and_lines_go_through_a_run(flags, images, tmp_path):
+    folder, data = os.fsdecode(bytes(tmp_path) + b'/a\xff\nb'), os.fsdecode(bytes(tmp_path) + b'/d\xff\n\xe2\x80\xa8')
+    shutil.copytree(images, data)
+    bad = os.fsdecode(b'bad\xff\nname.png')
+    Path(data, 'train', 'class_0', bad).write_text('no image')
+    output, run = tmp_path / 'out.txt', [*flags, '--no-repeated-aug', '--data-path', data]
+    nano.finish(nano.start([*run, '--output-dir', folder], output=output))
+    log = output.read_text()
+    assert r'/d\udcff\n\u2028/train/class_0/bad\udcff\nname.png (no image)' in log and 'Logging error' not in log
+    again = ['--config', f'{folder}/config.yaml', '--resume', 'auto', '--epochs', 4]
+    nano.finish(nano.start(again, output=output))
+    assert Path(folder, 'config.yaml').read_text().startswith('# train.py --config ')
+    assert [line['epoch'] for line in nano.log(folder)] == [0, 1, 2, 3]
+
+    Path(data, 'val', 'class_0', bad).write_text('no image')
+    for workers in (0, 2):
+        output.unlink()
+        nano.finish(nano.start([*again, '--epochs', 5, '--num-workers', workers], output=output), status=1)
+        error = re.search('^train.py: error: (.*)', output.read_text(), re.M)[1]
+        assert r'/d\udcff\n\u2028/val/class_0/bad\udcff\nname.png (no image)' in error
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_best_checkpoint_along(flags, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / 'a')
+    run = [*flags, '--epochs', 4, '--lr', 1e-9, '--warmup-lr', 0, '--resume', tmp_path / 'a' / 'checkpoint_last.pth']
+    nano.train([*run, '--output-dir', tmp_path / 'b'])
+    best = nano.read(tmp_path / 'b')['best']
+    assert nano.read(tmp_path / 'b', 'checkpoint_best.pth')['epoch'] == best['epoch']
+    (tmp_path / 'a' / 'checkpoint_best.pth').unlink()
+    nano.train([*run, '--output-dir', tmp_path / 'c'])
+    best = nano.read(tmp_path / 'c')['best']
+    assert best['epoch'] == 3 and nano.read(tmp_path / 'c', 'checkpoint_best.pth')['epoch'] == 3

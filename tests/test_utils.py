@@ -1,10 +1,12 @@
 """Processes that start, hang and exit, and what a run shows elsewhere."""
 import json
 import os
+import re
+import resource
 import sys
 import time
+import types
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -83,20 +85,83 @@ def test_profile_writes_a_trace_of_so_many_steps(flags, tmp_path):
     assert len(steps) == 2
 
 
-def test_figures_go_to_tensorboard(flags, tmp_path, monkeypatch):
-    """With a stand-in for its writer: the package is not among the requirements."""
-    package = mock.Mock()
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', package)
-    monkeypatch.setattr(utils, 'check_trackers', lambda *wanted: None)
-    nano.train([*flags, '--epochs', '1', '--log-tensorboard', '--output-dir', tmp_path])
-    assert package.SummaryWriter.call_args == mock.call(tmp_path / 'tensorboard', purge_step=0)
-    record = json.loads((tmp_path / 'log.txt').read_text())
-    assert package.SummaryWriter().method_calls == [
-        *(mock.call.add_scalar(name, value, 0) for name, value in record.items()), mock.call.flush()]
+# trackers, with their packages
+
+def test_tensorboard_shows_each_epoch_once_also_after_a_resume(flags, tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = [*flags, '--log-tensorboard', '--output-dir', tmp_path]
+    nano.train([*run, '--epochs', '2'])
+    (tmp_path / 'checkpoint_prev.pth').replace(tmp_path / 'checkpoint_last.pth')  # epoch 1 is trained again
+    nano.train([*run, '--resume', 'auto'])
+    events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+    records = [json.loads(line) for line in (tmp_path / 'log.txt').read_text().splitlines()]
+    assert sorted(events.Tags()['scalars']) == sorted(records[0])
+    for name in records[0]:
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(epoch, pytest.approx(record[name])) for epoch, record in enumerate(records)], name
 
 
-def test_trackers_that_are_not_installed_are_named(monkeypatch):
-    monkeypatch.setattr(utils.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(ValueError, match='--log-wandb needs .* pip install wandb'):
-        utils.check_trackers(False, True)
+def test_wandb_offline_keeps_its_id_until_the_run_is_replaced(flags, tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    run, ids = [*flags, '--epochs', 1, '--log-wandb', '--output-dir', tmp_path], []
+    for change in ([], ['--resume', 'auto', '--epochs', 2], ['--overwrite']):
+        nano.finish(nano.start([*run, *change], output=tmp_path / 'out.txt'))
+        ids.append((tmp_path / 'wandb_id.txt').read_text())
+    assert ids[0] == ids[1] != ids[2] and len(list(tmp_path.glob(f'wandb/offline-run-*-{ids[0]}'))) == 2
+
+
+@pytest.mark.parametrize('change', [{}, {'WANDB_API_KEY': 'too short'}])
+def test_an_old_run_stays_if_wandb_cannot_start(flags, tmp_path, monkeypatch, change):
+    pytest.importorskip('wandb')
+    run, output = [*flags, '--epochs', 1, '--output-dir', tmp_path / 'run'], tmp_path / 'out.txt'
+    nano.train(run)
+    before = {path: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
+    for name in ('WANDB_MODE', 'WANDB_API_KEY'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {'HOME': str(tmp_path), 'NETRC': str(tmp_path / 'none'), **change}.items():
+        monkeypatch.setenv(name, value)
+    nano.finish(nano.start([*run, '--overwrite', '--log-wandb'], output=output), status=2)
+    assert re.search('^train.py: error: --log-wandb: .*WANDB_MODE=offline', output.read_text(), re.M)
+    assert 'Traceback' not in output.read_text()
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not (tmp_path / 'run' / 'wandb_id.txt').exists()
+
+
+@pytest.mark.parametrize('name', ['wandb', 'tensorboard'])
+@pytest.mark.parametrize('module', [None, types.ModuleType('folder')])
+def test_trackers_that_are_not_installed_are_named(monkeypatch, name, module):
+    """A folder of the package's name can be imported as well."""
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard' if name == 'tensorboard' else 'wandb', module)
+    with pytest.raises(ValueError, match=f'--log-{name} needs .* pip install {name}'):
+        utils.check_trackers(name == 'tensorboard', name == 'wandb')
     utils.check_trackers(False, False)
+
+
+# faults of the system
+
+@pytest.mark.parametrize('error, words', [
+    (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '), 'a loader process was killed.*memory'),
+    (RuntimeError('DataLoader worker (pid(s) 7, 8) exited unexpectedly'), 'a loader process was killed.*memory'),
+    (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...'), '--shm-size'),
+    (RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nTraceback ...\nRuntimeError: unable to '
+                  'allocate shared memory(shm) for file </torch_7>: No space left on device (28)'), '--shm-size'),
+    (OSError(24, 'Too many open files'), r'too many open files.*ulimit -n'),
+    (RuntimeError('received 0 items of ancdata'), r'too many open files.*ulimit -n'),
+    (RuntimeError('DataLoader timed out after 600 seconds'), '600 seconds: .*--data-path'),
+    (OSError(12, 'Cannot allocate memory'), 'no memory is left'),
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.\nmore'), 'CUDA out of memory.*--accum-steps'),
+    (ValueError('of the code'), None)])
+def test_faults_outside_of_the_code_are_one_line(error, words):
+    line = utils.explain(error)
+    assert line is None if words is None else re.search(words, line) and '\n' not in line
+
+
+@pytest.mark.parametrize('hard, wanted', [(resource.RLIM_INFINITY, 65536), (4096, 4096), (10 ** 6, 65536), (64, 64)])
+def test_the_limit_of_open_files_is_raised(monkeypatch, hard, wanted):
+    limits = {resource.RLIMIT_NOFILE: (64, hard)}
+    monkeypatch.setattr(resource, 'getrlimit', limits.get)
+    monkeypatch.setattr(resource, 'setrlimit', limits.__setitem__)
+    utils.raise_file_limit()
+    assert limits[resource.RLIMIT_NOFILE] == (wanted, hard)

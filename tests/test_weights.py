@@ -308,7 +308,7 @@ def test_one_line_reports_what_was_loaded():
 
 @pytest.mark.parametrize('change, words', [
     (lambda s: s.pop('stages.0.blocks.0.lmhsa.q.weight'), 'stages.0.blocks.0.lmhsa.q.weight missing'),
-    (lambda s: s.update(spare=torch.zeros(1)), 'spare left over'),
+    (lambda s: s.update({'stages.0.blocks.7.lpu.dw.weight': torch.zeros(1)}), r'stages\.0\.blocks\.7\.\S* left over'),
     (lambda s: s.update({'_fc.bias': torch.zeros(1)}), '_fc.bias left over'),
     (lambda s: s.update({'head.bias': torch.zeros(2)}), r'head.bias \(2,\) for \(5,\)'),
     (lambda s: [s.pop(name) for name in list(s) if 'position_bias' in name], 'position_bias missing'),
@@ -319,6 +319,216 @@ def test_nothing_is_half_loaded(change, words):
     with pytest.raises(ValueError, match=rf'a\.pth does not fit[^\n]*{words}'):
         weights.load_weights(model, weights.Weights.of(state, 'a.pth'))
     assert same(model, before)
+
+
+def test_released_files_load_after_timm_has_read_a_file(released, tmp_path):
+    path, states = released
+    torch.save(states[0], tmp_path / 'a.pth')
+    sizes = dict(stem_chs=4, embed_dims=(8, 16, 16, 32), depths=(1,) * 4, num_heads=(1, 2, 2, 4), mlp_ratios=(2,) * 4,
+                 num_features=32, img_size=32, num_classes=3)
+    for read in (lambda: dict(weights.read_weights(str(path)).state),
+                 lambda: cmt.to_released(timm.create_model('cmt_ti', pretrained=True, pretrained_cfg_overlay={
+                     'url': path.as_uri(), 'num_classes': 3}, cache_dir=tmp_path, **sizes).state_dict())):
+        timm.create_model('cmt_nano', num_classes=3, checkpoint_path=str(tmp_path / 'a.pth'))
+        assert nano.same(read(), cmt.to_released(states[0]))
+
+
+# checkpoints of other tools
+
+FILE = dict(num_classes=3, img_size=64)  # of cmt_nano
+
+
+def by_timm(checkpoint, **kwargs):
+    """Load by timm's pretrained=True."""
+    return timm.create_model('cmt_nano', pretrained=True, pretrained_cfg_overlay={
+        'state_dict': checkpoint, 'num_classes': 3}, **{**FILE, **kwargs})
+
+
+def both_ways(checkpoint, source, caplog):
+    """Load by load_weights and by timm's pretrained=True, compare the weights, and return the note that both made."""
+    model = timm.create_model('cmt_nano', **FILE)
+    caplog.clear()
+    line = weights.load_weights(model, weights.Weights.of(checkpoint, 'a.pth'))
+    assert same(model, source) and same(by_timm(checkpoint), source)
+    note = line.partition(' tensors')[2].removeprefix('; ')
+    assert [r.getMessage() for r in caplog.records if r.name == 'cmt'] == ([f'weights: {note}'] if note else [])
+    return note
+
+
+def with_wrappers(name):
+    """Add wrappers' components in the middle of a name."""
+    return re.sub(r'(\.\d\.)', r'\1_checkpoint_wrapped_module._orig_mod.', re.sub('(attn|lmhsa)', r'module.\1', name))
+
+
+@pytest.mark.parametrize('released', [False, True])
+@pytest.mark.parametrize('prefix, removed', [
+    ('', ''), ('model.', 'model.'), ('net.', 'net.'), ('encoder.model.', 'encoder.model.'), ('module.', ''),
+    ('_orig_mod.module.', ''), ('module.model._orig_mod.', 'model.'), ('_fsdp_wrapped_module.backbone.', 'backbone.')])
+def test_one_prefix_and_names_of_wrappers_are_taken_off(caplog, prefix, removed, released):
+    source = timm.create_model('cmt_nano', **FILE)
+    state = cmt.to_released(source.state_dict()) if released else source.state_dict()
+    state = {prefix + with_wrappers(name): value for name, value in state.items()}
+    note = both_ways({'state_dict': state, 'epoch': 1, 'global_step': 2}, source, caplog)
+    assert note == (f'prefix {removed} removed' if removed else '')
+
+
+@pytest.mark.parametrize('prefix, others, note', [
+    ('', {'n_averaged': 1}, '1 other left out: n_averaged'),
+    ('module.', {'n_averaged': 1}, '1 other left out: n_averaged'),
+    ('model.', {'criterion.weight': 3, 'n_averaged': 1},
+     'prefix model. removed; 2 others left out: criterion.weight, n_averaged'),
+    ('backbone.', {'neck.stem.conv1.weight': 1, 'head.weight': 9, 'backbone.aux.weight': 1, 'stages.0.weight': 2},
+     'prefix backbone. removed; 4 others left out: neck.stem.conv1.weight, head.weight, backbone.aux.weight, ...')])
+def test_what_is_of_no_cmt_is_left_out_and_said(caplog, prefix, others, note):
+    source = timm.create_model('cmt_nano', **FILE)
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    state.update({name: torch.zeros(size) for name, size in others.items()})
+    for checkpoint in (state, {'model': state}):
+        assert both_ways(checkpoint, source, caplog) == note
+    note = both_ways({**source.state_dict(), 'epoch': 3, 'optimizer': {'state': {}}}, source, caplog)
+    assert note == '2 others left out: epoch, optimizer'
+
+
+def test_real_wrappers(caplog):
+    """Average, compile and wrap a model as their users do, and save the state dict that comes of it."""
+    source = timm.create_model('cmt_nano', **FILE)
+    averaged = torch.optim.swa_utils.AveragedModel(source)
+    assert 'n_averaged' in averaged.state_dict()
+    assert both_ways(averaged.state_dict(), source, caplog) == '1 other left out: n_averaged'
+    module = torch.nn.Module()
+    module.net, module.criterion = torch.compile(torch.nn.DataParallel(source)), torch.nn.Linear(2, 2)
+    note = both_ways({'state_dict': module.state_dict(), 'hyper_parameters': {'lr': 1}}, source, caplog)
+    assert note == 'prefix net. removed; 2 others left out: criterion.weight, criterion.bias'
+
+
+@pytest.mark.parametrize('first, second, names', [
+    ('student.', 'teacher.', 'student. and teacher.'), ('', 'ema.', '(none) and ema.'), ('module.', '', 'module.stem'),
+    ('model.', 'model.ema.module.', 'model. and model.ema.'), ('a.', 'b.c.', 'a. and b.c.')])
+def test_two_models_in_one_state_dict_are_an_error(first, second, names):
+    state = timm.create_model('cmt_nano', **FILE).state_dict()
+    for change in (dict, cmt.to_released):
+        two = {prefix + name: value.clone() for prefix in (first, second) for name, value in change(state).items()}
+        for load in (lambda two=two: weights.Weights.of(two, 'a.pth'), lambda two=two: by_timm({'model': two})):
+            with pytest.raises(ValueError, match='save the weights of one of them') as error:
+                load()
+            assert names in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_tower_that_is_no_cmt_is_no_second_model(caplog):
+    source = timm.create_model('cmt_nano', **FILE)
+    other = timm.create_model('efficientformer_l1').state_dict()
+    assert 'stem.conv1.weight' in other
+    state = {f'student.{name}': value for name, value in source.state_dict().items()}
+    state.update({f'teacher.{name}': value for name, value in other.items()})
+    note = both_ways(state, source, caplog)
+    assert note.startswith(f'prefix student. removed; {len(other)} others left out: teacher.stem.conv1.weight, ')
+
+
+@pytest.mark.parametrize('key', [*cmt.WEIGHT_KEYS, *cmt.EMA_KEYS])
+def test_keys_that_weights_lie_under(caplog, key):
+    source = timm.create_model('cmt_nano', **FILE)
+    state, other = dict(source.state_dict()), timm.create_model('cmt_nano', **FILE).state_dict()
+    for content in (state, {'module': state, 'updates': 3}):
+        both_ways({'epoch': 1, key: content, 'optimizer': {'state': {}}}, source, caplog)
+    for content in (state, {'module': state}):
+        kind = weights.Weights.of({key: content}, 'a.pth').kind
+        assert kind == ('model_ema' if key in cmt.EMA_KEYS else key)
+    if key in cmt.EMA_KEYS:
+        for use_ema, expected in ((True, state), (False, other)):
+            assert nano.same(weights.Weights.of({'net': other, key: {'module': state}}, 'a.pth', use_ema).state,
+                             dict(expected))
+        both_ways({key: other, 'params': state}, source, caplog)
+
+
+def test_keys_without_tensors_are_passed_over(caplog):
+    source = timm.create_model('cmt_nano', **FILE)
+    checkpoint = {'ema': 0.999, 'model': {'name': 'nano'}, 'net': {}, 'classes': 3, 'state_dict': source.state_dict()}
+    both_ways(checkpoint, source, caplog)
+    assert weights.Weights.of(checkpoint, 'a.pth', use_ema=True).classes_for(source) is None
+    for checkpoint, keys in (({'student': source.state_dict(), 'epoch': 3, 5: 6}, 'student, epoch, 5'), ({}, 'none'),
+                             ({'model': {'a': 1}}, 'model'), ({str(i): i for i in range(99)}, '6, 7, ...')):
+        with pytest.raises(ValueError, match=rf"^a\.pth: it holds no weights .*keys are .*{keys}: save .* 'model'$"):
+            weights.Weights.of(checkpoint, 'a.pth')
+    with pytest.raises(ValueError, match=r'holds no CMT \(step, \.\.\.; 1 other left out: generator\)'):
+        build({'step': torch.zeros(1), 'generator': dict(source.state_dict())})
+
+
+def test_files_with_a_prefix(tmp_path, capsys):
+    """Read, convert and open safetensors and a Lightning checkpoint; one that would run code stays refused."""
+    source = small(1)
+    state = {f'model.{name}': value for name, value in source.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / 'a.safetensors')
+    torch.save({'state_dict': state, 'epoch': 2, 'hyper_parameters': {'lr': 1.}}, tmp_path / 'a.ckpt')
+    for name in ('a.safetensors', 'a.ckpt'):
+        assert same(build(tmp_path / name), source)
+        convert_checkpoint.main([str(tmp_path / name), str(tmp_path / f'{name}.pth')])
+        assert 'prefix model. removed' in capsys.readouterr().out
+        assert same(build(tmp_path / f'{name}.pth'), source)
+    torch.save({'state_dict': state, 'hyper_parameters': Path('a')}, tmp_path / 'code.ckpt')
+    with pytest.raises(ValueError, match=r'code\.ckpt was not loaded: it asks for pathlib'):
+        weights.read_weights(str(tmp_path / 'code.ckpt'))
+
+
+def test_mindspores_names_under_a_prefix(tmp_path):
+    tensors = mindcv_tensors(4, (8, 16, 16, 24), (1, 2, 1, 1), (4,) * 4, (8, 4, 2, 1), 32, 3)
+    models = []
+    for prefix in ('', 'network._backbone.'):
+        others = {'epoch_num': np.zeros(1, np.float32)} if prefix else {}
+        write_mindspore(tmp_path / 'a.ckpt', {**{prefix + name: v for name, v in tensors.items()}, **others})
+        models.append(build(tmp_path / 'a.ckpt', img_size=64))
+    assert same(*models)
+
+
+def test_teachers_of_other_families():
+    """Such weights have any names: keys and wrappers' names are removed, prefixes not."""
+    class Inner(torch.nn.Module):
+        """Have a module of one's own named `module`, as timm's iformer has."""
+        def __init__(self):
+            super().__init__()
+            self.module, self.first = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    source = Inner()
+    for wrap in (dict, lambda s: {f'_orig_mod.module.{name}': value for name, value in s.items()}):
+        model = Inner()
+        weights.load_weights(model, weights.Weights.of({'net': wrap(source.state_dict()), 'epoch': 1}, 'a.pth'))
+        assert same(model, source)
+    with pytest.raises(ValueError, match='first.weight missing'):
+        weights.load_weights(model, weights.Weights.of(
+            {'net': {f'model.{name}': value for name, value in source.state_dict().items()}}, 'a.pth'))
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=37), dict(num_classes=0), dict(features_only=True),
+                                    dict(in_chans=1), dict(in_chans=4, num_classes=2)])
+@pytest.mark.parametrize('change, words', [
+    (lambda s: {name: v for name, v in s.items() if 'stages.2' not in name}, 'stages.2.position_bias missing'),
+    (lambda s: {**s, 'stages.1.blocks.1.lpu.dw.bias': torch.zeros(16)}, '1 tensors differ .*lpu.dw.bias left over'),
+    (lambda s: {'conv1.weight': torch.zeros(4, 3, 7, 7)}, r'\d+ tensors .*stem.conv1.weight missing.*; \.\.\.'),
+    (lambda s: {'student': s}, 'stem.conv1.weight missing.*1 other left out: student'),
+    (lambda s: {name.replace('.', '_'): v for name, v in s.items()}, 'stem.conv1.weight missing'),
+], ids=['no stage 2', 'deeper', 'resnet', 'key', 'names'])
+def test_pretrained_weights_that_do_not_fit_are_an_error(change, words, kwargs):
+    state = change(dict(timm.create_model('cmt_nano', **FILE).state_dict()))
+    with pytest.raises(ValueError, match=rf'^these weights do not fit the model: [^\n]*{words}[^\n]*$'):
+        by_timm(state, **kwargs)
+
+
+def test_pretrained_weights_without_classifier_and_counts_fit():
+    source = timm.create_model('cmt_nano', **FILE)
+    state = {f'backbone.{name}': value for name, value in source.state_dict().items()
+             if not name.startswith('head.') and not name.endswith('num_batches_tracked')}
+    model = by_timm(state, num_classes=7)
+    assert torch.equal(model.head_proj.proj.weight, source.head_proj.proj.weight) and model.head.weight.shape == (7, 32)
+    by_timm(state, features_only=True)
+    source.prune_intermediate_layers([1])  # a backbone of two stages takes its part, if its user is not strict
+    source.load_state_dict(cmt.checkpoint_filter_fn(state, source), strict=False)
+
+
+def test_timms_own_ways_of_loading(tmp_path):
+    source, model = (timm.create_model('cmt_nano', **FILE) for _ in range(2))
+    torch.save({'state_dict': source.state_dict()}, tmp_path / 'plain.pth')
+    assert same(timm.create_model('cmt_nano', checkpoint_path=str(tmp_path / 'plain.pth'), **FILE), source)
+    torch.save({'model': {f'model.{name}': v for name, v in source.state_dict().items()}}, tmp_path / 'a.pth')
+    timm.models.load_checkpoint(model, str(tmp_path / 'a.pth'), filter_fn=cmt.checkpoint_filter_fn)
+    assert same(model, source)
 
 
 # through the command line
