@@ -110,9 +110,14 @@ def detach_without_grad(bias: torch.Tensor) -> torch.Tensor:
     """Return `bias`, detached while gradients are off.
 
     Hooks on a block's inputs (torch's FLOP counter) fail on a view that requires grad then, and on a Parameter in
-    inference mode.
+    inference mode. Traces and exports may be trained, also if they were made without gradients: they keep `bias`.
     """
-    return bias if torch.is_grad_enabled() else bias.detach()
+    if torch.is_grad_enabled() or torch.jit.is_tracing():
+        return bias
+    if not torch.jit.is_scripting():  # TorchScript does not read is_exporting
+        if torch.compiler.is_exporting():
+            return bias
+    return bias.detach()
 
 
 @contextlib.contextmanager

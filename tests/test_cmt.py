@@ -409,6 +409,22 @@ def test_torchs_counter_of_operations(train, dynamic):
     assert {name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))} <= names
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('gradients', [False, True])
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_a_trace_passes_its_check_and_trains(gradients, dynamic):
+    """torch.jit.trace runs the model again without gradients, and compares the graphs."""
+    model, x = small(dynamic_img_size=dynamic).eval(), images(64, 64)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(model, x[:1])
+        exported = torch.export.export(model, (x,)).module()
+    assert torch.allclose(traced(x), model(x), atol=1e-6)
+    for form in (traced, exported):
+        model.zero_grad()
+        form(x).square().sum().backward()
+        assert all(p.grad is not None for p in form.parameters())
+
+
 def test_torch_func(attention):
     model, x = small().eval(), images(64, 64)
     assert torch.allclose(torch.func.vmap(lambda image: model(image[None])[0])(x), model(x), atol=1e-5)
