@@ -396,8 +396,9 @@ def build_loader(
         num_workers: int = 0,
         pin_memory: bool = False,
         timeout: float = 0,
+        collate_fn: Callable = collate,
 ) -> DataLoader:
-    """Build a loader of `collate`'s batches: for training with a sampler, else for validation.
+    """Build a loader: for training with a sampler, else for validation.
 
     Args:
         dataset: uint8 images (3, H, W) and class indices.
@@ -407,6 +408,7 @@ def build_loader(
         num_workers: loader processes; 0 loads in this process.
         pin_memory: copy batches to page-locked memory.
         timeout: seconds to wait for a batch of a loader process; 0 waits for ever.
+        collate_fn: makes a batch of samples.
     """
     if sampler is None:
         dataset, order = NamedErrors(dataset), eval_indices(len(dataset), rank, world_size)
@@ -420,7 +422,7 @@ def build_loader(
         num_workers=num_workers,
         worker_init_fn=_leave_signals_to_the_run,
         pin_memory=pin_memory,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         timeout=timeout if num_workers else 0,
         prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,

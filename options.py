@@ -382,19 +382,30 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse flags, spelt with - or _, over the defaults of --config, and check them."""
-    parser = get_parser()
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
+    """Parse flags, spelt with - or _, over the defaults of --config.
+
+    Returns:
+        The arguments, and the flags that were given by the file or the command line.
+    """
     argv = [re.sub('^--[^=]*', lambda flag: flag[0].replace('_', '-'), arg)
             for arg in (sys.argv[1:] if argv is None else argv)]
     config = parser.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0].config
     from_config = config_flags(parser, config) if config else []
-    argv = from_config + argv
-    args = parser.parse_args(argv)
-    if (args.resume or args.finetune) and not any(arg.split('=')[0] == '--model' for arg in argv):
+    args = parser.parse_args(from_config + argv)
+    moved = '' if any(arg.split('=')[0] == '--output-dir' for arg in argv) else find_moved_run(args)
+    if moved:
+        parser.error(moved)
+    return args, {arg.split('=')[0] for arg in from_config + argv if arg.startswith('--')}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the flags of train.py, and check them."""
+    parser = get_parser()
+    args, given = parse_flags(parser, argv)
+    if (args.resume or args.finetune) and '--model' not in given:
         args.model = None  # the model of the weights
-    is_given = any(arg.split('=')[0] == '--output-dir' for arg in argv[len(from_config):])
-    mistake = find_mistake(args) or ('' if is_given else find_moved_run(args))
+    mistake = find_mistake(args)
     if mistake:
         parser.error(mistake)
     if args.aa.lower() == 'none':

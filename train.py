@@ -11,7 +11,6 @@ import shlex
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ import cmt
 import options
 import sources
 import utils
-from datasets import PREFETCH, UnreadableImage, build_dataset, build_loader, check_shared_memory
+from datasets import PREFETCH, build_dataset, build_loader, check_shared_memory
 from engine import Meters, Prepare, TrainStep, check_faults, evaluate, throughput, train_one_epoch
 from fast_transforms import HAS_FAST, FastTransform
 from losses import DistillationLoss, Teacher, build_criterion
@@ -678,38 +677,9 @@ def report(stats: dict[str, float], title: str = '') -> None:
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """Run main with the flags `argv` (default: of the command line), and return the exit status.
-
-    0 done or stopped under --resume auto, 1 a fault, 2 a mistake of the user, 128 + n stopped by signal n.
-    """
+    """Run main with the flags `argv` (default: of the command line), and return the exit status (utils.run_main)."""
     args = options.parse_args(argv)
-    try:
-        main(args)
-        status = 0
-    except (UsageError, TrainingFault) as error:
-        launch = options.read_launch()
-        # before the process group exists, a mistake is known on one node alone; rank 0 may be the one that is missing
-        if launch.rank == 0 if torch.distributed.is_initialized() else launch.local_rank == 0 or (
-                launch.rank == 1 and isinstance(error, TrainingFault)):
-            sys.stderr.write(f'train.py: error: {sources.printable(str(error))}\n')
-        status = 2 if isinstance(error, UsageError) else 1
-    except SystemExit as stopped:
-        status = stopped.code
-    except UnreadableImage as error:  # on this rank alone: the others wait for it
-        sys.stderr.write(f'train.py: error: {sources.printable(error.line)}\n')
-        utils.exit_now(2 if args.eval else 1)
-    except KeyboardInterrupt:
-        utils.exit_now(130)
-    except Exception as error:
-        line = utils.explain(error)
-        if line:
-            sys.stderr.write(f'train.py: error: {sources.printable(line)}\n')
-        else:
-            traceback.print_exc()
-        utils.exit_now(1)
-    if torch.distributed.is_initialized():  # all ranks come here
-        torch.distributed.destroy_process_group()
-    return status
+    return utils.run_main('train.py', main, args, unreadable_status=2 if args.eval else 1)
 
 
 if __name__ == '__main__':

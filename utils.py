@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import uuid
 from collections.abc import Callable
@@ -302,6 +303,47 @@ def exit_now(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -> int:
+    """Call `main` with `args`, and return the exit status of the process; report an error in one line.
+
+    0 done or stopped under --resume auto, 1 a fault, 2 a mistake of the user, 128 + n stopped by signal n.
+
+    Args:
+        prog: name of the command.
+        main: raises UsageError and TrainingFault on all ranks, and anything else on this rank alone.
+        args: arguments of `main`.
+        unreadable_status: status for an image that cannot be read (datasets.UnreadableImage).
+    """
+    def report(error: Any) -> None:
+        line = str(error).replace('\n', '\\n')
+        sys.stderr.write(f'{prog}: error: {line}\n')
+
+    try:
+        main(args)
+        status = 0
+    except (UsageError, TrainingFault) as error:
+        launch = options.read_launch()
+        # before the process group exists, a mistake is known on one node alone; rank 0 may be the one that is missing
+        if launch.rank == 0 if dist.is_initialized() else launch.local_rank == 0 or (
+                launch.rank == 1 and isinstance(error, TrainingFault)):
+            report(error)
+        status = 2 if isinstance(error, UsageError) else 1
+    except SystemExit as stopped:
+        status = stopped.code
+    except KeyboardInterrupt:
+        exit_now(130)
+    except Exception as error:  # on this rank alone: the others wait for it
+        line = getattr(error, 'line', None)  # of an unreadable image
+        if line or explain(error):
+            report(line or explain(error))
+        else:
+            traceback.print_exc()
+        exit_now(unreadable_status if line else 1)
+    if dist.is_initialized():  # all ranks come here
+        dist.destroy_process_group()
+    return status
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """python scripts/plot_log.py output/digits -o curves.png
 
 Draw the loss, accuracy, learning rate and images per second of one or several runs into one picture. A run is given
-by its folder or its log.txt; --watch redraws the picture when a log has changed. No display is needed.
+by its folder or its log.txt; --watch redraws the picture when a log has changed. No display is needed. Runs of
+detection.py have average precision in place of accuracy.
 """
 import argparse
 import json
@@ -27,6 +28,9 @@ PANELS = [
     ('Learning rate', [('train_lr', 'learning rate', '-')]),
     ('Training images per second', [('train_images_per_s', 'images per second', '-')]),
 ]
+DETECTION = ('Average precision (%)', [  # in place of accuracy, for logs of detection.py
+    ('box_ap', 'box', '-'), ('box_ap50', 'box, IoU 0.5', '--'), ('mask_ap', 'mask', '-.'),
+    ('mask_ap50', 'mask, IoU 0.5', ':')])
 MARKED = 40  # more markers than this hide the line
 
 
@@ -79,7 +83,9 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     colors = [f'C{i}' for i in range(len(runs))]
     few = max(len(records) for records in runs.values()) <= MARKED
-    for axes, (title, series) in zip(figure.subplots(2, 2).flat, PANELS):
+    detects = any('box_ap' in record for records in runs.values() for record in records)
+    panels = [PANELS[0], DETECTION if detects else PANELS[1], *PANELS[2:]]
+    for axes, (title, series) in zip(figure.subplots(2, 2).flat, panels):
         drawn = {}
         for records, color in zip(runs.values(), colors):
             for key, label, style in series:
@@ -96,7 +102,7 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
         axes.spines[['top', 'right']].set_visible(False)
         if not drawn:
             axes.text(0.5, 0.5, 'not in the log', transform=axes.transAxes, ha='center', color='gray')
-        elif 'acc1' not in series[0][0] and axes.dataLim.ymax > 0:
+        elif series[0][0] not in ('test_acc1', 'box_ap') and axes.dataLim.ymax > 0:
             axes.set_ylim(0, 1.05 * axes.dataLim.ymax)  # a speed that varies by 2 % should look like it
         if len(drawn) > 1:
             axes.legend([Line2D([], [], color='black', linestyle=style) for style in drawn.values()], list(drawn))
@@ -107,7 +113,8 @@ def draw(runs: dict[str, list[dict]]) -> Figure:
 
 def best(records: list[dict]) -> str:
     """Format the best accuracies for the legend."""
-    found = [(label, points(records, key)[1]) for key, label in (('test_acc1', 'best'), ('ema_test_acc1', 'EMA'))]
+    found = [(label, points(records, key)[1]) for key, label in (
+        ('test_acc1', 'best'), ('ema_test_acc1', 'EMA'), ('box_ap', 'box AP'), ('mask_ap', 'mask AP'))]
     return ''.join(f', {label} {max(values):.2f} %' for label, values in found if values)
 
 

@@ -7,7 +7,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-prepare_environment 'pytest>=8.2' 'ruff>=0.17,<0.18' onnx onnxruntime onnxscript tensorboard wandb  # ruff's rules change
+prepare_environment 'pytest>=8.2' 'ruff>=0.17,<0.18' onnx onnxruntime onnxscript \
+    tensorboard wandb pycocotools  # ruff's rules change
 
 # tests with two ranks start two processes, which share two cores
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

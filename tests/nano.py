@@ -1,4 +1,5 @@
 """python tests/nano.py ARGS: train.py ARGS with `cmt_nano`, a CMT small enough for a test to train in seconds."""
+import importlib
 import json
 import multiprocessing
 import os
@@ -59,7 +60,7 @@ def train(argv, **changes) -> None:
     train.main(options.parse_args([str(arg) for arg in argv]))
 
 
-def start(argv, ranks=1, output=os.devnull, before=None) -> list[multiprocessing.Process]:
+def start(argv, ranks=1, output=os.devnull, before=None, command='train') -> list[multiprocessing.Process]:
     """cli() in forked processes, which import nothing anew: seconds less than a subprocess each.
 
     Args:
@@ -67,6 +68,7 @@ def start(argv, ranks=1, output=os.devnull, before=None) -> list[multiprocessing
         ranks: processes, which meet as torchrun's would.
         output: file for what they print.
         before: called with the rank in the new process first.
+        command: module with a cli().
     """
     with socket.socket() as found:
         found.bind(('127.0.0.1', 0))
@@ -87,9 +89,8 @@ def start(argv, ranks=1, output=os.devnull, before=None) -> list[multiprocessing
                 MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
         if before:
             before(rank)
-        import train
-        sys.argv = ['train.py', *map(str, argv)]
-        sys.exit(train.cli())
+        sys.argv = [f'{command}.py', *map(str, argv)]
+        sys.exit(importlib.import_module(command).cli())
 
     context = multiprocessing.get_context('fork')
     processes = [context.Process(target=child, args=(rank,)) for rank in range(ranks)]
