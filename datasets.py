@@ -331,6 +331,8 @@ class _Loader(DataLoader):
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """Ignore signals in a loader process, but for SIGTERM from the run."""
+    if not multiprocessing.parent_process().is_alive():  # torch looks for a parent that dies later
+        os._exit(1)
     if not hasattr(signal, 'sigwaitinfo'):  # macOS does not report the sender of a signal
         for number in _SIGNALS - {signal.SIGTERM}:
             signal.signal(number, signal.SIG_IGN)

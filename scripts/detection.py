@@ -42,6 +42,7 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_convert
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -67,7 +68,7 @@ SHOWN = 0.4  # confidence of the detections in pictures
 # what follows from the data set if no flag says otherwise; the 1x schedule of COCO is for 16 images a step
 DEFAULTS = {
     'SHAPES': dict(data_path='data/shapes', backbone='cmt_ti', lr=2e-3, weight_decay=0.05, batch_size=8,
-                   warmup_steps=50, fpn_channels=64, anchor_size=16, proposals=100, input_size=[128, 128]),
+                   warmup_steps=50, fpn_channels=64, anchor_size=16, proposals=32, input_size=[128, 128]),
     'COCO': dict(backbone='cmt_s', lr=1e-4, weight_decay=1e-4, batch_size=2, warmup_steps=500, fpn_channels=256,
                  anchor_size=32, proposals=1000),
 }
@@ -115,7 +116,7 @@ def build_detector(
         frozen_bn: keep BatchNorm of the backbone as it is, for small batches.
         input_size: short side that images are resized to, and the largest long side (pixels).
         drop_path: drop-path rate of the last block.
-        fpn_channels: width of the pyramid, a multiple of 8.
+        fpn_channels: width of the pyramid and of the mask head, a multiple of 8.
         anchor_size: side of the smallest anchors (pixels), doubled from level to level.
         proposals: regions of an image that the second stage of Faster and Mask R-CNN classifies.
 
@@ -147,6 +148,9 @@ def build_detector(
         model = {'fasterrcnn': FasterRCNN, 'maskrcnn': MaskRCNN}[detector](
             neck, num_classes, rpn_anchor_generator=anchors, rpn_post_nms_top_n_train=2 * proposals,
             rpn_post_nms_top_n_test=proposals, box_batch_size_per_image=min(512, proposals), **common)
+    if detector == 'maskrcnn':  # torchvision's has 256 channels whatever the pyramid has
+        model.roi_heads.mask_head = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1)
+        model.roi_heads.mask_predictor = MaskRCNNPredictor(fpn_channels, fpn_channels, num_classes)
     # timm's layer decay asks for this: the blocks of CMT one after the other, everything above at the full rate
     model.group_matcher = lambda coarse=False: dict(stem=r'^backbone\.body\.stem', blocks=[
         (r'^backbone\.body\.stages_(\d+)\.(?:aggregation|position_bias)', (0,)),
@@ -163,7 +167,7 @@ class Detections(Dataset):
     Args:
         images: folder of the images.
         annotations: the JSON file.
-        train: flip images at random, and leave crowds out.
+        train: flip images with probability `hflip`, and leave crowds out.
         masks: read masks too.
         skip_empty_boxes: leave out boxes without area instead of refusing them.
 
@@ -171,7 +175,9 @@ class Detections(Dataset):
         ValueError: no such file or image, a JSON that is no COCO, boxes without area, or objects without masks.
     """
 
-    def __init__(self, images: str, annotations: str, train: bool, masks: bool, skip_empty_boxes: bool = False):
+    def __init__(
+            self, images: str, annotations: str, train: bool, masks: bool, skip_empty_boxes: bool = False,
+            hflip: float = 0.5):
         self.images, self.train, self.masks = Path(images), train, masks
         with contextlib.redirect_stdout(io.StringIO()):
             try:
@@ -188,7 +194,7 @@ class Detections(Dataset):
         keys = ('boxes', 'labels', 'iscrowd', *(['masks'] if masks else []))
         self.wrapped = wrap_dataset_for_transforms_v2(self.data, target_keys=keys)
         self.transform = v2.Compose([
-            v2.ToImage(), *([v2.RandomHorizontalFlip()] if train else []), v2.ClampBoundingBoxes(),
+            v2.ToImage(), v2.RandomHorizontalFlip(hflip if train else 0), v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes()])
 
     def __len__(self) -> int:
@@ -305,7 +311,7 @@ def build_data(args: argparse.Namespace) -> tuple[Detections | None, Detections]
     val = Detections(files['val_images'], files['val_json'], False, masks, args.skip_empty_boxes)
     if args.eval:
         return None, val
-    train = Detections(files['train_images'], files['train_json'], True, masks, args.skip_empty_boxes)
+    train = Detections(files['train_images'], files['train_json'], True, masks, args.skip_empty_boxes, args.hflip)
     if train.classes != val.classes:
         raise ValueError(f"{files['val_json']} has other categories than {files['train_json']}")
     return train, val
@@ -541,10 +547,11 @@ def get_args_parser() -> Parser:
     add('--weights', type=path, metavar='FILE|NAME', help='classification weights of the backbone (default: random)')
     add('--backbone-bn', choices=('train', 'frozen'),
         help='BatchNorm of the backbone (default: frozen with --weights, else train)')
+    add('--hflip', type=share, default=0.5, help='probability of a horizontal flip')
     add('--drop-path', type=share, default=0.1, help='drop-path rate of the last block')
     add('--fpn-channels', type=positive, help='width of the pyramid, a multiple of 8 (default: 256, for SHAPES 64)')
     add('--anchor-size', type=positive, help='side of the smallest anchors in pixels (default: 32, for SHAPES 16)')
-    add('--proposals', type=positive, help='regions of an image for the second stage (default: 1000, for SHAPES 100)')
+    add('--proposals', type=positive, help='regions of an image for the second stage (default: 1000, for SHAPES 32)')
     add('--input-size', type=number(int, 64), nargs=2, metavar=('SHORT', 'LONG'),
         help='images are resized to this short side, or to the long side if that is less (default: 800 1333; on a CPU '
         '256 427; for SHAPES 128 128)')
@@ -635,7 +642,8 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[s
     args.backbone_bn = args.backbone_bn or ('frozen' if args.weights else 'train')
     folder = Path(args.output_dir)
     if args.output_dir and not args.eval:
-        checkpoints.check_output_dir(folder, bool(args.overwrite or args.resume))
+        checkpoints.check_output_dir(folder, may_hold_run=args.overwrite or args.resume == 'auto' or (
+            bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()))
     source, checkpoint = find_checkpoint(args.resume, folder, fall_back=not args.eval)
     if args.eval and checkpoint is None:
         raise ValueError(f'no checkpoint in {folder}: --eval needs one')
@@ -658,8 +666,14 @@ def fit(
             groups = [{**now, 'params': before['params']}  # rates and decay are those of the flags
                       for now, before in zip(optimizer.param_groups, saved['param_groups'])]
             optimizer.load_state_dict({**saved, 'param_groups': groups})
-            first, best = checkpoint['epoch'] + 1, checkpoint['best']
+            first = checkpoint['epoch'] + 1
+            if Path(source).resolve().parent == Path(args.output_dir).resolve():
+                best = checkpoint['best']  # elsewhere, its checkpoint would be missing
             logger.info('resuming at epoch %d', first)
+    if first < args.epochs:
+        sampler.set_position(first)
+        loader.start()  # before an old run is removed
+    with usage_errors():
         if args.output_dir and utils.get_rank() == 0:
             writer = open_output(args, first, source)
     model = core if world_size == 1 else nn.parallel.DistributedDataParallel(

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 
@@ -263,6 +264,7 @@ def test_mistakes_are_one_line_before_long_work(shapes, tmp_path, monkeypatch):
     (changed('gone') / 'val2017' / '1.png').unlink()
     run(*SMALL, '--data-path', shapes, '--epochs', 1, '--output-dir', tmp_path / 'run')
     last = tmp_path / 'run' / 'checkpoint_last.pth'
+    shutil.copy(last, tmp_path / 'copy.pth')
     torch.save({'model': nano.small().state_dict()}, tmp_path / 'classifier.pth')
     (tmp_path / 'text.pth').write_text('no checkpoint')
     for flags, words in (
@@ -292,6 +294,7 @@ def test_mistakes_are_one_line_before_long_work(shapes, tmp_path, monkeypatch):
             (['--input-size', 32, 64], '32 is not at least 64'),
             (['--config', tmp_path / 'run' / 'nowhere.yaml'], 'nowhere.yaml'),
             (['--output-dir', tmp_path / 'run'], 'holds a run: --resume auto resumes it, --overwrite'),
+            (['--output-dir', tmp_path / 'run', '--resume', tmp_path / 'copy.pth'], 'holds a run: --resume auto'),
     ):
         before = {path for path in tmp_path.rglob('*')}
         output = tmp_path / 'out.txt'

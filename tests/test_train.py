@@ -639,6 +639,23 @@ def test_factored_moments_of_linear_layers_are_refused(tmp_path):
         optim.load_optimizer(new, old.state_dict(), 'old.pth')
 
 
+def test_a_run_that_is_killed_while_loaders_start_leaves_none_behind(flags, tmp_path):
+    def slow_start(worker, start=datasets._leave_signals_to_the_run):
+        if worker == 1:
+            (tmp_path / 'pid').write_text(str(os.getpid()))
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(0.5)
+        start(worker)
+
+    run = [*flags, '--num-workers', 2]
+    nano.finish(nano.start(run, before=lambda rank: setattr(datasets, '_leave_signals_to_the_run', slow_start)),
+                status=-signal.SIGKILL)
+    loader, until = Path('/proc') / (tmp_path / 'pid').read_text(), time.monotonic() + 20
+    while loader.exists() and 'State:\tZ' not in (loader / 'status').read_text():  # Z: nobody waits for it
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 # mistakes
 
 def mistakes(images, whole, tmp_path):
