@@ -650,6 +650,30 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[s
     return source, checkpoint
 
 
+def resume(
+        args: argparse.Namespace, optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], source: str,
+) -> tuple[int, float]:
+    """Load the moments of a checkpoint; return the first epoch to train, and the best score so far."""
+    saved = checkpoint['optimizer']
+    groups = [{**now, 'params': before['params']}  # rates and decay are those of the flags
+              for now, before in zip(optimizer.param_groups, saved['param_groups'])]
+    optimizer.load_state_dict({**saved, 'param_groups': groups})
+    logger.info('resuming at epoch %d', checkpoint['epoch'] + 1)
+    is_here = Path(source).resolve().parent == Path(args.output_dir).resolve()
+    return checkpoint['epoch'] + 1, checkpoint['best'] if is_here else -1.  # elsewhere its checkpoint is missing
+
+
+def score_or_save(score: Callable, writer: checkpoints.RunWriter | None, state: dict[str, Any]) -> dict[str, float]:
+    """Return the scores; if the evaluation fails, as by an image that cannot be read, save the epoch first."""
+    try:
+        return score()
+    except Exception:
+        if writer is not None:
+            writer.save(state)
+            writer.wait()
+        raise
+
+
 def fit(
         args: argparse.Namespace, core: nn.Module, loader: DataLoader, sampler: TrainSampler, score: Callable,
         device: torch.device, source: str | None, checkpoint: dict[str, Any] | None) -> None:
@@ -660,16 +684,9 @@ def fit(
         core, 'adamw', lr=base, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
     rates = [group['lr'] * group.get('lr_scale', 1.) for group in optimizer.param_groups]
     first, best, writer = 0, -1., None
-    with usage_errors():
-        if checkpoint is not None:
-            saved = checkpoint['optimizer']
-            groups = [{**now, 'params': before['params']}  # rates and decay are those of the flags
-                      for now, before in zip(optimizer.param_groups, saved['param_groups'])]
-            optimizer.load_state_dict({**saved, 'param_groups': groups})
-            first = checkpoint['epoch'] + 1
-            if Path(source).resolve().parent == Path(args.output_dir).resolve():
-                best = checkpoint['best']  # elsewhere, its checkpoint would be missing
-            logger.info('resuming at epoch %d', first)
+    if checkpoint is not None:
+        with usage_errors():
+            first, best = resume(args, optimizer, checkpoint, source)
     if first < args.epochs:
         sampler.set_position(first)
         loader.start()  # before an old run is removed
@@ -690,16 +707,17 @@ def fit(
         record = {'epoch': epoch, **train_epoch(args, model, loader, optimizer, rates, epoch, device, autocast)}
         if world_size > 1:  # so that what is scored is what is saved
             distribute_bn(core, world_size, reduce=True)
+        state = {
+            'model': core.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch, 'best': best,
+            'detector': args.model, 'classes': loader.dataset.dataset.classes, 'args': vars(args)}
         if (epoch + 1) % args.eval_every == 0 or epoch == args.epochs - 1:
-            record |= score()
+            record |= score_or_save(score, writer, state)
             if record['box_ap'] > best:
                 best, copies = record['box_ap'], ('checkpoint_best.pth',)
         record |= {'epoch_seconds': time.monotonic() - began, 'memory_mb': utils.memory_mb(device)}
         if writer is not None:
             writer.log(record)
-            writer.save({
-                'model': core.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch, 'best': best,
-                'detector': args.model, 'classes': loader.dataset.dataset.classes, 'args': vars(args)}, copies)
+            writer.save({**state, 'best': best}, copies)
             writer.wait()
         if utils.all_reduce_max(int(writer is not None and writer.error is not None)):
             raise TrainingFault(f'{args.output_dir} can not be written to any more, the files before are good')

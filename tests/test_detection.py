@@ -330,6 +330,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
     assert nano.read(tmp_path / 'run')['epoch'] == 0 and nano.finite(nano.read(tmp_path / 'run')['model'])
 
 
+def test_a_validation_image_that_cannot_be_read_is_named_and_costs_no_epoch(shapes, tmp_path):
+    shutil.copytree(shapes, tmp_path / 'data')
+    (tmp_path / 'data' / 'val2017' / '000003.jpg').write_text('no image')
+    flags = [*SMALL, '--data-path', tmp_path / 'data', '--output-dir', tmp_path / 'run']
+    nano.finish(nano.start(flags, command='detection', output=tmp_path / 'out.txt'), status=1)
+    said = (tmp_path / 'out.txt').read_text()
+    assert re.search('^detection.py: error: cannot read validation image .*000003.jpg', said, re.M)
+    assert 'Traceback' not in said and nano.read(tmp_path / 'run')['epoch'] == 0
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_shapes_are_learnt(tmp_path, seed):
