@@ -389,7 +389,7 @@ def report(scores: dict[str, float]) -> None:
 
 
 @torch.inference_mode()
-def draw(model: nn.Module, data: Detections, device: torch.device, images: int = 6, width: int = 320) -> Image.Image:
+def draw(model: nn.Module, data: Detections, device: torch.device, images: int = 4, width: int = 320) -> Image.Image:
     """Draw a sheet: the first images of `data` in pairs, the truth on the left, detections on the right."""
     model.eval()
     height = width * 3 // 4
