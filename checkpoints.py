@@ -188,6 +188,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                     raise ValueError(f'{name} is damaged: the checksum of {damaged} is wrong')
             state = torch.load(name, map_location='cpu', weights_only=True)
     except Exception as error:  # parsers fail anywhere on a damaged file
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
+            raise  # the file may be good: no reason to go back to an older one
         wanted = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if wanted:
             reason = f'{name} was not loaded: it asks for {wanted[1]}, which a checkpoint has no use for'
@@ -227,13 +229,14 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, 
     return None, None
 
 
-def make_last(path: Path) -> None:
-    """Copy the checkpoint that a run resumes to checkpoint_last.pth, unless it is that file.
+def make_last(path: Path, last: Path) -> None:
+    """Copy the checkpoint that a run resumes to its checkpoint_last.pth, unless it is that file.
 
-    A damaged checkpoint_last.pth would otherwise become the previous file at the next save.
+    A damaged checkpoint_last.pth would otherwise become the previous file at the next save, and a run that goes on in
+    another folder could not be resumed there before its first save.
     """
-    if path.name != LAST:
-        with open(path, 'rb') as source, replacing(path.with_name(LAST)) as file:
+    if path.resolve() != last.resolve():
+        with open(path, 'rb') as source, replacing(last) as file:
             shutil.copyfileobj(source, file, 1 << 20)
 
 
@@ -242,7 +245,8 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f'--output-dir {folder}: {there} is no folder that can be written to')
-    for path in [folder / LOG, folder / 'config.yaml', *folder.glob('*.pth'), *folder.glob('.*.tmp')]:
+    names = LOG, WANDB_ID, 'config.yaml'
+    for path in [*(folder / name for name in names), *folder.glob('*.pth'), *folder.glob('.*.tmp')]:
         if path.is_dir():
             raise ValueError(f'--output-dir {folder}: {path} is a folder')
     if not may_hold_run and run_files(folder):
@@ -256,8 +260,8 @@ def start_run(
     Args:
         folder: of the run, locked by its RunWriter.
         epoch: first epoch to train.
-        resumed: file in `folder` that the run resumes, or None.
-        replace: remove the run in `folder`.
+        resumed: file that the run resumes, or None.
+        replace: remove the run in `folder`, unless `resumed` belongs to it.
         config: contents of config.yaml.
         wandb_id: id of the run at Weights & Biases, or None.
     """
@@ -265,37 +269,42 @@ def start_run(
         file.write(config.encode())
         file.flush()
         os.fsync(file.fileno())  # a full disk ends the run here, before anything is removed
-        if resumed is not None:
-            make_last(Path(resumed))
-        elif replace:
+        is_here = resumed is not None and Path(resumed).resolve().parent == folder.resolve()
+        if replace and not is_here:
             remove_run(folder)
+        if resumed is not None and Path(resumed).is_file():
+            make_last(Path(resumed), folder / LAST)
         rewind(folder, epoch)
     if wandb_id is not None:
         (folder / WANDB_ID).write_text(wandb_id)
 
 
-def copy_best(source: Path, folder: Path, best: dict[str, Any]) -> dict[str, Any]:
+def copy_best(resumed: Path, folder: Path, best: dict[str, Any]) -> dict[str, Any]:
     """Copy the best checkpoints of a run that is resumed in another folder.
 
     Args:
-        source: folder of the run so far.
+        resumed: file that the run resumes.
         folder: folder of the run from now on.
         best: its best scores.
 
     Returns:
-        `best` without scores whose checkpoint is not in `source`.
+        `best` without scores whose checkpoint is not beside `resumed`.
     """
-    kept = dict(best)
+    kept, source = dict(best), resumed.resolve().parent
+    is_here = source == folder.resolve()
     for prefix in ('', 'ema_'):
         name, epoch = f'checkpoint_{prefix}best.pth', best.get(f'{prefix}epoch')
         try:
-            is_there = epoch is not None and read_checkpoint(source / name).get('epoch') == epoch
+            if is_here and resumed.name in (LAST, PREVIOUS):  # they were written with it
+                is_there = epoch is not None and (source / name).is_file()
+            else:
+                is_there = epoch is not None and read_checkpoint(source / name).get('epoch') == epoch
         except ValueError:
             is_there = False
-        if is_there:
+        if is_there and not is_here:
             with open(source / name, 'rb') as read, replacing(folder / name) as file:
                 shutil.copyfileobj(read, file, 1 << 20)
-        elif epoch is not None:
+        elif epoch is not None and not is_there:
             logger.warning('%s of epoch %d is not in %s: the best score is searched anew', name, epoch, source)
             del kept[f'{prefix}acc1'], kept[f'{prefix}epoch']
     return kept

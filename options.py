@@ -159,8 +159,15 @@ def number(kind: type, low: float, high: float = float('inf'), above: bool = Fal
 
 
 count, positive = number(int, 0), number(int, 1)
-path = os.path.expanduser  # the shell leaves ~ as it is in --flag=~/folder and in YAML
 amount, rate, share = number(float, 0), number(float, 0, above=True), number(float, 0, 1)
+
+
+def path(text: str) -> str:
+    """Replace ~ by the home folder: the shell leaves it as it is in --flag=~/folder and in YAML."""
+    found = os.path.expanduser(text)
+    if found.startswith('~'):
+        raise argparse.ArgumentTypeError(f"'{text}': there is no such home folder (./~ is a folder of that name)")
+    return found
 
 
 def data_set(name: str) -> str:

@@ -133,23 +133,36 @@ def walk(top: str) -> list[tuple[str, list[str]]]:
 
     def is_read(folder: str, name: str) -> bool:
         path = os.path.join(folder, name)
-        if os.path.islink(path):
-            target = os.path.join(os.path.realpath(path), '')
-            if os.path.join(os.path.realpath(folder), '').startswith(target):
-                logger.warning('%s leads back to %s: ignored', path, target)
-                return False
-        return not IGNORED.search(name)
+        if IGNORED.search(name) or leads_back(path, way[folder]):
+            return False
+        way[path] = (*way[folder], os.path.realpath(folder), os.path.realpath(path)) if os.path.islink(path) \
+            else way[folder]
+        return True
 
     found = []
+    way = {top: (os.path.realpath(top),)}  # both ends of all links from `top` down to each folder
     for folder, folders, files in os.walk(top, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if is_read(folder, name)]
         found.append((folder, sorted(files)))
     return sorted(found)
 
 
+def leads_back(path: str, way: Iterable[str]) -> bool:
+    """Return whether a link leads to a folder that contains the link, or to one of `way`; log such a link."""
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    inside = os.path.join(os.path.realpath(os.path.dirname(path)), '')
+    if inside.startswith(os.path.join(target, '')) or any(
+            os.path.join(real, '').startswith(os.path.join(target, '')) for real in way):
+        logger.warning('%s leads back to %s: ignored', path, target)
+        return True
+    return False
+
+
 def log_left_out(files: Iterable[str], where: str | Path) -> None:
     """Log how many files are no images, by their endings."""
-    endings = Counter(os.path.splitext(file)[1].lower() or 'no ending' for file in files)
+    endings = Counter(printable(os.path.splitext(file)[1].lower()) or 'no ending' for file in files)
     if endings:
         logger.info('left out of %s: %s', where, ', '.join(
             f'{count} {ending}' for ending, count in endings.most_common(5)) + (', ...' if len(endings) > 5 else ''))
@@ -177,7 +190,7 @@ class ImageFolder(EncodedImages):
                              'or tars whose names begin with train and val')
         with os.scandir(root) as listed:
             entries = [entry for entry in listed if not IGNORED.search(entry.name)]
-        found = sorted(entry.name for entry in entries if entry.is_dir())
+        found = sorted(entry.name for entry in entries if entry.is_dir() and not leads_back(entry.path, ()))
         if not found:
             raise ValueError(f'no class folders in {root}: images belong into {root}/CLASS/')
         dangling = [entry.path for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]

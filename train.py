@@ -289,10 +289,13 @@ def build_data(args: argparse.Namespace, start: Start) -> tuple[Dataset | None, 
     turns = contextlib.nullcontext() if all(utils.gather_from_ranks(reads_alone)) else utils.first_on_each_node()
     with usage_errors(), turns:
         train = build(is_train=True, transform=transform, classes=known) if has_train else None
-        if is_training and len(train.classes) == 1:
-            raise ValueError(f'{args.data_path} has one class, {train.classes[0]}{folders_of(train)}')
+        present = set(getattr(train, 'targets', ())) if is_training else set()
+        if len(present) == 1:
+            raise ValueError(f'{args.data_path} has one class, {train.classes[present.pop()]}{folders_of(train)}')
         val = build(is_train=False, transform=build_transform(False, args.input_size),
                     classes=train.classes if train is not None else known)
+        if known and set(val.classes) == set(known) and list(val.classes) != list(known):
+            raise ValueError(f'--class-map has another order than the classes of {start.source}: leave it out')
         if known and list(val.classes) != list(known):
             raise ValueError(f'{start.source} was trained on other classes ({", ".join(map(str, known[:3]))}, ...) '
                              f'than these data have ({", ".join(val.classes[:3])}, ...): start from it by --finetune')
@@ -314,7 +317,8 @@ def images_in_shared_memory(args: argparse.Namespace, training: int, validation:
 def folders_of(dataset: Dataset) -> str:
     """Return a question about the folders in the only class of `dataset`, which may be the classes."""
     names = getattr(dataset, 'samples', ())
-    folders = sorted({Path(name).parent.name for name, _ in names} - set(dataset.classes))
+    folders = {Path(name).parent.name for name, _ in names} - set(dataset.classes)
+    folders = sorted(folder for folder in folders if not folder.endswith('.tar'))
     return f', which contains the folders {", ".join(folders[:5])}: are these the classes?' if folders else ''
 
 
@@ -480,10 +484,10 @@ def open_output(run: Run, start: Start) -> None:
         run.writer.trackers.append(utils.tensorboard_tracker(folder, state.epoch))
     command = sources.printable(shlex.join(sys.argv[1:]))  # a comment ends with its line
     checkpoints.start_run(
-        folder, state.epoch, start.source if is_here else None, replaces, wandb_id=wandb_id,
+        folder, state.epoch, start.source, replaces, wandb_id=wandb_id,
         config=f'# train.py {command}\n' + yaml.safe_dump(settings, sort_keys=False))
-    if source_folder and not is_here:
-        state.best = checkpoints.copy_best(source_folder, folder, state.best)
+    if start.source:
+        state.best = checkpoints.copy_best(Path(start.source), folder, state.best)
     if args.profile:
         run.profiler = utils.build_profiler(args.profile, folder / 'trace.json')
         run.profiler.start()

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import secrets
 import signal
@@ -215,17 +216,19 @@ def explain(error: BaseException) -> str | None:
         return f'rank {get_rank()} lost another process ({first_line(error)})'
     if isinstance(error, torch.OutOfMemoryError):
         return f'{first_line(error)} Use a smaller --batch-size (with --accum-steps), or --grad-checkpointing.'
-    if 'shared memory' in text or 'Bus error' in text:
+    if 'unable to allocate shared memory' in text or 'Bus error' in text:
         return ('no shared memory is left for the batches of loader processes: give docker --shm-size=8g or '
                 '--ipc=host, or use fewer --num-workers (0 needs none)')
-    if 'Too many open files' in text or 'received 0 items of ancdata' in text:
+    if re.search('Too many open files(?! in system)', text) or 'received 0 items of ancdata' in text:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f'too many open files, of {limit} allowed (ulimit -n): raise that limit, or use fewer --num-workers'
     if 'DataLoader timed out' in text:
         return f'{first_line(error)}: loader processes hang, or the file system of --data-path does (--dist-timeout)'
-    if 'DataLoader worker' in text and ('killed by signal' in text or 'exited unexpectedly' in text):
+    if 'DataLoader worker' in text and ('killed by signal: Killed' in text or 'exited unexpectedly' in text):
         return (f'a loader process was killed, for lack of memory in most cases ({first_line(error)}): use fewer '
-                '--num-workers or more memory; --resume auto resumes at the last checkpoint')
+                '--num-workers, or more memory')
+    if "can't start new thread" in text or 'Resource temporarily unavailable' in text:
+        return f'no more processes may be started ({first_line(error)}): raise ulimit -u, or use fewer --num-workers'
     if isinstance(error, MemoryError) or 'Cannot allocate memory' in text:
         return f'no memory is left ({first_line(error)}): use fewer --num-workers or a smaller --batch-size'
     return None
@@ -447,8 +450,8 @@ def check_trackers(tensorboard: bool, wandb: bool) -> None:
         module, name = used[package]
         try:  # a folder called wandb can be imported too, as a package without attributes
             getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f'--log-{package} needs a package that is not installed: pip install {package} '
+        except Exception as error:  # broken packages raise anything
+            raise ValueError(f'--log-{package} needs a package that is not installed, or broken: pip install {package} '
                              f'({first_line(error)})') from None
 
 
@@ -458,9 +461,15 @@ def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
     Args:
         folder: of the run, whose earlier curves are continued.
         epoch: first epoch to come; TensorBoard drops later records of an earlier run.
+
+    Raises:
+        ValueError: nothing can be written to `folder`.
     """
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(folder / 'tensorboard', purge_step=epoch)
+    try:
+        writer = SummaryWriter(folder / 'tensorboard', purge_step=epoch)
+    except Exception as error:
+        raise ValueError(f'--log-tensorboard: {first_line(error)}') from None
 
     def track(record: dict[str, Any]) -> None:
         for key, value in record.items():

@@ -475,9 +475,8 @@ def open_output(args: argparse.Namespace, epoch: int, source: str | None) -> che
     writer = checkpoints.RunWriter(folder)
     settings = {key.replace('_', '-'): value for key, value in vars(args).items()
                 if key not in ('config', 'resume', 'overwrite', 'eval') and value is not None}
-    is_here = source is not None and Path(source).resolve().parent == folder.resolve()
     checkpoints.start_run(
-        folder, epoch, source if is_here else None, not is_here, wandb_id=None,
+        folder, epoch, source, replace=True, wandb_id=None,
         config=f'# detection.py {printable(shlex.join(sys.argv[1:]))}\n' + yaml.safe_dump(settings, sort_keys=False))
     return writer
 

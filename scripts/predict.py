@@ -215,7 +215,8 @@ def print_table(results: list[dict[str, Any]]) -> None:
     rows = [('image', 'class', 'probability')]
     for result in results:
         for rank, answer in enumerate(result['predictions']):
-            rows.append(('' if rank else printable(result['image']), answer['class'], f"{answer['probability']:.2%}"))
+            image = '' if rank else printable(result['image'])
+            rows.append((image, printable(answer['class']), f"{answer['probability']:.2%}"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ['-' * width for width in widths])
     for image, name, probability in rows:
@@ -319,7 +320,7 @@ def write_picture(path: Path, entries: list[dict[str, Any]], model: str, count: 
     folder = os.path.commonpath([os.path.dirname(entry['name']) or '.' for entry in entries])
     for entry in entries:
         entry['name'] = printable(os.path.relpath(entry['name'], folder) if folder else entry['name'])
-        entry['predictions'] = entry['predictions'][:5]
+        entry['predictions'] = [{**answer, 'class': printable(answer['class'])} for answer in entry['predictions'][:5]]
     picture = draw_sheet(entries, title)
     with replacing(path) as file:
         picture.save(file, Image.registered_extensions()[path.suffix.lower()])

@@ -172,7 +172,7 @@ def test_the_best_checkpoints_follow_a_run_that_goes_on_elsewhere(tmp_path, best
         (tmp_path / folder).mkdir()
     torch.save({'epoch': 3}, tmp_path / 'a' / 'checkpoint_best.pth')
     torch.save({'epoch': 5}, tmp_path / 'a' / 'checkpoint_ema_best.pth')  # of epochs that are trained again
-    kept = checkpoints.copy_best(tmp_path / 'a', tmp_path / 'b', best)
+    kept = checkpoints.copy_best(tmp_path / 'a' / 'checkpoint_last.pth', tmp_path / 'b', best)
     assert kept == {key: value for key, value in best.items() if not key.startswith('ema_')}
     assert [path.name for path in (tmp_path / 'b').iterdir()] == ['checkpoint_best.pth'] * bool(best)
     assert ('checkpoint_ema_best.pth of epoch 2 is not in' in caplog.text) == ('ema_epoch' in best)

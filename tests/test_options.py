@@ -319,6 +319,11 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
         assert args.output_dir == (f'{tmp_path}/x' if name == 'output-dir' else f'{tmp_path}/out')
 
 
+def test_a_tilde_without_a_home_is_no_folder(mistake):
+    for name in ('output-dir', 'data-path', 'resume'):
+        assert 'there is no such home folder' in mistake(f'--{name}=~nobody_of_this_name/x')
+
+
 def test_every_switch_of_a_yaml_can_be_turned_off_again(tmp_path):
     lasting = ('apex-amp', 'grad-checkpointing', 'compile', 'sync-bn', 'sched-on-updates', 'model-ema', 'pin-mem')
     flags = config(tmp_path, ''.join(f'{name}: true\n' for name in lasting))

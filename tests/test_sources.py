@@ -520,6 +520,20 @@ def test_a_link_to_a_folder_above_is_passed_over(tmp_path, caplog):
     assert len([r for r in caplog.records if 'leads back to' in r.message]) == 4  # up is found by two ways
 
 
+def test_links_that_lead_back_through_each_other_or_from_a_class_are_passed_over(tmp_path, caplog):
+    for name in ('train/a/x', 'train/b/y'):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / name / '0.png')
+    (tmp_path / 'train/a/x/to_b').symlink_to('../../b/y')
+    (tmp_path / 'train/b/y/to_a').symlink_to('../../a/x')
+    (tmp_path / 'train/dog').symlink_to('.')
+    (tmp_path / 'train/all').symlink_to(tmp_path)
+    data = ImageFolder(tmp_path / 'train')
+    names = [name.removeprefix(f'{tmp_path}/train/') for name, _ in data.samples]
+    assert data.classes == ['a', 'b'] and names == ['a/x/0.png', 'a/x/to_b/0.png', 'b/y/0.png', 'b/y/to_a/0.png']
+    assert caplog.text.count('leads back') == 4
+
+
 def test_folders_that_cannot_be_listed_and_links_to_nothing_are_errors(tmp_path, monkeypatch):
     for name in ('a/more', 'b'):
         (tmp_path / name).mkdir(parents=True)

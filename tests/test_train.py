@@ -787,7 +787,8 @@ def test_overwrite_clears_the_folder_also_for_a_run_that_goes_on_from_elsewhere(
     more = ['--epochs', 4, '--resume', whole / 'checkpoint_last.pth'] if elsewhere else ['--epochs', 1]
     nano.train([*flags, *more, '--overwrite', '--output-dir', tmp_path])
     assert [line['epoch'] for line in nano.log(tmp_path)] == [3 if elsewhere else 0]
-    assert not list(tmp_path.glob('checkpoint_0*')) and not (tmp_path / 'checkpoint_prev.pth').exists()
+    assert not list(tmp_path.glob('checkpoint_0*'))
+    assert (tmp_path / 'checkpoint_prev.pth').exists() == elsewhere  # the checkpoint that it goes on from
 
 
 @pytest.mark.parametrize('pause, workers', [(0.05, 0), (0.05, 1), (0., 1)])
@@ -1004,3 +1005,42 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_checkpoint_along(flags, who
     nano.train([*run, '--output-dir', tmp_path / 'c'])
     best = nano.read(tmp_path / 'c')['best']
     assert best['epoch'] == 3 and nano.read(tmp_path / 'c', 'checkpoint_best.pth')['epoch'] == 3
+    nano.train([*run, '--output-dir', tmp_path / 'd', '--epochs', 3])  # nothing left to do
+    assert nano.same(nano.read(tmp_path / 'd')['model'], nano.read(whole)['model'])
+
+
+@pytest.mark.parametrize('change', ['rewound', 'missing'])
+def test_a_best_score_has_its_checkpoint(flags, tmp_path, change):
+    run = [*flags, '--output-dir', tmp_path, '--keep-checkpoints', 9]
+    nano.train(run)
+    if change == 'missing':
+        (tmp_path / 'checkpoint_best.pth').unlink()
+        nano.train([*run, '--epochs', 4, '--resume', 'auto'])
+    else:
+        state = nano.read(tmp_path, 'checkpoint_0001.pth')
+        torch.save({**state, 'best': {'acc1': 100., 'epoch': 7}}, tmp_path / 'checkpoint_0001.pth')
+        nano.train([*run, '--resume', tmp_path / 'checkpoint_0001.pth'])
+    best = nano.read(tmp_path)['best']
+    assert nano.read(tmp_path, 'checkpoint_best.pth')['epoch'] == best['epoch']
+
+
+def test_one_class_of_many_is_refused_for_training(flags, images, tmp_path):
+    for part in ('train', 'val'):
+        shutil.copytree(images / part / 'class_1', tmp_path / part / 'class_1')
+    (tmp_path / 'map.txt').write_text('class_0\nclass_1\n')
+    with pytest.raises(utils.UsageError, match='has one class, class_1'):
+        nano.train([*flags, '--data-path', tmp_path, '--class-map', tmp_path / 'map.txt'])
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(flags, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / 'run')
+    before = (tmp_path / 'run' / 'checkpoint_last.pth').read_bytes()
+
+    def load(path, *args, read=torch.load, **kwargs):
+        if str(path).endswith('checkpoint_last.pth'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return read(path, *args, **kwargs)
+    monkeypatch.setattr(torch, 'load', load)
+    with pytest.raises(utils.UsageError, match='Permission denied'):
+        nano.train([*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto'])
+    assert (tmp_path / 'run' / 'checkpoint_last.pth').read_bytes() == before
