@@ -316,9 +316,17 @@ def run_files(folder: Path) -> list[Path]:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove the run in `folder`."""
-    for path in run_files(folder):
-        path.unlink()
+    """Remove the run in `folder`, or raise OSError and leave all of it there."""
+    moved = []
+    try:
+        for path in run_files(folder):
+            moved.append((path.rename(path.with_name(f'.{path.name}.tmp')), path))
+    except OSError:
+        for aside, path in moved:
+            aside.rename(path)
+        raise
+    for aside, _ in moved:
+        aside.unlink()
 
 
 def rewind(folder: Path, epoch: int) -> None:

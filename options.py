@@ -40,7 +40,12 @@ def read_launch() -> Launch:
     and takes a SLURM job for tasks that srun started.
     """
     def number(name: str, default: int = 0) -> int:
-        return int(os.environ.get(name, default))
+        value = os.environ.get(name, default)
+        try:
+            return int(value)
+        except ValueError:
+            sys.stderr.write(f'error: {name} is {value!r} in the environment, not a whole number: unset it\n')
+            raise SystemExit(2) from None
 
     def by_environment() -> Launch:
         return Launch('torchrun', number('LOCAL_RANK'), number('RANK'), number('WORLD_SIZE', 1),

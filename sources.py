@@ -271,6 +271,8 @@ class TarImages(EncodedImages):
             if classes is None:
                 classes = [str(i) for i in range(max(numbers) + 1)]
             elif max(numbers) < len(classes):
+                if classes != [str(i) for i in range(len(classes))]:
+                    logger.info('%s numbers its classes: 0 is %s, 1 is %s, ...', where, *[*classes, '(none)'][:2])
                 names = [classes[i] for i in numbers]
         self.classes = classes or sorted(set(names))
         index = index_of(self.classes, names, where)

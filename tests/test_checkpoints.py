@@ -7,6 +7,7 @@ import pickle
 import random
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,6 +177,25 @@ def test_the_best_checkpoints_follow_a_run_that_goes_on_elsewhere(tmp_path, best
     assert kept == {key: value for key, value in best.items() if not key.startswith('ema_')}
     assert [path.name for path in (tmp_path / 'b').iterdir()] == ['checkpoint_best.pth'] * bool(best)
     assert ('checkpoint_ema_best.pth of epoch 2 is not in' in caplog.text) == ('ema_epoch' in best)
+
+
+def test_a_run_that_cannot_be_removed_whole_stays_whole(tmp_path, monkeypatch):
+    for name in ('checkpoint_last.pth', 'checkpoint_best.pth', 'log.txt', 'wandb_id.txt'):
+        (tmp_path / name).write_text(name)
+    rename = Path.rename
+
+    def refused(path, target):
+        if path.name == 'log.txt':
+            raise PermissionError(1, 'Operation not permitted', str(path))
+        return rename(path, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'rename', refused)
+        with pytest.raises(PermissionError):
+            checkpoints.remove_run(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        name: name for name in ('checkpoint_last.pth', 'checkpoint_best.pth', 'log.txt', 'wandb_id.txt')}
+    checkpoints.remove_run(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_kept_epochs_are_the_last(tmp_path):

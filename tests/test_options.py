@@ -324,6 +324,14 @@ def test_a_tilde_without_a_home_is_no_folder(mistake):
         assert 'there is no such home folder' in mistake(f'--{name}=~nobody_of_this_name/x')
 
 
+@pytest.mark.parametrize('name', ['WORLD_SIZE', 'RANK', 'LOCAL_RANK'])
+def test_variables_that_are_no_numbers_are_named(environment, capsys, name):
+    environment(**{'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', name: 'two'})
+    with pytest.raises(SystemExit) as stop:
+        options.read_launch()
+    assert stop.value.code == 2 and f"{name} is 'two' in the environment" in capsys.readouterr().err
+
+
 def test_every_switch_of_a_yaml_can_be_turned_off_again(tmp_path):
     lasting = ('apex-amp', 'grad-checkpointing', 'compile', 'sync-bn', 'sched-on-updates', 'model-ema', 'pin-mem')
     flags = config(tmp_path, ''.join(f'{name}: true\n' for name in lasting))
