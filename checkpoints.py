@@ -240,6 +240,11 @@ def make_last(path: Path, last: Path) -> None:
             shutil.copyfileobj(source, file, 1 << 20)
 
 
+def lies_in(path: str | Path | None, folder: str | Path) -> bool:
+    """Return whether the file `path`, if any, lies directly in `folder`."""
+    return bool(path) and Path(path).resolve().parent == Path(folder).resolve()
+
+
 def check_output_dir(folder: Path, may_hold_run: bool) -> None:
     """Raise ValueError if `folder` cannot be written to or contains a run that would be lost; write nothing."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -269,8 +274,7 @@ def start_run(
         file.write(config.encode())
         file.flush()
         os.fsync(file.fileno())  # a full disk ends the run here, before anything is removed
-        is_here = resumed is not None and Path(resumed).resolve().parent == folder.resolve()
-        if replace and not is_here:
+        if replace and not lies_in(resumed, folder):
             remove_run(folder)
         if resumed is not None and Path(resumed).is_file():
             make_last(Path(resumed), folder / LAST)
@@ -291,7 +295,7 @@ def copy_best(resumed: Path, folder: Path, best: dict[str, Any]) -> dict[str, An
         `best` without scores whose checkpoint is not beside `resumed`.
     """
     kept, source = dict(best), resumed.resolve().parent
-    is_here = source == folder.resolve()
+    is_here = lies_in(resumed, folder)
     for prefix in ('', 'ema_'):
         name, epoch = f'checkpoint_{prefix}best.pth', best.get(f'{prefix}epoch')
         try:

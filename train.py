@@ -228,8 +228,8 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
     if is_training and utils.get_rank() == 0:
         utils.check_trackers(args.log_tensorboard, args.log_wandb)
     if is_training and output_dir:
-        checkpoints.check_output_dir(output_dir, may_hold_run=args.overwrite or args.resume == 'auto' or (
-            bool(args.resume) and Path(args.resume).resolve().parent == output_dir.resolve()))
+        checkpoints.check_output_dir(output_dir, may_hold_run=args.overwrite or args.resume == 'auto'
+                                     or checkpoints.lies_in(args.resume, output_dir))
 
     source, checkpoint = find_checkpoint(args.resume, output_dir, fall_back=is_training)
     if args.eval and checkpoint is None:
@@ -474,11 +474,9 @@ def open_output(run: Run, start: Start) -> None:
     settings = {key.replace('_', '-'): value for key, value in vars(args).items()
                 if key not in ('config', 'local_rank', 'resume', 'overwrite', 'stopped_file') and value is not None}
     run.writer = checkpoints.RunWriter(folder, args.keep_checkpoints)
-    source_folder = Path(start.source).resolve().parent if start.source else None
-    is_here = source_folder == folder.resolve()
-    replaces = not is_here and (start.checkpoint is None or args.overwrite)
-    wandb_id = utils.read_wandb_id(folder, is_new=replaces) if args.log_wandb else None
+    replaces, wandb_id = start.checkpoint is None or args.overwrite, None
     if args.log_wandb:
+        wandb_id = utils.read_wandb_id(folder, is_new=replaces and not checkpoints.lies_in(start.source, folder))
         run.writer.trackers.append(utils.wandb_tracker(folder, settings, wandb_id))
     if args.log_tensorboard:
         run.writer.trackers.append(utils.tensorboard_tracker(folder, state.epoch))

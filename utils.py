@@ -371,8 +371,7 @@ class StopRequest:
 
     A second Ctrl-C raises KeyboardInterrupt at once.
 
-    SLURM's warning, SIGUSR1, is recorded from the start, while SIGTERM and Ctrl-C end a run that is
-    being set up.
+    SLURM's warning, SIGUSR1, is recorded from the start, while SIGTERM and Ctrl-C end a run that is being set up.
     """
 
     def __init__(self):
@@ -416,7 +415,7 @@ def setup_logging() -> None:
 
 
 def raise_file_limit(most: int = 65536) -> None:
-    """Raise the limit of open files as far as this process may; loader processes need about 20 each."""
+    """Raise the limit of open files as far as this process may: a loader process needs five, a batch two."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
     if soft != resource.RLIM_INFINITY and soft < wanted:

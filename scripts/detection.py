@@ -380,11 +380,11 @@ def average_precision(data: Detections, results: dict[str, list]) -> dict[str, f
 
 def report(scores: dict[str, float]) -> None:
     """Log the figures, in a line for each kind and with all digits."""
-    for kind, title in (('box', 'box'), ('mask', 'mask')):
+    for kind in ('box', 'mask'):
         figures = [f'{name.upper().replace("_", " ")} {scores[f"{kind}_{name}"]:.2f}'
                    for name in METRICS if f'{kind}_{name}' in scores]
         if figures:
-            logger.info('* %s %s', title, '  '.join(figures))
+            logger.info('* %s %s', kind, '  '.join(figures))
     logger.info(json.dumps(scores))
 
 
@@ -450,20 +450,23 @@ def train_epoch(
         with autocast():
             losses = model(batch, targets)
         loss = sum(losses.values())
-        if utils.all_reduce_max(int(not loss.isfinite())):
-            raise TrainingFault(f'epoch {epoch}, step {step}: the loss is not finite; a lower --lr may help')
         optimizer.zero_grad()
         loss.backward()
         if args.clip_grad:
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         optimizer.step()
-        sums.update({name: float(value.detach()) for name, value in {**losses, 'loss': loss}.items()})
+        sums.update({name: value.detach() for name, value in {**losses, 'loss': loss}.items()})
         images += len(batch)
-        speed = images * utils.get_world_size() / (time.monotonic() - began)
-        progress.step({'loss': f'{sums["loss"] / (step + 1):.4f}', 'lr': f'{max(rates) * factor:.2e}',
-                       'images/s': f'{speed:.1f}'} if progress.due() else None)
+        figures = None
+        if progress.due():  # also after the last step, before anything is saved
+            mean = float(sums['loss']) / (step + 1)  # this is a host sync
+            if utils.all_reduce_max(int(not math.isfinite(mean))):
+                raise TrainingFault(f'epoch {epoch}, up to step {step}: the loss is not finite; a lower --lr may help')
+            speed = images * utils.get_world_size() / (time.monotonic() - began)
+            figures = {'loss': f'{mean:.4f}', 'lr': f'{max(rates) * factor:.2e}', 'images/s': f'{speed:.1f}'}
+        progress.step(figures)
     progress.close()
-    parts = utils.gather_from_ranks(dict(sums))
+    parts = utils.gather_from_ranks({name: float(value) for name, value in sums.items()})
     means = {name: sum(part[name] for part in parts) / len(parts) / len(loader) for name in sorted(sums)}
     return {'train_lr': max(rates) * factor, 'train_loss': means.pop('loss'), **means, 'train_images_per_s': speed}
 
@@ -641,8 +644,8 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[s
     args.backbone_bn = args.backbone_bn or ('frozen' if args.weights else 'train')
     folder = Path(args.output_dir)
     if args.output_dir and not args.eval:
-        checkpoints.check_output_dir(folder, may_hold_run=args.overwrite or args.resume == 'auto' or (
-            bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()))
+        checkpoints.check_output_dir(
+            folder, may_hold_run=args.overwrite or args.resume == 'auto' or checkpoints.lies_in(args.resume, folder))
     source, checkpoint = find_checkpoint(args.resume, folder, fall_back=not args.eval)
     if args.eval and checkpoint is None:
         raise ValueError(f'no checkpoint in {folder}: --eval needs one')
@@ -658,8 +661,8 @@ def resume(
               for now, before in zip(optimizer.param_groups, saved['param_groups'])]
     optimizer.load_state_dict({**saved, 'param_groups': groups})
     logger.info('resuming at epoch %d', checkpoint['epoch'] + 1)
-    is_here = Path(source).resolve().parent == Path(args.output_dir).resolve()
-    return checkpoint['epoch'] + 1, checkpoint['best'] if is_here else -1.  # elsewhere its checkpoint is missing
+    is_here = checkpoints.lies_in(source, args.output_dir)  # elsewhere, the best checkpoint is missing
+    return checkpoint['epoch'] + 1, checkpoint['best'] if is_here else -1.
 
 
 def score_or_save(score: Callable, writer: checkpoints.RunWriter | None, state: dict[str, Any]) -> dict[str, float]:
