@@ -403,7 +403,7 @@ def build_loader(
     """Build a loader: for training with a sampler, else for validation.
 
     Args:
-        dataset: uint8 images (3, H, W) and class indices.
+        dataset: samples, for `collate` uint8 images (3, H, W) and class indices.
         batch_size: images of this rank a batch.
         sampler: order and seeds of training; without a sampler, this rank's share of the data set in order.
         rank, world_size: this process, and the number of processes that share the data set.

@@ -151,10 +151,9 @@ def leads_back(path: str, way: Iterable[str]) -> bool:
     """Return whether a link leads to a folder that contains the link, or to one of `way`; log such a link."""
     if not os.path.islink(path):
         return False
-    target = os.path.realpath(path)
-    inside = os.path.join(os.path.realpath(os.path.dirname(path)), '')
-    if inside.startswith(os.path.join(target, '')) or any(
-            os.path.join(real, '').startswith(os.path.join(target, '')) for real in way):
+    target = os.path.join(os.path.realpath(path), '')
+    places = os.path.realpath(os.path.dirname(path)), *way
+    if any(os.path.join(place, '').startswith(target) for place in places):
         logger.warning('%s leads back to %s: ignored', path, target)
         return True
     return False

@@ -305,9 +305,13 @@ def build_data(args: argparse.Namespace, start: Start) -> tuple[Dataset | None, 
 
 
 def images_in_shared_memory(args: argparse.Namespace, training: int, validation: int) -> int:
-    """Count the images that loaders on this host have in shared memory, of so many images.
+    """Return the largest number of images that loaders on this host keep in shared memory.
 
     Training's batches are gone before validation's are loaded.
+
+    Args:
+        args: flags of the run.
+        training, validation: images of the two sets.
     """
     batches = PREFETCH * args.num_workers + 1  # those that are ready, and the one in use
     batches *= options.read_launch().local_world_size or 1
