@@ -36,7 +36,7 @@ def to_cpu(state: Any) -> Any:
     return state
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,7 +56,7 @@ def replacing(path: Path, keep_previous: bool = False):
         if keep_previous:
             _keep_previous(path)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -75,7 +75,7 @@ def _keep_previous(path: Path) -> None:
     os.replace(link, path.with_name(PREVIOUS))
 
 
-def _lock(path: Path) -> BinaryIO:
+def lock_file(path: Path) -> BinaryIO:
     """Lock `path` until this process exits, even by SIGKILL. Loader processes do not inherit the lock.
 
     Raises:
@@ -107,7 +107,7 @@ class RunWriter:
 
     def __init__(self, folder: str | Path, keep: int = 0):
         self.folder = Path(folder)
-        self.lock = _lock(self.folder / '.lock')  # kept open: closing the file would unlock it
+        self.lock = lock_file(self.folder / '.lock')  # kept open: closing the file would unlock it
         self.keep = keep
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None

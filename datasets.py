@@ -167,6 +167,8 @@ class NamedErrors(Dataset):
     def __getitem__(self, index: int):
         try:
             return self.dataset[index]
+        except UnreadableImage:
+            raise
         except Exception as error:
             raise UnreadableImage(f'cannot read validation image {image_name(self.dataset, index)} '
                                   f'({one_line(error)}): the score would be of other images') from error
@@ -238,7 +240,7 @@ def build_dataset(
         classes = _read_class_map(class_map)
     if not val_split:
         return find_part(data_path, 'train' if is_train else 'val', transform, classes)
-    return _split(_undivided(data_path, transform, classes), val_split, is_train)
+    return _split(open_undivided(data_path, transform, classes), val_split, is_train)
 
 
 def _read_class_map(file: str) -> list[str]:
@@ -251,7 +253,7 @@ def _read_class_map(file: str) -> list[str]:
     return classes
 
 
-def _undivided(data_path: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
+def open_undivided(data_path: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
     """Open the images that --val-split divides: train/, training tars, or class folders."""
     root = Path(data_path)
     if root.is_dir() and has_part(data_path, 'val'):

@@ -78,6 +78,8 @@ class EncodedImages(Dataset):
         transform: applied to the RGB image, or to the file's bytes if the transform has `decodes`.
     """
 
+    has_labels = False  # whether classes are the numbers in .cls files
+
     def __init__(self, samples: Samples, transform: Callable | None):
         self.samples = samples
         self.transform = transform
@@ -207,12 +209,17 @@ class ImageFolder(EncodedImages):
                     left_out += [file for file in files if not is_image(file) and not IGNORED.search(file)]
         log_left_out(left_out, root)
         super().__init__(Samples(names, targets), transform)
+        self.top = root
         present = set(self.targets)
         empty = [name for name in found if index[name] not in present]
         if empty:
             raise ValueError(f'no images in {Path(root) / empty[0]}'
                              f'{f" and {len(empty) - 1} other class folders" if empty[1:] else ""}: '
                              'add images or remove the folder')
+
+    def root(self, index: int) -> str:
+        """Return the folder below which a sample's file lies."""
+        return self.top
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,18 +256,19 @@ class TarImages(EncodedImages):
         members = [
             Member(tar, name, *place) for tar, path in enumerate(paths) for name, place in tar_index(path).items()]
         images = [m for m in members if is_image(m.name)]
-        both = has_both(m.name for m in images)
-        if both:
-            images = [m for m in images if _part_folder(m.name) == part]
+        of_part = [m for m in images if _part_folder(m.name) == part]
+        if has_both(m.name for m in images):
+            images = of_part
         where = self.paths[0] + (f' and {len(paths) - 1} more' if paths[1:] else '')
         if not images:
             raise ValueError(f'no images in {where}')
         labels = self._labels(members)
+        self.has_labels = bool(labels)
         if labels:
             images = _one_image_a_key(images, where)
-            names = [labels.get((m.tar, _key(m.name)), '') for m in images]
+            names = [labels.get((m.tar, key_of(m.name)), '') for m in images]
         else:
-            images, names = self._by_class(images, part, both)
+            images, names = self._by_class(images, part, has_part_folder=len(of_part) == len(images))
         unlabelled = [m.name for m, name in zip(images, names) if not name]
         if unlabelled:
             raise ValueError(f'{where} has no class for {unlabelled[0]}: images belong into class folders, '
@@ -287,12 +295,13 @@ class TarImages(EncodedImages):
                 text = self._bytes(tar, offset, size).decode('ascii', 'replace').strip()
                 if not text.isdecimal():
                     raise ValueError(f'{self.paths[tar]}/{name} holds {text[:20]!r}, not the number of a class')
-                labels[tar, _key(name)] = str(int(text))
+                labels[tar, key_of(name)] = str(int(text))
         return labels
 
-    def _by_class(self, images: Sequence[Member], part: str, both: bool) -> tuple[Sequence[Member], Sequence[str]]:
+    def _by_class(
+            self, images: Sequence[Member], part: str, has_part_folder: bool) -> tuple[Sequence[Member], Sequence[str]]:
         """Return the images in the order of ImageFolder, and the class name of each."""
-        names = _class_folders([m.name for m in images], part if both else None)
+        names = _class_folders([m.name for m in images], part if has_part_folder else None)
         if not any(names) and self.paths[1:] and Path(self.paths[0]).parent.name == part:  # part/CLASS.tar
             names = [Path(self.paths[m.tar]).stem for m in images]
         pairs = sorted(zip(names, images), key=lambda pair: (pair[0], *os.path.split(pair[1].name)))
@@ -309,12 +318,16 @@ class TarImages(EncodedImages):
     def read(self, index: int) -> bytes:
         return self._bytes(*self.places[index])
 
+    def root(self, index: int) -> str:
+        """Return the tar that contains a sample's file."""
+        return self.paths[self.places[index, 0]]
+
     def keep(self, kept: Sequence[int]) -> None:
         super().keep(kept)
         self.places = self.places[kept]
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """Return WebDataset's key: the path up to the first dot of the file's name."""
     folder, _, file = name.rpartition('/')
     return f'{folder}/{file.split(".", 1)[0]}'
@@ -328,7 +341,7 @@ def _one_image_a_key(images: list[Member], where: str) -> list[Member]:
     """
     kept, left_out = {}, []
     for image in sorted(images, key=lambda m: posixpath.basename(m.name).count('.')):
-        first = kept.setdefault((image.tar, _key(image.name)), image)
+        first = kept.setdefault((image.tar, key_of(image.name)), image)
         if first is not image:
             left_out.append(posixpath.basename(image.name).split('.', 1)[1])
             if first.name.count('.') == image.name.count('.'):
@@ -336,7 +349,7 @@ def _one_image_a_key(images: list[Member], where: str) -> list[Member]:
     if left_out:
         logger.warning('%s has %d more images of the same keys: ignored (.%s)', where, len(left_out),
                        ', .'.join(sorted(set(left_out))[:5]))
-    return [image for image in images if kept[image.tar, _key(image.name)] is image]
+    return [image for image in images if kept[image.tar, key_of(image.name)] is image]
 
 
 def _part_folder(name: str) -> str | None:
@@ -457,30 +470,35 @@ def _headers(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tarfil
     raise ValueError(f'{name} is no tar, or damaged {last} ({reason}): copy it again')
 
 
-def _published_val_classes(path: Path, names: list[str]) -> list[str]:
-    """Return the WordNet ids of ILSVRC2012_val_00000001.JPEG and so on, whose tar `path` has no folders.
+DEVKIT = imagenet.ARCHIVE_META['devkit'][0]  # lists the classes of the published validation images
 
-    The development kit that lists them lies beside the tar, or beside the target of a link.
-    """
+
+def find_devkit(path: Path) -> Path | None:
+    """Return ImageNet's development kit beside the tar `path`, or beside the target of that link; None without one."""
+    return next((folder / DEVKIT for folder in (path.parent, path.resolve().parent) if (folder / DEVKIT).is_file()),
+                None)
+
+
+def _published_val_classes(path: Path, names: list[str]) -> list[str]:
+    """Return the WordNet ids of ILSVRC2012_val_00000001.JPEG and so on, whose tar `path` has no folders."""
     if not all(re.match('(?:.*/)?ILSVRC2012_val_[0-9]{8}', name) for name in names):
         raise ValueError(f'{path} has no classes: put images into class folders, or KEY.cls with the number of the '
                          'class beside each KEY.jpg')
-    kit = imagenet.ARCHIVE_META['devkit'][0]
-    kits = [folder / kit for folder in (path.parent, path.resolve().parent) if (folder / kit).is_file()]
-    if not kits:
-        raise ValueError(f'{path} has no class folders: put {kit} beside it, which lists the classes of '
+    kit = find_devkit(path)
+    if not kit:
+        raise ValueError(f'{path} has no class folders: put {DEVKIT} beside it, which lists the classes of '
                          "ImageNet's validation images")
     with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks into the folder that the kit is in
-        (Path(folder) / kit).symlink_to(kits[0].resolve())
+        (Path(folder) / DEVKIT).symlink_to(kit.resolve())
         try:
             imagenet.parse_devkit_archive(folder)
             ids = imagenet.load_meta_file(folder)[1]
         except (RuntimeError, OSError) as error:
-            raise ValueError(f'{kits[0]}: {error}') from None
+            raise ValueError(f'{kit}: {error}') from None
     try:
         return [ids[int(PurePosixPath(name).stem.split('_')[-1]) - 1] for name in names]
     except IndexError:
-        raise ValueError(f'{path} has more images than the validation set that {kits[0]} describes') from None
+        raise ValueError(f'{path} has more images than the validation set that {kit} describes') from None
 
 
 def find_part(data_path: str, part: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:

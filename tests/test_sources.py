@@ -157,13 +157,12 @@ def test_files_that_a_tar_has_besides_images_are_counted(tmp_path, caplog):
     assert 'train.tar: 2 .heic, 1 .txt\n' in caplog.text
 
 
-def test_the_published_validation_tar_finds_its_classes_in_the_development_kit(images, tmp_path, monkeypatch):
+def publish_val(images, folder, monkeypatch) -> list[Path]:
+    """Pack validation images as ImageNet publishes them, with a development kit, and return their files in order."""
     files = sorted((images / 'val').rglob('*.*'))
     random.Random(0).shuffle(files)
-    members(tmp_path / 'ILSVRC2012_img_val.tar', *(
+    members(folder / 'ILSVRC2012_img_val.tar', *(
         (f'ILSVRC2012_val_{i + 1:08d}.JPEG', file.read_bytes()) for i, file in enumerate(files)))
-    with pytest.raises(ValueError, match='put ILSVRC2012_devkit_t12.tar.gz beside it'):
-        build_dataset('IMNET', False, str(tmp_path), 32)
     classes = ['class_2', 'class_0', 'class_1']  # the kit numbers them in an order of its own, from 1
     synsets = np.array(
         [(i + 1, name, 'words, more', '', 0) for i, name in enumerate(classes)],
@@ -171,10 +170,19 @@ def test_the_published_validation_tar_finds_its_classes_in_the_development_kit(i
     meta = io.BytesIO()
     scipy.io.savemat(meta, {'synsets': synsets})
     truth = ''.join(f'{classes.index(file.parent.name) + 1}\n' for file in files).encode()
-    members(tmp_path / 'ILSVRC2012_devkit_t12.tar.gz', *(
+    members(folder / 'ILSVRC2012_devkit_t12.tar.gz', *(
         (f'ILSVRC2012_devkit_t12/data/{name}', content) for name, content in (
             ('meta.mat', meta.getvalue()), ('ILSVRC2012_validation_ground_truth.txt', truth))), mode='w:gz')
     monkeypatch.setattr(imagenet, '_verify_archive', lambda *a: None)  # of the real kit
+    return files
+
+
+def test_the_published_validation_tar_finds_its_classes_in_the_development_kit(images, tmp_path, monkeypatch):
+    files = publish_val(images, tmp_path, monkeypatch)
+    kit = (tmp_path / 'ILSVRC2012_devkit_t12.tar.gz').rename(tmp_path / 'kit')
+    with pytest.raises(ValueError, match='put ILSVRC2012_devkit_t12.tar.gz beside it'):
+        build_dataset('IMNET', False, str(tmp_path), 32)
+    kit.rename(tmp_path / 'ILSVRC2012_devkit_t12.tar.gz')
     before = sorted(os.listdir(tmp_path))
     val = build_dataset('IMNET', False, str(tmp_path), 32, classes=['class_0', 'class_1', 'class_2'])
     assert val.targets == [int(file.parent.name[-1]) for file in files]
