@@ -1,7 +1,7 @@
-"""python scripts/benchmark_data.py --data-path imagenet --sizes 224 160 --workers 0 8
+"""python scripts/benchmark_data.py --data-path imagenet --loaders reference fast timm torchvision --sizes 224 160
 
 Measure the images per second of the training loaders under the published augmentation: in all, per core and by stage,
-up to the normalised float batch on the device.
+up to the normalised float batch on the device. Other libraries' loaders follow the recipe as far as they can.
 
 Loaders without workers alternate batch by batch, so that a slower minute of the machine slows down both. Figures are
 medians over epochs. A core's figure without workers is images per second of processor time: other jobs do not count.
@@ -23,8 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from timm.data import create_loader
 from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
+from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -39,6 +41,11 @@ from sources import EncodedImages, ImageFolder, has_part, open_image  # noqa: E4
 from transforms import build_transform  # noqa: E402
 from weights import create_cmt  # noqa: E402
 
+LEAVES_OUT = {  # of the recipe
+    'reference': '', 'fast': '', 'timm': '',
+    'torchvision': "RandAugment with torchvision's operations, of one strength (no mstd0.5, inc1), bilinear",
+    'dali': "RandAugment with DALI's operations, of one strength (no mstd0.5, inc1)",
+}
 STAGES = ('read', 'decode', 'crop and resize', 'augment', 'collate', 'to device')
 
 
@@ -55,9 +62,59 @@ def make_images(folder: Path, count: int) -> Path:
     return folder
 
 
+def torchvision_transform(size: int) -> v2.Compose:
+    """Return torchvision's transforms v2 on uint8 tensors.
+
+    Pillow decodes, as in torchvision's reference scripts: torchvision's own decoders are deprecated since 0.29.
+    """
+    return v2.Compose([
+        v2.PILToTensor(),
+        v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+        v2.RandAugment(2, 9, interpolation=v2.InterpolationMode.BILINEAR),
+    ])
+
+
+class DaliBatches:
+    """Decode and augment by DALI's CPU pipeline: uint8 images (B, 3, H, W), in the data set's order.
+
+    Nothing is loaded ahead of time, so that processor time belongs to the batch that is measured.
+    """
+
+    def __init__(self, dataset: EncodedImages, size: int, batch_size: int, threads: int):
+        try:
+            from nvidia.dali import fn, pipeline_def, types
+            from nvidia.dali.auto_aug import rand_augment
+        except ImportError:
+            raise ValueError('--loaders dali needs DALI: pip install nvidia-dali-cuda120') from None
+
+        @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, enable_conditionals=True, seed=0,
+                      exec_pipelined=False, exec_async=False, prefetch_queue_depth=1)
+        def pipeline():
+            encoded = fn.external_source(batch=False, source=lambda sample: np.frombuffer(
+                dataset.read(sample.idx_in_epoch % len(dataset)), np.uint8))
+            images = fn.decoders.image_random_crop(
+                encoded, output_type=types.RGB, random_area=[0.08, 1], random_aspect_ratio=[3 / 4, 4 / 3])
+            images = fn.resize(images, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
+            images = fn.flip(images, horizontal=fn.random.coin_flip())
+            return rand_augment.rand_augment(images, n=2, m=9, shape=[size, size])
+
+        self.pipeline = pipeline()
+        self.pipeline.build()
+        self.batch_size, self.batches = batch_size, len(dataset) // batch_size
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _ in range(self.batches):
+            images = torch.from_numpy(np.array(self.pipeline.run()[0].as_tensor())).permute(0, 3, 1, 2)
+            yield images, torch.zeros(self.batch_size, dtype=torch.long)
+
+
 def open_images(path: str, loader: str, size: int) -> EncodedImages:
     """Open the part train/ or val/ at `path`, or `path` itself as a folder of classes."""
-    transform = build_transform(True, size)
+    transform = torchvision_transform(size) if loader == 'torchvision' else build_transform(True, size)
     if loader == 'fast':
         transform = FastTransform(transform)
     for part in 'train', 'val':
@@ -85,16 +142,26 @@ def measure_listing(folder: Path, count: int) -> str:
 
 
 class Case:
-    """Measure one loader at one input size with a number of workers."""
+    """Measure one loader on one form of the data, at one input size, with a number of workers."""
 
-    def __init__(self, args: argparse.Namespace, loader: str, size: int, workers: int, device: torch.device):
-        self.loader, self.size, self.workers, self.device = loader, size, workers, device
+    def __init__(
+            self, args: argparse.Namespace, data: str, loader: str, size: int, workers: int, device: torch.device):
+        self.data, self.loader, self.size, self.workers, self.device = data, loader, size, workers, device
         self.batch_size = args.batch_size
-        self.dataset = open_images(args.data_path, loader, size)
+        self.dataset = open_images(args.data_path if data == 'original' else args.prepared, loader, size)
         self.sampler = TrainSampler(
             len(self.dataset), args.batch_size, repeats=3 if args.repeated_aug else 1, even=True)
-        self.batches = build_loader(
-            self.dataset, args.batch_size, sampler=self.sampler, num_workers=workers, pin_memory=device.type == 'cuda')
+        if loader == 'timm':
+            self.batches = create_loader(
+                self.dataset, size, args.batch_size, is_training=True, re_prob=0.25, re_mode='pixel', re_count=1,
+                auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic', num_workers=workers, device=device,
+                num_aug_repeats=0, persistent_workers=workers > 0, pin_memory=device.type == 'cuda')
+        elif loader == 'dali':
+            self.batches = DaliBatches(self.dataset, size, args.batch_size, max(workers, 1))
+        else:
+            self.batches = build_loader(
+                self.dataset, args.batch_size, sampler=self.sampler, num_workers=workers,
+                pin_memory=device.type == 'cuda')
         self.prepare = Prepare(device, erasing=RandomErasing(0.25, mode='pixel', max_count=1, device=device))
         self.clear()
 
@@ -105,9 +172,10 @@ class Case:
         self.stages: list[dict[str, float]] = []
 
     def prepare_batch(self, batch: tuple[torch.Tensor, torch.Tensor], seed: int) -> None:
-        """Normalise and erase a batch on the device, and wait for the device."""
+        """Normalise and erase a batch on the device, which timm's loader has done, and wait for the device."""
         random_seed(seed)
-        self.prepare(*batch)
+        if self.loader != 'timm':
+            self.prepare(*batch)
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
 
@@ -168,7 +236,8 @@ class Case:
         for name, values in (('images_per_s', self.per_s), ('images_per_s_per_core', self.per_s_per_core)):
             figures |= {name: statistics.median(values), f'{name}_min': min(values), f'{name}_max': max(values)}
         return {
-            'loader': self.loader, 'size': self.size, 'workers': self.workers, 'device': self.device.type,
+            'data': self.data, 'loader': self.loader, 'size': self.size, 'workers': self.workers,
+            'device': self.device.type,
             'batch': self.batch_size, **figures, 'repeats': len(self.per_s),
             'stages_ms': {stage: statistics.median(s[stage] for s in self.stages) for stage in STAGES}
             if self.stages else None,
@@ -203,14 +272,14 @@ def measure(args: argparse.Namespace, cases: list[Case]) -> list[dict]:
             while running:
                 running = [run for run in running if next(run, run) is None]
             for case in group:
-                if args.stages and not case.workers:
+                if args.stages and not case.workers and case.loader in ('reference', 'fast'):
                     case.run_stages(epoch)
         if epoch == 0:
             for case in cases:
                 case.clear()
     records = [case.record() for case in cases]
     for record, case in zip(records, cases):
-        reference = next((other for other in cases if other.loader == 'reference' and
+        reference = next((other for other in cases if (other.data, other.loader) == ('original', 'reference') and
                           (other.size, other.workers) == (case.size, case.workers)), None)
         record['ratio'] = statistics.median(
             a / b for a, b in zip(case.per_s_per_core, reference.per_s_per_core)) if reference else None
@@ -219,20 +288,21 @@ def measure(args: argparse.Namespace, cases: list[Case]) -> list[dict]:
 
 def table(records: list[dict]) -> str:
     """Return the records as Markdown."""
-    lines = ['| loader | pixels | workers | images/s (smallest to largest) | images/s a core (smallest to largest) '
-             '| x reference |', '|---' * 6 + '|']
+    lines = ['| data | loader | pixels | workers | images/s (smallest to largest) '
+             '| images/s a core (smallest to largest) | x reference | differs from the recipe |', '|---' * 8 + '|']
     for r in records:
         ratio = f"{r['ratio']:.2f}" if r['ratio'] else ''
         lines.append(
-            f"| {r['loader']} | {r['size']} | {r['workers']} "
+            f"| {r['data']} | {r['loader']} | {r['size']} | {r['workers']} "
             f"| {r['images_per_s']:.0f} ({r['images_per_s_min']:.0f} to {r['images_per_s_max']:.0f}) "
             f"| {r['images_per_s_per_core']:.0f} "
-            f"({r['images_per_s_per_core_min']:.0f} to {r['images_per_s_per_core_max']:.0f}) | {ratio} |")
+            f"({r['images_per_s_per_core_min']:.0f} to {r['images_per_s_per_core_max']:.0f}) | {ratio} "
+            f"| {LEAVES_OUT[r['loader']]} |")
     staged = [r for r in records if r['stages_ms']]
     if staged:
         lines += ['', f"| ms an image on one core | {' | '.join(STAGES)} |", '|---' * (len(STAGES) + 1) + '|']
-        lines += [f"| {r['loader']}, {r['size']} px | " + ' | '.join(f"{r['stages_ms'][s]:.2f}" for s in STAGES) + ' |'
-                  for r in staged]
+        lines += [f"| {r['data']}, {r['loader']}, {r['size']} px | "
+                  + ' | '.join(f"{r['stages_ms'][s]:.2f}" for s in STAGES) + ' |' for r in staged]
     return '\n'.join(lines)
 
 
@@ -260,23 +330,38 @@ def training_rate(model_name: str, size: int, batch: int, device: torch.device) 
 
 
 def compare(args: argparse.Namespace, columns: int = 8) -> None:
-    """Draw what both loaders return for the same draws, and eight times their difference."""
-    size = args.sizes[0]
-    rows = []
-    for loader in 'reference', 'fast':
-        dataset = open_images(args.data_path, loader, size)
-        rows.append([])
-        for i in np.linspace(0, len(dataset) - 1, columns).astype(int).tolist():
+    """Draw what two loaders return for the same draws, and eight times their difference.
+
+    The loaders are reference and fast, or with --prepared the fast one on both forms of the data. A crop there is the
+    same part of the picture: drawn for the original, and scaled to the prepared image.
+    """
+    size, rows = args.sizes[0], ([], [])
+    labels = ('original', 'prepared') if args.prepared else ('reference', 'fast')
+    first, second = (open_images(args.data_path, loader, size) for loader in ('reference', 'fast'))
+    prepared = open_images(args.prepared, 'fast', size) if args.prepared else None
+    for i in np.linspace(0, len(second) - 1, columns).astype(int).tolist():
+        for row, dataset in enumerate((second if prepared else first, prepared or second)):
             random_seed(i)
-            rows[-1].append(dataset[i][0])  # (3, size, size), uint8
+            rows[row].append(crop_of(second, prepared, i) if row and prepared else dataset[i][0])  # (3, size, size)
     differences = [(a.short() - b).abs() for a, b in zip(*rows)]
     print(f'mean absolute difference {torch.stack(differences).float().mean():.2f} of 255')
     enlarged = [(8 * difference).clamp(max=255).byte() for difference in differences]
     grid = to_pil_image(make_grid([*rows[0], *rows[1], *enlarged], columns, padding=0))
     draw, font_size = ImageDraw.Draw(grid), max(size // 12, 1)
-    for y, text in enumerate(('reference', 'fast', '8 x difference')):
+    for y, text in enumerate((*labels, '8 x difference')):
         draw.text((4, y * size + 2), text, fill='white', stroke_width=2, stroke_fill='black', font_size=font_size)
-    grid.save(args.compare)
+    grid.save(args.compare, quality=90)
+
+
+def crop_of(original: EncodedImages, prepared: EncodedImages, index: int) -> torch.Tensor:
+    """Return the prepared image of a sample, cropped and augmented by the draws for the original."""
+    transform = original.transform
+    plan = transform.plan(original.read(index))
+    if plan.box is None:  # small inputs are not cropped at random sizes
+        return prepared[index][0]
+    before, after = open_image(original.read(index)), open_image(prepared.read(index))
+    scale = max(before.width / after.width, before.height / after.height)  # both, up to rounding
+    return transform.augment(transform.resize(np.array(after), plan._replace(scale=scale)))
 
 
 def build_parser() -> Parser:
@@ -285,7 +370,11 @@ def build_parser() -> Parser:
     parser.add_argument('--data-path', type=path, help='folder with train/ or val/, folder of classes, or tar '
                                             '(default: JPEGs made for the benchmark)')
     parser.add_argument('--images', type=positive, default=250, help='number of JPEGs to make without --data-path')
-    parser.add_argument('--loaders', nargs='+', default=['reference', 'fast'], choices=('reference', 'fast'))
+    parser.add_argument('--prepared', type=path, help='the same images, prepared by scripts/prepare_data.py: '
+                        'each loader is measured on both')
+    parser.add_argument('--loaders', nargs='+', default=['reference', 'fast'], choices=tuple(LEAVES_OUT),
+                        help="this project's two loaders, and those of timm, torchvision (v2) and DALI (on the CPU; "
+                        'pip install nvidia-dali-cuda120)')
     parser.add_argument('--sizes', nargs='+', type=positive, default=[224], help='input sizes (pixels)')
     parser.add_argument('--workers', nargs='+', type=count, default=[0],
                         help='numbers of loader processes; 0 loads in the main process')
@@ -296,8 +385,9 @@ def build_parser() -> Parser:
     parser.add_argument('--model', help='also measure the training speed of this CMT, and print the cores that feed it')
     parser.add_argument('--rates', nargs='+', type=rate, default=[],
                         help='print the cores that load these numbers of images per second')
-    parser.add_argument('--compare', type=output_file, metavar='PNG',
-                        help="draw both loaders' images of the same draws, and measure nothing")
+    parser.add_argument('--compare', type=output_file, metavar='FILE',
+                        help="draw both loaders' images of the same draws, or with --prepared the fast loader's from "
+                        'both forms of the data, and measure nothing')
     parser.add_argument('--listing', type=number(int, 1000), metavar='N',
                         help='measure what listing N images in 1,000 folders costs a process, and nothing else; '
                         'TMPDIR=/dev/shm keeps the disk out of it')
@@ -331,7 +421,8 @@ def rates_to_feed(args: argparse.Namespace, device: torch.device) -> list[tuple[
 def report(records: list[dict], device: torch.device) -> dict:
     """Return the records with the command, versions and hardware."""
     installed = {package.name.lower(): package.version for package in distributions()}
-    names = ('torch', 'torchvision', 'timm', 'Pillow', 'simplejpeg', 'opencv-python', 'opencv-python-headless')
+    names = ('torch', 'torchvision', 'timm', 'Pillow', 'simplejpeg', 'opencv-python', 'opencv-python-headless',
+             'nvidia-dali-cuda120')
     return {
         'command': f'python {shlex.join(sys.argv)}', 'processor': utils.processor(), 'cores': utils.cores(),
         'device': torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu', 'load': os.getloadavg(),
@@ -343,8 +434,8 @@ def report(records: list[dict], device: torch.device) -> dict:
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
-    if args.compare and args.compare.suffix.lower() != '.png':
-        parser.error(f'--compare {args.compare}: give the name of a .png file')
+    if args.compare and args.compare.suffix.lower() not in ('.png', '.jpg'):
+        parser.error(f'--compare {args.compare}: give the name of a .png or .jpg file')
     torch.set_num_threads(1)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     with tempfile.TemporaryDirectory() as folder:
@@ -357,8 +448,11 @@ def main() -> None:
             if args.compare:
                 compare(args)
                 return
-            cases = [Case(args, loader, size, workers, device)
-                     for size in args.sizes for workers in args.workers for loader in args.loaders]
+            forms = ['original', 'prepared'] if args.prepared else ['original']
+            cases = [Case(args, data, loader, size, workers, device) for size in args.sizes for workers in args.workers
+                     for data in forms for loader in args.loaders]
+            if args.prepared and len({tuple(case.dataset.targets) for case in cases}) > 1:
+                raise ValueError(f'--prepared {args.prepared} and --data-path {args.data_path} contain other images')
             rates = rates_to_feed(args, device)  # a mistake here must not cost the loaders' figures
             records = measure(args, cases)
         except (OSError, UnreadableImage) as error:
@@ -371,7 +465,8 @@ def main() -> None:
         for r in records:
             if r['workers'] == args.workers[0] and size in (None, r['size']):
                 cores = math.ceil(needed / r['images_per_s_per_core'])
-                print(f"{name}: {cores} cores with the {r['loader']} loader at {r['size']} px")
+                print(f"{name}: {cores} cores with the {r['loader']} loader at {r['size']} px"
+                      + (f" on {r['data']} images" if args.prepared else ''))
     if args.json:
         args.json.write_text(json.dumps(report(records, device), indent=1) + '\n')
 

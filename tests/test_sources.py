@@ -149,6 +149,17 @@ def test_shards_without_cls_files_are_named(tmp_path):
         build_dataset('wds/imagenet', True, str(tmp_path), 32)
 
 
+def test_classes_are_below_the_folder_of_their_part(tmp_path):
+    """Also if the part has one class, with folders below, or classes named train and val."""
+    for part, names in (('train', ('train/a/x/0.png', 'train/a/y/1.png')), ('val', ('set/val/train/0.png',
+                                                                                    'set/val/val/1.png'))):
+        members(tmp_path / f'{part}.tar', *((name, b'') for name in names))
+    assert build_dataset('IMNET', True, str(tmp_path), 32).classes == ['a']
+    assert build_dataset('IMNET', False, str(tmp_path), 32).classes == ['train', 'val']
+    members(tmp_path / 'train.tar', ('train/0.png', b''), ('bus/0.png', b''))
+    assert build_dataset('IMNET', True, str(tmp_path), 32).classes == ['bus', 'train']
+
+
 def test_files_that_a_tar_has_besides_images_are_counted(tmp_path, caplog):
     caplog.set_level('INFO')
     members(tmp_path / 'train.tar', ('a/0.png', b''), ('b/0.png', b''), ('b/1.heic', b''), ('b/.DS_Store', b''),
