@@ -75,8 +75,9 @@ class Encoder(Dataset):
         if not self.short_side or shortest <= self.short_side:
             return data
         size = [round(side * self.short_side / shortest) for side in image.size]
-        out = io.BytesIO()
-        image.resize(size, Image.Resampling.LANCZOS).save(out, 'JPEG', quality=self.quality, subsampling='4:2:0')
+        image, out = image.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
+        image.info.clear()  # Pillow would copy a JPEG's comment, and hangs on one of 64 KiB
+        image.save(out, 'JPEG', quality=self.quality, subsampling='4:2:0')
         return out.getvalue()
 
 
