@@ -575,4 +575,4 @@ def waiting_advice(share: float, loader: str, num_workers: int) -> str:
         changes.append(f'more --num-workers ({num_workers} now, {cores()} cores for {processes} '
                        f'process{"es" if processes > 1 else ""})')
     return (f'{share:.0%} of the time went to waiting for data: '
-            + ', '.join(changes or ['more cores, or a larger --model']) + ' (scripts/benchmark_data.py measures)')
+            + ', '.join(changes or ['prepared images (docs/data.md), more cores, or a larger --model']) + ' (scripts/benchmark_data.py measures)')
