@@ -161,7 +161,8 @@ def test_images_of_any_kind_are_prepared_as_the_loaders_read_them(tmp_path):
              'grey.jpg': (photograph(80, 60, mode='L'), {}), 'palette.gif': (photograph(80, 60, mode='P'), {}),
              'alpha.png': (photograph(80, 60, mode='RGBA'), {}), 'grey16.png': (grey16, {}),
              'png.JPEG': (photograph(80, 60), dict(format='PNG')), 'one.png': (photograph(80, 60, mode='1'), {}),
-             'long.jpg': (photograph(900, 31), {}), 'talk.jpg': (photograph(80, 60), dict(comment=b'words')), 'odd name\n%41.jpg': (photograph(80, 60), {})}
+             'long.jpg': (photograph(900, 31), {}), 'talk.jpg': (photograph(80, 60), dict(comment=b'words')),
+             'odd name\n%41.jpg': (photograph(80, 60), {})}
     for name, (image, options) in kinds.items():
         (tmp_path / 'src' / name[0]).mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / 'src' / name[0] / name, **options)
