@@ -574,5 +574,5 @@ def waiting_advice(share: float, loader: str, num_workers: int) -> str:
     if num_workers * processes < cores():
         changes.append(f'more --num-workers ({num_workers} now, {cores()} cores for {processes} '
                        f'process{"es" if processes > 1 else ""})')
-    changes = changes or ['prepared images (docs/data.md), more cores, or a larger --model']
-    return f'{share:.0%} of the time went to waiting for data: {", ".join(changes)} (scripts/benchmark_data.py measures)'
+    advice = ', '.join(changes or ['prepared images (docs/data.md), more cores, or a larger --model'])
+    return f'{share:.0%} of the time went to waiting for data: {advice} (scripts/benchmark_data.py measures)'
