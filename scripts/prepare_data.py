@@ -206,7 +206,8 @@ def verify_part(folder: Path, part: str, images: EncodedImages, names: list[str]
             if printable(source) not in left_out]
     missing = set(images.classes) - {label for _, label in kept}
     if missing and not images.has_labels:
-        raise UsageError(f'no image of class {min(missing)} can be read: remove the class')
+        raise UsageError(f'no image of class {min(missing)} can be decoded: remove the class from the source, and '
+                         f'{folder} to start over')
     try:
         written = find_part(str(folder), part, None, None)
         loader = build_loader(Encoder(written, None), 16, num_workers=num_workers, collate_fn=len)
@@ -272,7 +273,7 @@ def main(args: argparse.Namespace) -> None:
         folder.rename(dst)
         sync_folder(dst.parent)
     except UnreadableImage as error:
-        raise UsageError(f'{error.line}: mend or remove the image; the same command then resumes') from None
+        raise UsageError(f'{error.line}: mend the image; the same command then resumes') from None
     except OSError as error:
         raise TrainingFault(utils.explain(error) or f'cannot write to {folder} ({error.strerror}): make room or mend '
                             'the disk; the same command then resumes') from None

@@ -241,8 +241,8 @@ def damaged(photographs, tmp_path):
 def test_damaged_images_stop_the_work_unless_they_may_be_left_out(damaged, workers, tmp_path, capsys):
     argv = damaged, tmp_path / 'dst', '--short-side', 40, '--images-per-tar', 4, '--num-workers', workers
     assert re.fullmatch(
-        r'cannot decode .*/train/a/03.\w+ \(no image; --skip-damaged leaves such images out\): mend or remove the '
-        'image; the same command then resumes', fails(tmp_path / 'log', 2, *argv))
+        r'cannot decode .*/train/a/03.\w+ \(no image; --skip-damaged leaves such images out\): mend the image; the '
+        'same command then resumes', fails(tmp_path / 'log', 2, *argv))
     assert not (tmp_path / 'dst').exists()
     run(*argv, '--skip-damaged')
     left_out = dict(line.split('\t') for line in (tmp_path / 'dst' / 'left_out.txt').read_text().splitlines())
@@ -256,7 +256,7 @@ def test_damaged_images_stop_the_work_unless_they_may_be_left_out(damaged, worke
 def test_a_class_of_damaged_images_alone_is_named(damaged, tmp_path):
     for file in (damaged / 'train' / 'c').rglob('*.*'):
         file.write_bytes(b'')
-    with pytest.raises(UsageError, match='^no image of class c can be read: remove the class$'):
+    with pytest.raises(UsageError, match='^no image of class c can be decoded: remove the class from the source, and '):
         run(damaged, tmp_path / 'dst', '--skip-damaged')
     assert not (tmp_path / 'dst').exists()
 
