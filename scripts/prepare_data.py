@@ -82,6 +82,14 @@ class Encoder(Dataset):
         return out.getvalue()
 
 
+def check_places(src: str, dst: Path) -> None:
+    """Raise ValueError if DST exists, or is inside of SRC."""
+    if os.path.lexists(dst):
+        raise ValueError(f'{dst} exists: remove it, or give a folder that does not exist yet')
+    if Path(src).resolve() in dst.resolve().parents:
+        raise ValueError(f'{dst} is inside of {src}, and would be taken for a part of it: give another folder')
+
+
 def open_parts(src: str) -> dict[str, EncodedImages]:
     """Open the parts 'train' and 'val' of a source; a folder of classes is 'train'."""
     parts = {part: find_part(src, part, None, None) for part in ('train', 'val') if has_part(src, part)}
@@ -186,9 +194,11 @@ def write_part(folder: Path, part: str, images: EncodedImages, names: list[str],
                             add(out, key_of(names[i]).lstrip('/') + '.cls', str(images.samples[i][1]).encode())
                         add(out, names[i], data)
                     progress.step({'tar': tar.name} if progress.due() else None)
-            if left_out:  # before the tar is there: after a kill both are written again
-                left_out = {**read_left_out(folder), **left_out}
-                write(folder / LEFT_OUT, ''.join(f'{name}\t{reason}\n' for name, reason in left_out.items()).encode())
+            # before the tar is there; a kill in between leaves lines of images that may be mended by now
+            before, own = read_left_out(folder), {printable(images.samples[i][0]) for i in indices}
+            after = {name: reason for name, reason in before.items() if name not in own} | left_out
+            if after != before:
+                write(folder / LEFT_OUT, ''.join(f'{name}\t{reason}\n' for name, reason in after.items()).encode())
     progress.close()
     if names[0].count('/') == 1 and not images.has_labels:  # published validation images, without class folders
         write(folder / DEVKIT, find_devkit(Path(images.root(0))).read_bytes())
@@ -246,13 +256,11 @@ def main(args: argparse.Namespace) -> None:
     args.src, dst = os.path.abspath(args.src), Path(os.path.abspath(args.dst))
     folder = dst.with_name(f'{dst.name}.incomplete')
     with utils.usage_errors():
-        if os.path.lexists(dst):
-            raise ValueError(f'{dst} exists: remove it, or give a folder that does not exist yet')
-        if Path(args.src).resolve() in dst.resolve().parents:
-            raise ValueError(f'{dst} is inside of {args.src}, and would be taken for a part of it: give another folder')
+        check_places(args.src, dst)
         parts = open_parts(args.src)
         names = {part: names_in_tars(images, part) for part, images in parts.items()}
         samples = {part: hashlib.sha256(os.fsencode('\0'.join(names[part]))).hexdigest() for part in parts}
+        check_places(args.src, dst)  # another process may have made DST in the meantime
         open_folder(folder, {
             'source': args.src, 'short_side': args.short_side, 'quality': args.quality,
             'resize_val': args.resize_val, 'images_per_tar': args.images_per_tar, 'Pillow': PIL.__version__,
@@ -269,8 +277,8 @@ def main(args: argparse.Namespace) -> None:
             write_part(folder, part, images, names[part], args)
         for part, images in parts.items():
             verify_part(folder, part, images, names[part], args.num_workers)
-        (folder / '.lock').unlink()
         folder.rename(dst)
+        (dst / '.lock').unlink()
         sync_folder(dst.parent)
     except UnreadableImage as error:
         raise UsageError(f'{error.line}: mend the image; the same command then resumes') from None

@@ -253,6 +253,26 @@ def test_damaged_images_stop_the_work_unless_they_may_be_left_out(damaged, worke
     assert listed(made) == [(name, label) for name, label in listed(source) if name[:2] not in ('03', '04')]
 
 
+def test_an_image_that_is_mended_after_a_kill_is_not_left_out(damaged, photographs, tmp_path, monkeypatch):
+    argv = damaged, tmp_path / 'dst', '--short-side', 40, '--images-per-tar', 4, '--num-workers', 0
+    once = prepare_data.write
+
+    def stop(*args):
+        once(*args)
+        if args[0].name == 'left_out.txt':
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, 'write', stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(*argv, '--skip-damaged')
+    monkeypatch.undo()
+    assert (tmp_path / 'dst.incomplete' / 'left_out.txt').read_text().count('\n') == 1
+    shutil.copytree(photographs, damaged, dirs_exist_ok=True)
+    run(*argv)
+    assert len(find_part(str(tmp_path / 'dst'), 'train', None, None)) == 60
+    assert not (tmp_path / 'dst' / 'left_out.txt').read_text()
+
+
 def test_a_class_of_damaged_images_alone_is_named(damaged, tmp_path):
     for file in (damaged / 'train' / 'c').rglob('*.*'):
         file.write_bytes(b'')
