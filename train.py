@@ -484,10 +484,11 @@ def open_output(run: Run, start: Start) -> None:
         run.writer.trackers.append(utils.wandb_tracker(folder, settings, wandb_id))
     if args.log_tensorboard:
         run.writer.trackers.append(utils.tensorboard_tracker(folder, state.epoch))
-    command = sources.printable(shlex.join(sys.argv[1:]))  # a comment ends with its line
+    header = '\n# '.join(map(sources.printable, (  # a comment ends with its line
+        f'train.py {shlex.join(sys.argv[1:])}', utils.describe_system(run.device), f'begun on {time.strftime("%F")}')))
     checkpoints.start_run(
         folder, state.epoch, start.source, replaces, wandb_id=wandb_id,
-        config=f'# train.py {command}\n' + yaml.safe_dump(settings, sort_keys=False))
+        config=f'# {header}\n' + yaml.safe_dump(settings, sort_keys=False))
     if start.source:
         state.best = checkpoints.copy_best(Path(start.source), folder, state.best)
     if args.profile:

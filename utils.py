@@ -11,6 +11,7 @@ import resource
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import traceback
 import urllib.parse
 import uuid
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +435,22 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_system(device: torch.device) -> str:
+    """Return versions, the commit of this project, processes and devices, in one line."""
+    folder = Path(__file__).resolve().parent
+    git = ['git', '-C', str(folder), 'describe', '--always', '--dirty']
+    commit = 'unknown'
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, no repository, one of another user
+        # the ceiling: a copy of the project in another repository has not that repository's commit
+        environment = {**os.environ, 'GIT_CEILING_DIRECTORIES': str(folder.parent)}
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10, env=environment).stdout
+    versions = [f'{name} {metadata.version(name)}' for name in ('torch', 'torchvision', 'timm')]
+    where = torch.cuda.get_device_name() if device.type == 'cuda' else \
+        f'{processor()}, {cores()} cores, threads of a process: {torch.get_num_threads()}'
+    return (f'commit {commit.strip()}, Python {platform.python_version()}, {", ".join(versions)}, {get_world_size()} '
+            f'process{"es" if get_world_size() > 1 else ""} on {where}')
 
 
 def memory_mb(device: torch.device) -> float:

@@ -130,6 +130,9 @@ def test_another_seed_gives_other_bits(flags, whole, tmp_path):
 def test_settings_beside_the_checkpoint_are_those_in_force(flags, whole):
     text = (whole / 'config.yaml').read_text()
     assert text.startswith(f'# train.py {" ".join(flags)}')
+    system = text.splitlines()[1]
+    for words in (f', torch {torch.__version__.split("+")[0]}', f', timm {timm.__version__}, 1 process on ', ': 1'):
+        assert words in system
     again = vars(options.parse_args(['--config', str(whole / 'config.yaml')]))
     saved = nano.read(whole)['args']
     again.pop('config'), saved.pop('config')

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+import subprocess
 import sys
 import time
 import types
@@ -165,3 +166,25 @@ def test_the_limit_of_open_files_is_raised(monkeypatch, hard, wanted):
     monkeypatch.setattr(resource, 'setrlimit', limits.__setitem__)
     utils.raise_file_limit()
     assert limits[resource.RLIMIT_NOFILE] == (wanted, hard)
+
+
+def test_the_system_names_the_commit_of_the_project_alone(tmp_path, monkeypatch):
+    def commit():
+        return re.match(r'commit (\S+), Python 3', utils.describe_system(torch.device('cpu')))[1]
+
+    def git(*args):
+        subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=b', '-C', tmp_path, *args], check=True,
+                       capture_output=True)
+
+    (tmp_path / 'cmt').mkdir()
+    monkeypatch.setattr(utils, '__file__', str(tmp_path / 'cmt' / 'utils.py'))
+    git('init')
+    git('commit', '--allow-empty', '-m', 'of another project')
+    assert commit() == 'unknown'
+    monkeypatch.setattr(utils, '__file__', str(tmp_path / 'utils.py'))
+    assert re.fullmatch('[0-9a-f]{7,}', commit())
+    (tmp_path / 'file').touch()
+    git('add', 'file')
+    assert commit().endswith('-dirty')
+    monkeypatch.setenv('PATH', '')
+    assert commit() == 'unknown'
