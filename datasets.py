@@ -261,7 +261,7 @@ def open_undivided(data_path: str, transform: Callable | None, classes: list[str
     folders = {path.name for path in root.glob('[!.]*') if path.is_dir()}
     if len(folders) > 1 and all(re.fullmatch('(train|test|val)(ing|id|idation)?', name.lower()) for name in folders):
         raise ValueError(f'{root} contains {" and ".join(sorted(folders))}: parts, not classes. Name them train and '
-                         'val, and leave --val-split out')
+                         'val; --val-split is for folders of classes')
     if 'train' in folders or not folders and has_part(data_path, 'train'):
         return find_part(data_path, 'train', transform, classes)
     return ImageFolder(root, transform, classes)
@@ -318,7 +318,11 @@ class _Loader(DataLoader):
 
     def stop(self) -> None:
         """End the loader processes; the next iteration starts others."""
-        self.started = self._iterator = None
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # Python ignores a KeyboardInterrupt in __del__
+        try:
+            self.started = self._iterator = None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __iter__(self):
         if self.started is not None:
@@ -341,12 +345,15 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a forkserver's processes do not inherit the run's mask
-    run = multiprocessing.parent_process().pid  # os.getppid() would be the forkserver
+    run = multiprocessing.parent_process()  # os.getppid() would be the forkserver
 
     def wait() -> None:
         while True:
-            received = signal.sigwaitinfo(_SIGNALS)
-            if received.si_signo == signal.SIGTERM and received.si_pid == run:
+            received = signal.sigtimedwait(_SIGNALS, 2)
+            if received is None:
+                if not run.is_alive():  # torch looks too, but then waits for a pipe that nobody empties any more
+                    os._exit(1)
+            elif received.si_signo == signal.SIGTERM and received.si_pid == run.pid:
                 os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

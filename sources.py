@@ -209,7 +209,7 @@ class ImageFolder(EncodedImages):
                     left_out += [file for file in files if not is_image(file) and not IGNORED.search(file)]
         log_left_out(left_out, root)
         super().__init__(Samples(names, targets), transform)
-        self.top = root
+        self.roots = [root]
         present = set(self.targets)
         empty = [name for name in found if index[name] not in present]
         if empty:
@@ -219,7 +219,7 @@ class ImageFolder(EncodedImages):
 
     def root(self, index: int) -> str:
         """Return the folder below which a sample's file lies."""
-        return self.top
+        return self.roots[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,14 +252,14 @@ class TarImages(EncodedImages):
 
     def __init__(
             self, paths: list[Path], part: str, transform: Callable | None = None, classes: list[str] | None = None):
-        self.paths = [str(path) for path in paths]
+        self.roots = [str(path) for path in paths]
         members = [
             Member(tar, name, *place) for tar, path in enumerate(paths) for name, place in tar_index(path).items()]
         images = [m for m in members if is_image(m.name)]
         of_part = [m for m in images if _part_folder(m.name) == part]
         if has_both(m.name for m in images):
             images = of_part
-        where = self.paths[0] + (f' and {len(paths) - 1} more' if paths[1:] else '')
+        where = self.roots[0] + (f' and {len(paths) - 1} more' if paths[1:] else '')
         if not images:
             raise ValueError(f'no images in {where}')
         labels = self._labels(members)
@@ -285,7 +285,7 @@ class TarImages(EncodedImages):
         index = index_of(self.classes, names, where)
         self.places = np.array([(m.tar, m.offset, m.size) for m in images], np.int64)
         super().__init__(
-            Samples([f'{self.paths[m.tar]}/{m.name}' for m in images], [index[name] for name in names]), transform)
+            Samples([f'{self.roots[m.tar]}/{m.name}' for m in images], [index[name] for name in names]), transform)
 
     def _labels(self, members: list[Member]) -> dict[tuple[int, str], str]:
         """Map (tar, key) to the class number that a .cls file contains."""
@@ -294,7 +294,7 @@ class TarImages(EncodedImages):
             if name.endswith('.cls'):
                 text = self._bytes(tar, offset, size).decode('ascii', 'replace').strip()
                 if not text.isdecimal():
-                    raise ValueError(f'{self.paths[tar]}/{name} holds {text[:20]!r}, not the number of a class')
+                    raise ValueError(f'{self.roots[tar]}/{name} holds {text[:20]!r}, not the number of a class')
                 labels[tar, key_of(name)] = str(int(text))
         return labels
 
@@ -302,16 +302,16 @@ class TarImages(EncodedImages):
             self, images: Sequence[Member], part: str, has_part_folder: bool) -> tuple[Sequence[Member], Sequence[str]]:
         """Return the images in the order of ImageFolder, and the class name of each."""
         names = _class_folders([m.name for m in images], part if has_part_folder else None)
-        if not any(names) and self.paths[1:] and Path(self.paths[0]).parent.name == part:  # part/CLASS.tar
-            names = [Path(self.paths[m.tar]).stem for m in images]
+        if not any(names) and self.roots[1:] and Path(self.roots[0]).parent.name == part:  # part/CLASS.tar
+            names = [Path(self.roots[m.tar]).stem for m in images]
         pairs = sorted(zip(names, images), key=lambda pair: (pair[0], *os.path.split(pair[1].name)))
         names, images = zip(*pairs)
         if not any(names):
-            names = _published_val_classes(Path(self.paths[0]), [m.name for m in images])
+            names = _published_val_classes(Path(self.roots[0]), [m.name for m in images])
         return images, names
 
     def _bytes(self, tar: int, offset: int, size: int) -> bytes:
-        with open(self.paths[tar], 'rb') as file:
+        with open(self.roots[tar], 'rb') as file:
             file.seek(offset)
             return file.read(size)
 
@@ -320,7 +320,7 @@ class TarImages(EncodedImages):
 
     def root(self, index: int) -> str:
         """Return the tar that contains a sample's file."""
-        return self.paths[self.places[index, 0]]
+        return self.roots[self.places[index, 0]]
 
     def keep(self, kept: Sequence[int]) -> None:
         super().keep(kept)
@@ -403,7 +403,7 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
     for file in files:
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # other ranks never see half a file
+            with tempfile.TemporaryDirectory(prefix='.', dir=file.parent) as folder:  # others never see half a file
                 np.savez(f'{folder}/index.npz', stamp=stamp, names=names, places=list(members.values()))
                 os.replace(f'{folder}/index.npz', file)
             return members

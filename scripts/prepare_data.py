@@ -13,11 +13,13 @@ import itertools
 import json
 import os
 import posixpath
+import shutil
 import sys
 import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import PIL
 from PIL import Image
@@ -28,10 +30,22 @@ import utils  # noqa: E402
 from checkpoints import lock_file, replacing, sync_folder  # noqa: E402
 from datasets import UnreadableImage, build_loader, one_line, open_undivided  # noqa: E402
 from options import Parser, count, number, path, positive  # noqa: E402
-from sources import DEVKIT, EncodedImages, find_devkit, find_part, has_part, key_of, open_image, printable  # noqa: E402
+from sources import (  # noqa: E402
+    DEVKIT,
+    IGNORED,
+    EncodedImages,
+    TarImages,
+    find_devkit,
+    find_part,
+    has_part,
+    key_of,
+    open_image,
+    printable,
+)
 from utils import TrainingFault, UsageError  # noqa: E402
 
 RECORD, LEFT_OUT = 'prepared.json', 'left_out.txt'
+JPEG_LIMIT = 65500  # pixels: the longest side that libjpeg writes
 
 
 class Encoder(Dataset):
@@ -73,7 +87,7 @@ class Encoder(Dataset):
         """Return an image of short sides as they shall be; smaller images as they are."""
         image = open_image(data)
         shortest = min(image.size)
-        if not self.short_side or shortest <= self.short_side:
+        if not self.short_side or shortest <= self.short_side or max(image.size) > JPEG_LIMIT:
             return data
         size = [round(side * self.short_side / shortest) for side in image.size]
         image, out = image.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
@@ -82,18 +96,42 @@ class Encoder(Dataset):
         return out.getvalue()
 
 
-def check_places(src: str, dst: Path) -> None:
-    """Raise ValueError if DST exists, or is inside of SRC."""
+def check_places(dst: Path, sources: list[str]) -> None:
+    """Raise ValueError if DST exists, or is inside of one of `sources`."""
     if os.path.lexists(dst):
         raise ValueError(f'{dst} exists: remove it, or give a folder that does not exist yet')
-    if Path(src).resolve() in dst.resolve().parents:
-        raise ValueError(f'{dst} is inside of {src}, and would be taken for a part of it: give another folder')
+    for source in sources:
+        if Path(source).resolve() in dst.resolve().parents:
+            raise ValueError(f'{dst} is inside of {source}, and would be taken for a part of it: give another folder')
 
 
 def open_parts(src: str) -> dict[str, EncodedImages]:
-    """Open the parts 'train' and 'val' of a source; a folder of classes is 'train'."""
+    """Open the parts 'train' and 'val' of a source; a folder of classes is 'train'.
+
+    Raises:
+        ValueError: one part alone, beside folders or tars that nobody would read.
+    """
     parts = {part: find_part(src, part, None, None) for part in ('train', 'val') if has_part(src, part)}
-    return parts or {'train': open_undivided(src, None, None)}
+    if not parts:
+        return {'train': open_undivided(src, None, None)}
+    if os.path.isdir(src):
+        read = {os.path.relpath(root, src).split('/')[0] for images in parts.values() for root in images.roots}
+        left = sorted(entry.name for entry in os.scandir(src) if entry.name not in read
+                      and (entry.is_dir() or entry.name.endswith('.tar')) and not IGNORED.search(entry.name))
+        names = printable(', '.join(left[:5]) + ', ...' * (len(left) > 5))
+        if left and len(parts) == 1:
+            raise ValueError(f'{src} has {names} beside {min(parts)}, which would not be read: name the parts train '
+                             'and val, and move away what is no part')
+        if left:
+            utils.logger.warning('not read: %s', names)
+    return parts
+
+
+def folders_of(images: EncodedImages) -> list[str]:
+    """List the folders that a source's images are found in, class folders and links included."""
+    if isinstance(images, TarImages):
+        return []
+    return [*images.roots, *(entry.path for entry in os.scandir(images.roots[0]) if entry.is_dir())]
 
 
 def names_in_tars(images: EncodedImages, part: str) -> list[str]:
@@ -108,7 +146,7 @@ def names_in_tars(images: EncodedImages, part: str) -> list[str]:
     names, keys = [], []
     for i, (file, target) in enumerate(images.samples):
         root, label = images.root(i), images.classes[target]
-        *folders, base = file[len(root) + 1:].split('/')
+        *folders, base = file[len(root) + 1:].lstrip('/').split('/')  # tars may have absolute names
         if images.has_labels:
             names.append('/'.join([*folders, base]))
             continue
@@ -134,18 +172,32 @@ def divide(images: EncodedImages, most: int) -> list[Sequence[int]]:
     return [group[i:i + most] for group in groups for i in range(0, len(group), most)]
 
 
-def open_folder(folder: Path, settings: dict) -> None:
-    """Make the folder DST.incomplete, or check that it was begun with the same settings."""
+def open_folder(folder: Path, settings: dict, skip_damaged: bool) -> BinaryIO:
+    """Make the folder DST.incomplete, or check that it was begun with the same settings, and lock it.
+
+    Raises:
+        ValueError: a folder of other settings or of another command, or one that another process writes to.
+    """
     record = folder / RECORD
     if record.exists():
-        begun = json.loads(record.read_text())
-        other = [f'{key} {begun.get(key)}, now {value}' for key, value in settings.items() if begun.get(key) != value]
-        if other:
-            raise ValueError(f'{folder} was begun with other settings ({other[0]}): remove it to start over')
+        try:
+            begun = dict(json.loads(record.read_text()))
+        except (TypeError, ValueError):
+            raise ValueError(f'{record} is damaged: remove {folder} to start over') from None
+        other = [f'{key} {begun.get(key)}, now {value}' for key, value in settings.items()
+                 if key not in ('images', 'names_sha256') and begun.get(key) != value]
+        if other or settings != begun:
+            raise ValueError(f'{folder} was begun with other '
+                             f'{f"settings ({other[0]})" if other else "files in the source"}: remove it to start over')
     elif folder.exists() and any(not file.name.startswith('.') for file in folder.iterdir()):
         raise ValueError(f'{folder} is in the way: this command has not made it')
     folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_file(folder / '.lock')
+    if not skip_damaged and (left_out := read_left_out(folder)):
+        raise ValueError(f'{folder} leaves out {len(left_out)} images ({LEFT_OUT}): give --skip-damaged again, or '
+                         'remove it to start over')
     write(record, json.dumps(settings, indent=1).encode() + b'\n')
+    return lock
 
 
 def read_left_out(folder: Path) -> dict[str, str]:
@@ -200,6 +252,8 @@ def write_part(folder: Path, part: str, images: EncodedImages, names: list[str],
             if after != before:
                 write(folder / LEFT_OUT, ''.join(f'{name}\t{reason}\n' for name, reason in after.items()).encode())
     progress.close()
+    del encoded
+    loader.stop()
     if names[0].count('/') == 1 and not images.has_labels:  # published validation images, without class folders
         write(folder / DEVKIT, find_devkit(Path(images.root(0))).read_bytes())
 
@@ -214,8 +268,11 @@ def verify_part(folder: Path, part: str, images: EncodedImages, names: list[str]
     left_out = read_left_out(folder)
     kept = [(name, images.classes[label]) for name, (source, label) in zip(names, images.samples)
             if printable(source) not in left_out]
-    missing = set(images.classes) - {label for _, label in kept}
-    if missing and not images.has_labels:
+    if not kept:
+        raise UsageError(f'no image of {part} can be decoded')
+    # classes of shards are numbers below the largest
+    missing = set(images.classes[-1:] if images.has_labels else images.classes) - {label for _, label in kept}
+    if missing:
         raise UsageError(f'no image of class {min(missing)} can be decoded: remove the class from the source, and '
                          f'{folder} to start over')
     try:
@@ -225,6 +282,7 @@ def verify_part(folder: Path, part: str, images: EncodedImages, names: list[str]
         for images_in_batch in loader:
             progress.step({'batch': str(images_in_batch)} if progress.due() else None)
         progress.close()
+        loader.stop()
     except (UnreadableImage, ValueError) as error:
         raise TrainingFault(f'{getattr(error, "line", error)}, as written by this command: check the disk, remove that '
                             'tar, and give the same command again') from None
@@ -256,16 +314,11 @@ def main(args: argparse.Namespace) -> None:
     args.src, dst = os.path.abspath(args.src), Path(os.path.abspath(args.dst))
     folder = dst.with_name(f'{dst.name}.incomplete')
     with utils.usage_errors():
-        check_places(args.src, dst)
+        check_places(dst, [args.src])
         parts = open_parts(args.src)
         names = {part: names_in_tars(images, part) for part, images in parts.items()}
-        samples = {part: hashlib.sha256(os.fsencode('\0'.join(names[part]))).hexdigest() for part in parts}
-        check_places(args.src, dst)  # another process may have made DST in the meantime
-        open_folder(folder, {
-            'source': args.src, 'short_side': args.short_side, 'quality': args.quality,
-            'resize_val': args.resize_val, 'images_per_tar': args.images_per_tar, 'Pillow': PIL.__version__,
-            'images': {part: len(images) for part, images in parts.items()}, 'names_sha256': samples})
-        lock = lock_file(folder / '.lock')
+        # again: another process may have made DST in the meantime
+        check_places(dst, [args.src, *(folder for images in parts.values() for folder in folders_of(images))])
     began = time.monotonic()
     for part, images in parts.items():
         is_resized = part == 'train' or args.resize_val
@@ -273,22 +326,34 @@ def main(args: argparse.Namespace) -> None:
                           f'short sides of at most {args.short_side} pixels' if is_resized
                           else 'copied byte for byte (--resize-val makes them smaller too)')
     try:
+        lock = open_folder(folder, {
+            'source': args.src, 'short_side': args.short_side, 'quality': args.quality,
+            'resize_val': args.resize_val, 'images_per_tar': args.images_per_tar, 'Pillow': PIL.__version__,
+            'images': {part: len(images) for part, images in parts.items()},
+            'names_sha256': {part: hashlib.sha256(os.fsencode('\0'.join(names[part]))).hexdigest() for part in parts},
+        }, args.skip_damaged)
         for part, images in parts.items():
             write_part(folder, part, images, names[part], args)
         for part, images in parts.items():
             verify_part(folder, part, images, names[part], args.num_workers)
+        for rest in folder.glob('.*tmp*'):  # of processes that were killed
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         folder.rename(dst)
         (dst / '.lock').unlink()
         sync_folder(dst.parent)
+        lock.close()
     except UnreadableImage as error:
         raise UsageError(f'{error.line}: mend the image; the same command then resumes') from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     except OSError as error:
         raise TrainingFault(utils.explain(error) or f'cannot write to {folder} ({error.strerror}): make room or mend '
                             'the disk; the same command then resumes') from None
-    lock.close()
     size = sum(tar.stat().st_size for tar in dst.glob('*.tar'))
     utils.logger.info('%s: %.3f GB in tars, written and read again in %.1f s, for train.py --data-path %s',
                       dst, size / 1e9, time.monotonic() - began, dst)
+    if left_out := read_left_out(dst):
+        utils.logger.warning('%d images are left out: %s', len(left_out), dst / LEFT_OUT)
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -247,7 +247,7 @@ def test_damaged_images_stop_the_work_unless_they_may_be_left_out(damaged, worke
     run(*argv, '--skip-damaged')
     left_out = dict(line.split('\t') for line in (tmp_path / 'dst' / 'left_out.txt').read_text().splitlines())
     assert [Path(name).stem for name in left_out] == ['03', '04'] and 'truncated' in list(left_out.values())[1]
-    assert capsys.readouterr().out.count('left out: ') == 2
+    assert capsys.readouterr().out.count('\nleft out: ') == 2
     made = find_part(str(tmp_path / 'dst'), 'train', None, None)
     source = find_part(str(damaged), 'train', None, None)
     assert listed(made) == [(name, label) for name, label in listed(source) if name[:2] not in ('03', '04')]
@@ -268,7 +268,9 @@ def test_an_image_that_is_mended_after_a_kill_is_not_left_out(damaged, photograp
     monkeypatch.undo()
     assert (tmp_path / 'dst.incomplete' / 'left_out.txt').read_text().count('\n') == 1
     shutil.copytree(photographs, damaged, dirs_exist_ok=True)
-    run(*argv)
+    with pytest.raises(UsageError, match='leaves out 1 images .left_out.txt.: give --skip-damaged again, or remove it'):
+        run(*argv)
+    run(*argv, '--skip-damaged')
     assert len(find_part(str(tmp_path / 'dst'), 'train', None, None)) == 60
     assert not (tmp_path / 'dst' / 'left_out.txt').read_text()
 
@@ -279,6 +281,60 @@ def test_a_class_of_damaged_images_alone_is_named(damaged, tmp_path):
     with pytest.raises(UsageError, match='^no image of class c can be decoded: remove the class from the source, and '):
         run(damaged, tmp_path / 'dst', '--skip-damaged')
     assert not (tmp_path / 'dst').exists()
+    shutil.rmtree(tmp_path / 'dst.incomplete')
+    for file in (damaged / 'train').rglob('*.*'):
+        file.write_bytes(b'')
+    with pytest.raises(UsageError, match='^no image of train can be decoded$'):
+        run(damaged, tmp_path / 'dst', '--skip-damaged')
+
+
+def test_the_number_of_classes_of_shards_stays(photographs, tmp_path):
+    files = sorted((photographs / 'train').rglob('*.*'))[:4]
+    members(tmp_path / 'train.tar', *(entry for i, file in enumerate(files) for entry in (
+        (f'/abs/{i}{file.suffix}', file.read_bytes() if i < 3 else b'no image'), (f'/abs/{i}.cls', b'%d' % (2 * i)))))
+    with pytest.raises(UsageError, match='^no image of class 6 can be decoded'):
+        run(tmp_path / 'train.tar', tmp_path / 'dst', '--skip-damaged')
+    shutil.rmtree(tmp_path / 'dst.incomplete')
+    (tmp_path / '.train.tar.index.npz').unlink()
+    members(tmp_path / 'train.tar', *(entry for i, file in enumerate(files) for entry in (
+        (f'/abs/{i}{file.suffix}', file.read_bytes()), (f'/abs/{i}.cls', b'%d' % (2 * i)))))
+    run(tmp_path / 'train.tar', tmp_path / 'dst')
+    assert find_part(str(tmp_path / 'dst'), 'train', None, None).targets == [0, 2, 4, 6]
+
+
+def test_what_nobody_would_read_is_named(photographs, tmp_path, capsys):
+    shutil.copytree(photographs, tmp_path / 'src')
+    (tmp_path / 'src' / 'test' / 'a').mkdir(parents=True)
+    run(tmp_path / 'src', tmp_path / 'dst')
+    assert 'not read: test\n' in capsys.readouterr().out
+    (tmp_path / 'src' / 'train').rename(tmp_path / 'src' / 'training')
+    with pytest.raises(UsageError, match='src has test, training beside val, which would not be read: name the parts'):
+        run(tmp_path / 'src', tmp_path / 'other')
+
+
+def test_a_destination_inside_of_a_linked_part_is_refused(photographs, tmp_path):
+    shutil.copytree(photographs, tmp_path / 'store')
+    (tmp_path / 'src' / 'train').mkdir(parents=True)
+    for label in 'abc':
+        (tmp_path / 'src' / 'train' / label).symlink_to(tmp_path / 'store' / 'train' / label)
+    with pytest.raises(UsageError, match='dst is inside of .*src/train/b, and would be taken for a part of it'):
+        run(tmp_path / 'src', tmp_path / 'store' / 'train' / 'b' / 'dst')
+
+
+def test_killed_the_loader_processes_end(photographs, tmp_path, monkeypatch):
+    """Their results fill a pipe, which nobody empties any more."""
+    monkeypatch.setattr(prepare_data.Encoder, '__getitem__', lambda self, index: bytes(2 ** 20))
+    process, = nano.start([photographs, tmp_path / 'dst', '--images-per-tar', 5, '--num-workers', 2],
+                          command='prepare_data')
+    while not (children := Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()) or not list(
+            (tmp_path / 'dst.incomplete').glob('*.tar')):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    until = time.monotonic() + 20
+    while any(Path(f'/proc/{child}').exists() for child in children):
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_source_that_stops_answering_is_no_damage(photographs, tmp_path, monkeypatch):
@@ -344,6 +400,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(photographs, tmp_path, mon
     (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
     (tmp_path / 'taken.incomplete').mkdir()
     (tmp_path / 'taken.incomplete' / 'thesis.txt').touch()
+    (tmp_path / 'torn.incomplete').mkdir()
+    (tmp_path / 'torn.incomplete' / 'prepared.json').write_text('[1]')
     (tmp_path / 'twice').mkdir()
     for name in 'x', 'y':
         members(tmp_path / 'twice' / f'train-{name}.tar', ('a/0.jpg', b''), ('b/0.jpg', b''))
@@ -358,7 +416,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(photographs, tmp_path, mon
             ((src, src), 'src exists'), ((src, 'file'), 'file exists'), ((src, 'link'), 'link exists'),
             ((src, src / 'dst'), 'dst is inside of .*src, and would be taken for a part of it'),
             ((src, src / 'train' / '..' / 'dst'), 'dst is inside of .*src'),
-            ((src, tmp_path / 'file' / 'dst'), 'Not a directory'),
+            ((src, 'torn'), 'prepared.json is damaged: remove .*torn.incomplete to start over'),
             ((src, 'taken'), 'taken.incomplete is in the way: this command has not made it'),
             ((tmp_path / 'twice', 'dst'), 'train-x.tar/a/0.jpg and .*train-y.tar/a/0.jpg would have one name')):
         monkeypatch.chdir(tmp_path)
@@ -366,6 +424,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(photographs, tmp_path, mon
             run(*argv)
         assert '\n' not in str(stop.value)
         assert [file for file in names() if not file.name.endswith('.npz')] == before
+    with pytest.raises(TrainingFault, match='cannot write to .*dst.incomplete .Not a directory.: make room or mend'):
+        run(src, tmp_path / 'file' / 'dst')
     for argv, words in (
             ([], 'SRC, DST'), ([src, 'dst', '--short-side', '0'], '--short-side: 0 is not at least 1'),
             ([src, 'dst', '--quality', '101'], '--quality: 101 is not at least 1 and at most 100'),
@@ -387,6 +447,12 @@ def test_other_settings_do_not_mix(photographs, tmp_path, monkeypatch):
     shutil.copytree(photographs, tmp_path / 'other')
     with pytest.raises(UsageError, match='other settings .source'):
         run(tmp_path / 'other', tmp_path / 'dst')
+    shutil.copytree(photographs, tmp_path / 'mine')
+    with pytest.raises(TrainingFault):
+        run(tmp_path / 'mine', tmp_path / 'dst2')
+    next((tmp_path / 'mine').rglob('*.jpg')).unlink()
+    with pytest.raises(UsageError, match='dst2.incomplete was begun with other files in the source: remove it'):
+        run(tmp_path / 'mine', tmp_path / 'dst2')
 
 
 def test_two_at_once_do_not_mix(photographs, tmp_path, monkeypatch):

@@ -264,7 +264,7 @@ def test_validation_is_never_the_training_tar(images, tmp_path):
             build_dataset('IMNET', False, str(train), 32)
     val = pack(tmp_path / 'val.tar', images / 'val')
     for path in (tmp_path / 'train.tar', tmp_path, val):
-        assert [build_dataset('IMNET', is_train, str(path), 32).paths for is_train in (True, False)] == [
+        assert [build_dataset('IMNET', is_train, str(path), 32).roots for is_train in (True, False)] == [
             [str(tmp_path / 'train.tar')], [str(val)]]
     with pytest.raises(ValueError, match='photos.tar has no validation images'):  # whose val.tar is not known
         build_dataset('IMNET', False, str(tmp_path / 'photos.tar'), 32)
