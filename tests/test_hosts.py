@@ -217,10 +217,10 @@ def test_two_hosts_train_as_two_local_ranks_do(flags, tmp_path):
 
 @pytest.mark.soak
 @needs_hosts
-def test_the_line_of_the_readme_runs_as_it_stands(images, tmp_path):
+def test_the_line_of_the_docs_runs_as_it_stands(images, tmp_path):
     """On two hosts, with eight processes of the real train.py on each."""
-    readme = (ROOT / 'README.md').read_text()
-    command, = re.findall(r'^    (torchrun --nnodes .* train\.py) \.\.\.$', readme, re.MULTILINE)
+    page = (ROOT / 'docs' / 'training.md').read_text()
+    command, = re.findall(r'^    (torchrun --nnodes .* train\.py) \.\.\.$', page, re.MULTILINE)
     flags = (f'--data-path {images} --output-dir {tmp_path}/run --model cmt_ti --input-size 32 --batch-size 2 '
              '--num-workers 0 --epochs 1 --cooldown-epochs 0').split()
     output = tmp_path / 'out.txt'
