@@ -223,7 +223,7 @@ def get_parser() -> argparse.ArgumentParser:
                    "'auto': the newest good checkpoint in --output-dir, if any")
     g.add_argument('--finetune', type=path, default='', metavar='FILE|NAME',
                    help='weights to start from, of any input size and number of classes: a file, or the name of a '
-                   'model of timm or of the Hugging Face hub; a checkpoint found by --resume takes precedence')
+                   'CMT of timm or of the Hugging Face hub; a checkpoint found by --resume takes precedence')
     g.add_argument('--overwrite', action='store_true', help='replace the run in --output-dir')
     g.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume and stop')
     g.add_argument('--throughput', action='store_true', help='measure images/s of the forward pass and stop')

@@ -519,6 +519,10 @@ def describe(run: Run) -> None:
         logger.warning('the warm-up of %d epochs is as long as the training: the learning rate never reaches %g. '
                        'Use --warmup-epochs %d.', args.warmup_epochs, learning_rate(args, run.sampler),
                        max(1, args.epochs // 20) if args.epochs > 1 else 0)
+    rate = learning_rate(args, run.sampler)
+    if rate < args.min_lr and utils.get_rank() == 0:
+        logger.warning('the learning rate %g is below --min-lr %g, so it rises towards the end. Use --min-lr %.2g.',
+                       rate, args.min_lr, rate / 100)
     initial = args.model_ema_decay ** updates  # share of the initial weights in the EMA at the end
     if run.ema is not None and initial > 0.05 and utils.get_rank() == 0:
         logger.warning('EMA decay %g is too slow for %d updates: %.0f%% of its weights would still be initial. '

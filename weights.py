@@ -128,7 +128,8 @@ def read(source: str) -> dict[str, Any]:
     try:
         model = timm.create_model(source, pretrained=True)
     except Exception as error:  # clients of hubs raise anything
-        raise ValueError(f'{source} could not be fetched: {_first_line(error)}') from None
+        raise ValueError(f'{source} could not be fetched ({_first_line(error)}): download it elsewhere, and give its '
+                         'file') from None
     args = {'model': model.pretrained_cfg.get('architecture'), 'input_size': getattr(model, 'img_size', None)}
     return {'model': model.state_dict(), 'args': args, 'classes': model.pretrained_cfg.get('label_names')}
 

@@ -904,6 +904,8 @@ def test_another_number_of_training_images_is_said(flags, whole, renamed, tmp_pa
     (['--epochs', 2, '--warmup-epochs', 5], 'the warm-up of 5 epochs is as long as the training: the learning rate '
      'never reaches 0.003125. Use --warmup-epochs 1.'),
     (['--epochs', 3, '--cooldown-epochs', 2], '5 epochs, 2 of them cool-down'),
+    (['--epochs', 3, '--min-lr', 0.01], 'the learning rate 0.003125 is below --min-lr 0.01, so it rises towards the '
+     'end. Use --min-lr 3.1e-05.'),
     (['--epochs', 3, '--batch-size', 4096], 'learning rate 0.0195312 = 0.1 x 100 / 512 (global batch = 4096 x 2 '
      'accumulated x 1 processes; an epoch has only 100), cpu, float32'),
 ])
