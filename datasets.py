@@ -3,6 +3,7 @@
 Loaders yield uint8 images (B, 3, H, W) and class indices (B,). Normalisation, random erasing and mixup are applied to
 the whole batch on the device (engine.py).
 """
+import contextlib
 import itertools
 import json
 import logging
@@ -303,6 +304,15 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
+@contextlib.contextmanager
+def _signals_blocked():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Loader(DataLoader):
     """Protect the processes of torch's DataLoader from signals that the run itself did not send.
 
@@ -318,21 +328,15 @@ class _Loader(DataLoader):
 
     def stop(self) -> None:
         """End the loader processes; the next iteration starts others."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # Python ignores a KeyboardInterrupt in __del__
-        try:
+        with _signals_blocked():  # Python ignores a KeyboardInterrupt in __del__
             self.started = self._iterator = None
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __iter__(self):
         if self.started is not None:
             batches, self.started = self.started, None
             return batches
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
+        with _signals_blocked():
             return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

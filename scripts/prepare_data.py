@@ -84,7 +84,7 @@ class Encoder(Dataset):
                 f'cannot decode {name} ({one_line(error)}; --skip-damaged leaves such images out)') from error
 
     def encode(self, data: bytes) -> bytes:
-        """Return an image of short sides as they shall be; smaller images as they are."""
+        """Return the bytes of an image, encoded anew if its short side is too long."""
         image = open_image(data)
         shortest = min(image.size)
         if not self.short_side or shortest <= self.short_side or max(image.size) > JPEG_LIMIT:
@@ -277,6 +277,9 @@ def verify_part(folder: Path, part: str, images: EncodedImages, names: list[str]
                          f'{folder} to start over')
     try:
         written = find_part(str(folder), part, None, None)
+        if kept != [(file[len(written.root(i)) + 1:], written.classes[label])
+                    for i, (file, label) in enumerate(written.samples)]:
+            raise TrainingFault(f'the images of {part} in {folder} are not those of the source, in its order')
         loader = build_loader(Encoder(written, None), 16, num_workers=num_workers, collate_fn=len)
         progress = utils.Progress(f'verify {part}', len(loader), every=500)
         for images_in_batch in loader:
@@ -286,9 +289,6 @@ def verify_part(folder: Path, part: str, images: EncodedImages, names: list[str]
     except (UnreadableImage, ValueError) as error:
         raise TrainingFault(f'{getattr(error, "line", error)}, as written by this command: check the disk, remove that '
                             'tar, and give the same command again') from None
-    if kept != [(file[len(written.root(i)) + 1:], written.classes[label])
-                for i, (file, label) in enumerate(written.samples)]:
-        raise TrainingFault(f'the images of {part} in {folder} are not those of the source, in its order')
 
 
 def build_parser() -> Parser:
@@ -297,12 +297,13 @@ def build_parser() -> Parser:
     parser.add_argument('src', type=path, metavar='SRC', help='folder, tar or shards as --data-path of train.py takes')
     parser.add_argument('dst', type=path, metavar='DST', help='folder to make, for --data-path')
     parser.add_argument('--short-side', type=positive, default=320, metavar='PIXELS',
-                        help='longest short side of an image; smaller images are copied byte for byte (default: 320)')
+                        help='images whose short side is longer are made smaller, others are copied byte for byte '
+                        '(default: 320)')
     parser.add_argument('--quality', type=number(int, 1, 100), default=92, help='of the JPEGs (default: 92)')
     parser.add_argument('--resize-val', action='store_true',
                         help='make validation images smaller too; without the flag they are copied byte for byte')
     parser.add_argument('--skip-damaged', action='store_true',
-                        help=f'leave out images that cannot be read, and list them in {LEFT_OUT} in DST')
+                        help=f'leave out images that cannot be decoded, and list them in {LEFT_OUT} in DST')
     parser.add_argument('--images-per-tar', type=positive, default=5000, help='most images in a tar (default: 5000)')
     parser.add_argument('--num-workers', type=count, default=utils.cores(), metavar='N',
                         help='processes that read and encode; 0 for none but the main one (default: the cores here)')
