@@ -303,6 +303,7 @@ def exit_now(status: int) -> None:
     for thread in threading.enumerate():
         if thread.name == 'checkpoint':
             thread.join()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
@@ -326,7 +327,11 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
         sys.stderr.write(f'{prog}: error: {line}\n')
 
     try:
-        main(args)
+        try:
+            main(args)
+        except (ConnectionError, EOFError):
+            time.sleep(5)  # the pipes of a loader process close before its SIGCHLD, by which torch names it
+            raise
         status = 0
     except (UsageError, TrainingFault) as error:
         launch = options.read_launch()
