@@ -411,7 +411,9 @@ def draw(model: nn.Module, data: Detections, device: torch.device, images: int =
                     cell = draw_segmentation_masks(cell, v2.functional.resize(masks, size)[:, 0] > 0.5, 0.5, colors)
                 cell = draw_bounding_boxes(cell, factor * found['boxes'], names, colors, width=2, label_colors='white',
                                            fill_labels=True)
-            cells.append(v2.functional.pad(cell, [0, 0, width - size[1], height - size[0]], fill=255))
+            cells.append(cell)
+    height, width = (max(cell.shape[i] for cell in cells) for i in (1, 2))
+    cells = [v2.functional.pad(cell, [0, 0, width - cell.shape[2], height - cell.shape[1]], fill=255) for cell in cells]
     return to_pil_image(make_grid(cells, 4, padding=6, pad_value=255))
 
 
