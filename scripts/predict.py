@@ -6,8 +6,8 @@ Print the most probable classes of images, as a table, JSON or CSV. IMAGE is a f
     find photos -newer last | python scripts/predict.py cmt_s - --csv
     curl -s https://example.org/cat.jpg | python scripts/predict.py cmt_s -
 
---picture draws a sheet: each image after resizing and cropping, the Grad-CAM of the last stage for the first answer,
-and the answers. An image that cannot be read is reported and left out (exit status 1).
+--picture draws a sheet: each image after resizing and cropping, the Grad-CAM of the first answer, and the answers.
+An image that cannot be read is reported and left out (exit status 1).
 """
 import argparse
 import csv
@@ -124,13 +124,15 @@ def grad_cam(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torc
         images: (B, 3, H, W), normalised.
 
     Returns:
-        Logits (B, classes), and maps (B, H, W) in [0, 1]: the positive part of the last stage's channels, each
-        weighted by the mean gradient of the largest logit.
+        Logits (B, classes), and maps (B, H, W) in [0, 1]: the positive part of a stage's channels, each weighted by
+        the mean gradient of the largest logit. The stage is the last that has 4 x 4 positions or more: the fourth from
+        128 px on, the second at 32 px, where the fourth has one position.
     """
+    depth = max(n for n in (2, 3, 4) if min(images.shape[2:]) >= 4 * 2 ** (n + 1))
     with torch.enable_grad():
-        maps = model.stages(model.stem(images))  # (B, C, H / 32, W / 32)
+        maps = model.stages[:depth](model.stem(images))  # (B, C, H / 2^(depth + 1), W / 2^(depth + 1))
         maps = maps.detach().requires_grad_()
-        logits = model.forward_head(model.head_proj(maps))
+        logits = model.forward_head(model.head_proj(model.stages[depth:](maps)))
         gradient, = torch.autograd.grad(logits.amax(dim=-1).sum(), maps)
     cam = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True).relu()
     cam = F.interpolate(cam.detach(), size=images.shape[2:], mode='bilinear', align_corners=False)[:, 0]

@@ -177,25 +177,30 @@ def test_mistakes(place, mistake, argv, reason):
     assert reason in mistake(predict, *argv)
 
 
-def test_grad_cam_is_its_definition(place):
+@pytest.mark.parametrize('size, depth', [(32, 2), (64, 3), (128, 4)])
+def test_grad_cam_is_its_definition(place, size, depth):
     """Compare with finite differences of the largest logit, in float64."""
     model = nano.warm(num_classes=6).double()
+    model.set_input_size(size)
     images = torch.cat([expected('photos/a.png')[1], expected('photos/b.JPEG')[1]]).double()
+    images = F.interpolate(images, size=(size, size), mode='bilinear')
     logits, cams = predict.grad_cam(model, images)
     with torch.no_grad():
         torch.testing.assert_close(logits, model(images))
-        maps = model.stages(model.stem(images))
+        maps = model.stages[:depth](model.stem(images))
+        assert maps.shape[2:] == (4, 4)
         for i in range(2):
             top = logits[i].argmax()
             gradient = torch.zeros_like(maps[i])
             for at in np.ndindex(*gradient.shape):
                 moved = maps[i].clone()
                 moved[at] += 1e-5
-                gradient[at] = (model.forward_head(model.head_proj(moved[None]))[0, top] - logits[i, top]) / 1e-5
+                moved = model.head_proj(model.stages[depth:](moved[None]))
+                gradient[at] = (model.forward_head(moved)[0, top] - logits[i, top]) / 1e-5
             cam = (gradient.mean((1, 2))[:, None, None] * maps[i]).sum(0).clamp(min=0)
-            cam = F.interpolate(cam[None, None], size=(64, 64), mode='bilinear')[0, 0]
+            cam = F.interpolate(cam[None, None], size=(size, size), mode='bilinear')[0, 0]
             torch.testing.assert_close(cams[i], cam / cam.max().clamp(min=1e-12), rtol=1e-3, atol=1e-3)
-    assert cams.shape == (2, 64, 64) and cams.max() <= 1 and cams.min() >= 0
+    assert cams.shape == (2, size, size) and cams.max() <= 1 and cams.min() >= 0
 
 
 @pytest.mark.parametrize('count', [1, 2, 7])
