@@ -381,6 +381,16 @@ def get_parser() -> argparse.ArgumentParser:
         '--patience-epochs': 'it belongs to the plateau schedule, whose state a restart cannot repeat',
         '--resplit': 'it needs augmentation splits, which no recipe uses',
         '--init-method': 'use --dist-url',
+        # of DeiT and ConvNeXt
+        '--dist-eval': 'the evaluation is always shared by all processes, and exact',
+        '--nb-classes': 'the number of classes is that of the data',
+        '--unscale-lr': '--lr is for a global batch of 512',
+        '--update-freq': 'use --accum-steps',
+        '--auto-resume': 'use --resume auto',
+        '--use-amp': 'use --amp-dtype',
+        '--eval-data-path': '--data-path contains train and val',
+        '--eval-crop-ratio': 'evaluation crops the middle 0.875 of the short side',
+        '--warmup-steps': 'use --warmup-epochs',
         '--debug': 'it left out a FLOPs count, which scripts/profile_flops.py now makes apart from training',
     }.items():
         parser.add_argument(flag, action=Refused, reason=reason)

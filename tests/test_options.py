@@ -39,7 +39,7 @@ AUTHORS = """--drop 0.1 | --model-ema | --model-ema-force-cpu | --opt adamw | --
     --start_epoch 2 | --eval --resume x | --num_workers 1 | --pin-mem | --no-pin-mem | --apex-opt-level O2 |
     --throughput | --world_size 8 | --dist_url env:// | --local_rank 1"""
 REFUSED = """--drop-block 0.1 | --patience-epochs 5 | --resplit | --debug | --update_temperature | --warmup-drop-path |
-    --warmup-drop-path-epochs 100 | --init_method x"""
+    --warmup-drop-path-epochs 100 | --init_method x | --dist-eval | --nb_classes 10 | --auto_resume true"""
 
 
 @pytest.fixture

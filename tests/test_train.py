@@ -222,6 +222,10 @@ def test_eval_prints_what_the_log_has_from_the_validation_folder_alone(
     out = capsys.readouterr().out.splitlines()
     assert f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}' in out
     assert f'Accuracy of the network on the 27 test images: {acc1:.3f}%' in out
+    assert not [line for line in out if 'was trained at' in line]
+    nano.train([*flags, '--data-path', tmp_path, '--eval', '--resume', whole / name, '--input-size', 64])
+    out = capsys.readouterr().out
+    assert f'{whole / name} was trained at 32 px, and is evaluated at 64. Use --input-size 32 for its own size.' in out
     assert [path.name for path in tmp_path.iterdir()] == ['val']
 
 
