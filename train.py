@@ -529,9 +529,10 @@ def describe(run: Run) -> None:
                        rate, args.min_lr, rate / 100)
     initial = args.model_ema_decay ** updates  # share of the initial weights in the EMA at the end
     if run.ema is not None and initial > 0.05 and utils.get_rank() == 0:
-        logger.warning('EMA decay %g is too slow for %d updates: %.0f%% of its weights would still be initial. '
-                       'Use --model-ema-decay %.4g or --no-model-ema.',
-                       args.model_ema_decay, updates, 100 * initial, 1 - 10 / max(updates, 20))
+        logger.warning('EMA decay %g is too slow for %d updates: %.0f%% of its weights would still be initial, in '
+                       'evaluation, prediction and export too. Use %s--no-model-ema.',
+                       args.model_ema_decay, updates, 100 * initial,
+                       f'--model-ema-decay {1 - 10 / updates:.4g} or ' if updates >= 20 else '')
     if run.state.epoch >= run.num_epochs:
         logger.info('nothing left to do: %d of %d epochs are done', run.state.epoch, run.num_epochs)
 

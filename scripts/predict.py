@@ -266,7 +266,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
         model = build_model(weights, **size)
         known = weights.classes_for(model)
         if weights.kind == 'model_ema':
-            print('using the EMA of the weights; --model-weights uses the weights', file=sys.stderr)
+            print('; '.join(['using the EMA of the weights (--model-weights uses the weights)', *weights.notes]),
+                  file=sys.stderr)
     if model.img_size[0] != model.img_size[1]:
         raise ValueError(f'{args.model} has an input of {model.img_size[0]}x{model.img_size[1]}, evaluation crops '
                          'squares: give an --input-size')

@@ -223,6 +223,8 @@ def test_eval_prints_what_the_log_has_from_the_validation_folder_alone(
     assert f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}' in out
     assert f'Accuracy of the network on the 27 test images: {acc1:.3f}%' in out
     assert not [line for line in out if 'was trained at' in line]
+    share = 0.9 ** nano.read(whole, name)['optimizer']['state'][0]['step'].item()
+    assert any(f'{share:.0%} of this EMA is still what the run began with' in line for line in out) is ema
     nano.train([*flags, '--data-path', tmp_path, '--eval', '--resume', whole / name, '--input-size', 64])
     out = capsys.readouterr().out
     assert f'{whole / name} was trained at 32 px, and is evaluated at 64. Use --input-size 32 for its own size.' in out
@@ -812,11 +814,17 @@ def test_a_run_that_waits_for_data_says_so(flags, monkeypatch, capsys, pause, wo
     assert ('waits for data ' in said) == (pause > 0)
 
 
-@pytest.mark.parametrize('decay, warned', [(0.99996, True), (0.9, False)])
-def test_an_ema_decay_that_is_too_slow_is_warned_of(flags, capsys, decay, warned):
-    nano.train([*flags, '--epochs', 1, '--model-ema-decay', decay, '--seed', 1])
-    assert ('EMA decay 0.99996 is too slow for 6 updates: 100% of its weights would still be initial. Use '
-            '--model-ema-decay 0.5 or --no-model-ema.' in capsys.readouterr().out) == warned
+@pytest.mark.parametrize('decay, epochs, warning', [
+    (0.99996, 1, 'EMA decay 0.99996 is too slow for 6 updates: 100% of its weights would still be initial, in '
+                 'evaluation, prediction and export too. Use --no-model-ema.'),
+    (0.9, 4, 'EMA decay 0.9 is too slow for 24 updates: 8% of its weights would still be initial, in '
+             'evaluation, prediction and export too. Use --model-ema-decay 0.5833 or --no-model-ema.'),
+    (0.5, 1, None),
+])
+def test_an_ema_decay_that_is_too_slow_is_warned_of(flags, capsys, decay, epochs, warning):
+    nano.train([*flags, '--epochs', epochs, '--model-ema-decay', decay, '--seed', 1])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('EMA decay')]
+    assert said == ([warning] if warning else [])
 
 
 def test_digits_need_no_data(tmp_path):
