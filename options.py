@@ -3,6 +3,7 @@
 Nothing here imports torch, NumPy or timm: --help, a mistake and a plot need a tenth of a second instead of seconds.
 """
 import argparse
+import difflib
 import math
 import os
 import re
@@ -414,7 +415,10 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
             for arg in (sys.argv[1:] if argv is None else argv)]
     config = parser.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0].config
     from_config = config_flags(parser, config) if config else []
-    args = parser.parse_args(from_config + argv)
+    args, unknown = parser.parse_known_args(from_config + argv)
+    if unknown:
+        similar = difflib.get_close_matches(unknown[0].split('=')[0], parser._option_string_actions, 1)
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}' + ''.join(f' ({flag}?)' for flag in similar))
     moved = '' if any(arg.split('=')[0] == '--output-dir' for arg in argv) else find_moved_run(args)
     if moved:
         parser.error(moved)

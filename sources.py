@@ -187,8 +187,10 @@ class ImageFolder(EncodedImages):
     def __init__(self, root: str | Path, transform: Callable | None = None, classes: list[str] | None = None):
         root = str(root)
         if not os.path.isdir(root):
-            raise ValueError(f'no folder {root}: --data-path takes a folder that contains train/ and val/, or tars '
-                             'whose names begin with train and val; a folder of classes needs --val-split 0.1 too')
+            above = Path(root).parent
+            raise ValueError(f'no folder {root if above.is_dir() else above}: --data-path takes a folder that contains '
+                             'train/ and val/, or tars whose names begin with train and val; a folder of classes needs '
+                             '--val-split 0.1 too')
         with os.scandir(root) as listed:
             entries = [entry for entry in listed if not IGNORED.search(entry.name)]
         found = sorted(entry.name for entry in entries if entry.is_dir() and not leads_back(entry.path, ()))

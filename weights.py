@@ -474,7 +474,8 @@ def _check_names_and_shapes(model_state: dict, state: dict, kept: list[str], wei
                for name in model_state if name in state and state[name].shape != model_state[name].shape]
     if faults:
         variant = variant_of(weights.model_args)
-        origin = f' (it holds {variant})' if variant else ''
+        is_other = variant and variant != variant_of(model_args_of(model_state))
+        origin = f' (it holds {variant}: give --model {variant})' if is_other else ''
         more = f'; and {len(faults) - SHOWN} more' if len(faults) > SHOWN else ''
         raise ValueError(f'{weights.source} does not fit the model, its size or the number of classes{origin}: '
                          f'{len(faults)} tensors differ ({"; ".join(faults[:SHOWN])}{more})')

@@ -180,8 +180,10 @@ def draw_sheet(entries: list[dict[str, Any]], title: str, side: int = 224) -> Im
     width, height = gap + columns * (card_w + gap), header + rows * (card_h + gap)
     sheet = Image.new('RGB', (width, height), '#f1f3f4')
     draw = ImageDraw.Draw(sheet)
-    small, large = find_font('DejaVuSans', 13), find_font('DejaVuSans-Bold', 22)
-    legend = 'right: Grad-CAM of the first answer (blue to red)'
+    small = find_font('DejaVuSans', 13)
+    large = next((font for font in (find_font('DejaVuSans-Bold', size) for size in (22, 18, 15))
+                  if font.getlength(title) <= width - 2 * gap), small)
+    legend = 'right: what the first answer rests on (Grad-CAM, blue to red)'
     draw.text((gap, 20), shorten(title, large, width - 2 * gap), INK, large, anchor='lm')
     draw.text((gap, 43), shorten(legend, small, width - 2 * gap), GREY, small, anchor='lm')
     for i, entry in enumerate(entries):

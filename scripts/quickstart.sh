@@ -47,10 +47,11 @@ The run is in $output
     log.txt                                        a JSON object an epoch
     curves.png                                     its curves
 
-Next, ImageNet: a folder with train/ and val/, a folder a class in each, and for example 8 GPUs:
+Next, photographs of your own, in a folder for each class:
     source $VENV/bin/activate
     cd $root
-    torchrun --nproc-per-node 8 train.py --model cmt_s --data-path /path/to/imagenet --output_dir output/cmt_s \\
-        --batch-size 128 --input-size 224 --weight-decay 0.05 --drop-path 0.1 --epochs 300 \\
-        --test_freq 100 --test_epoch 260 --warmup-lr 1e-7 --warmup-epochs 20 --apex-amp
+    python train.py --config configs/digits.yaml --data-set IMNET --data-path photos --val-split 0.2 --epochs 30 \\
+        --hflip 0.5 --output-dir output/mine
+    python scripts/predict.py output/mine/checkpoint_ema_best.pth photos --picture answers.png
+ImageNet and all else: README.md
 END

@@ -43,7 +43,8 @@ def test_validation_uses_the_training_sets_classes(tmp_path):
 
 
 @pytest.mark.parametrize('path, words', [
-    (None, '--data-path is missing'), ('nowhere', 'no folder .*nowhere/train'), ('bare', 'no class folders in .*bare')])
+    (None, '--data-path is missing'), ('nowhere', 'no folder .*nowhere: .* a folder of classes needs --val-split'),
+    ('bare/train', 'no folder .*bare/train/train: '), ('bare', 'no class folders in .*bare')])
 def test_missing_data_is_one_line_of_advice(tmp_path, path, words):
     (tmp_path / 'bare' / 'train').mkdir(parents=True)
     with pytest.raises(ValueError, match=words):

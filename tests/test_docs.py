@@ -45,7 +45,8 @@ def test_flags_of_commands_exist(page, monkeypatch):
     for line in commands(page):
         script, flags = re.search(r'(\w+)\.py (.*)', line).groups()
         if script == 'train':
-            options.parse_args(shlex.split(flags.replace('--help', '')))
+            flags = re.sub(r'--help|--config output/\S+', '', flags)  # the file of a run that nobody has started here
+            options.parse_args(shlex.split(flags))
         else:
             source = (ROOT / 'scripts' / f'{script}.py').read_text()
             assert all(f"'{flag}'" in source for flag in re.findall(r'--[\w-]+', flags)), line

@@ -1,13 +1,18 @@
 """scripts/export.py: logits and metadata of exported models; mistakes."""
 import json
+import re
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from test_cmt import FIGURES, drawn
+from torchvision.transforms.functional import to_pil_image
 
 import export
 import nano
+from engine import Prepare
+from transforms import build_transform
 
 
 @pytest.fixture(scope='module')
@@ -61,6 +66,23 @@ def test_logits_and_metadata(checkpoint, tmp_path, capsys, suffix, allowed, fuse
         torch.testing.assert_close(logits, reference(checkpoint, 'model_ema', x), rtol=0, atol=allowed)
     assert (logits - reference(checkpoint, 'model', x)).abs().max() > 0.01
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_snippet_of_the_docs_gives_the_logits_of_evaluation(checkpoint, tmp_path, monkeypatch):
+    for package in ('onnx', 'onnxruntime', 'onnxscript'):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    export.main([str(checkpoint), 'pets.onnx'])
+    pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 7), size=(211, 150), mode='bicubic').clamp(0, 1)
+    image = to_pil_image(pixels[0])
+    image.save('photo.png')
+    page = Path(__file__).parents[1] / 'docs' / 'weights.md'
+    snippet = re.search(r'^```python\n(import json.*?)^```', page.read_text(), re.DOTALL | re.MULTILINE)[1]
+    names = {}
+    exec(snippet.replace('photo.jpg', 'photo.png'), names)
+    x = Prepare(torch.device('cpu'))(build_transform(False, 64)(image)[None], torch.zeros(1))[0]
+    expected = reference(checkpoint, 'model_ema', x)[0]
+    torch.testing.assert_close(torch.from_numpy(names['logits'][0]), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('flags, kind, sizes', [

@@ -556,7 +556,7 @@ def test_files_without_weights_of_the_model(tmp_path, capsys, monkeypatch, flag)
     refused(capsys, monkeypatch, 'no checkpoint at nowhere.pth', *flag, 'nowhere.pth')
     state = timm.create_model('cmt_s', img_size=32, num_classes=10, dtype=torch.bfloat16).state_dict()
     torch.save({'model': cmt.to_released(state)}, tmp_path / 's.pth')
-    refused(capsys, monkeypatch, 'it holds cmt_s', '--model', 'cmt_ti', *flag, tmp_path / 's.pth')
+    refused(capsys, monkeypatch, 'it holds cmt_s: give --model cmt_s', '--model', 'cmt_ti', *flag, tmp_path / 's.pth')
 
 
 @pytest.fixture(scope='module')
