@@ -243,9 +243,9 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
         name, model_args = identify(weights, args.model)
         if model_args.get('in_chans', 3) != 3:
             raise ValueError(f"{weights.source} has {model_args['in_chans']} input channels, images here have 3")
-        trained_at = weights.run_args.get('input_size') or args.input_size
-        if args.eval and trained_at != args.input_size and utils.get_rank() == 0:
-            logger.warning('%s was trained at %s px, and is evaluated at %d. Use --input-size %s for its own size.',
+        trained_at = weights.run_args.get('input_size')  # other tools write (H, W) or (3, H, W)
+        if args.eval and isinstance(trained_at, int) and trained_at != args.input_size and utils.get_rank() == 0:
+            logger.warning('%s was trained at %d px, and is evaluated at %d. Use --input-size %d for its own size.',
                            weights.source, trained_at, args.input_size, trained_at)
 
     loader = args.loader or ('fast' if HAS_FAST else 'reference')
