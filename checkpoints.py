@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import shutil
-import socket
 import threading
 import urllib.error
 import zipfile
@@ -82,20 +81,14 @@ def lock_file(path: Path) -> BinaryIO:
     Raises:
         ValueError: another process has locked it.
     """
-    file = open(path, 'a+b')
+    file = open(path, 'wb')
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            holder = file.read(200).decode(errors='replace').strip()
-            raise ValueError(f'another run is writing to {path.parent}: {holder}. End it first; if there is no such '
-                             f'process, remove {path}') from None
-    # after any other error too: a file system without locks
-    with contextlib.suppress(OSError):  # a full disk is reported with what is written later
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), f'process {os.getpid()} on {socket.gethostname()}\n'.encode())
-    return file
+            raise ValueError(f'another run is writing to {path.parent}: end it first (kill -9 of torchrun leaves its '
+                             f'processes running). If no process of it is left on any host, remove {path}') from None
+    return file  # any other error: a file system without locks
 
 
 class RunWriter:
