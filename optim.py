@@ -71,8 +71,8 @@ def _fit_moment(moment: torch.Tensor, p: torch.Tensor, source: str) -> torch.Ten
     if p.shape == (*moment.shape, 1, 1):
         return moment.view(p.shape)
     if moment.ndim == p.ndim and any(a not in (1, b) for a, b in zip(moment.shape, p.shape)):
-        raise ValueError(f'the optimizer state in {source} is of another --input-size: use that of '
-                         'the run, another --output-dir, or --overwrite')
+        raise ValueError(f'the optimizer state in {source} is of another --input-size: use that '
+                         'of the run, another --output-dir, or --overwrite')
     if p.ndim == 4 and moment.ndim < 3:
         raise ValueError(f'the factored moments in {source}, an older file, are of linear layers, which are 1x1 '
                          'convolutions now: start from it by --finetune')

@@ -382,6 +382,7 @@ def get_parser() -> argparse.ArgumentParser:
         '--patience-epochs': 'it belongs to the plateau schedule, whose state a restart cannot repeat',
         '--resplit': 'it needs augmentation splits, which no recipe uses',
         '--init-method': 'use --dist-url',
+        '--debug': 'it left out a FLOPs count, which scripts/profile_flops.py now makes apart from training',
         # of DeiT and ConvNeXt
         '--dist-eval': 'the evaluation is always shared by all processes, and exact',
         '--nb-classes': 'the number of classes is that of the data',
@@ -392,7 +393,6 @@ def get_parser() -> argparse.ArgumentParser:
         '--eval-data-path': '--data-path contains train and val',
         '--eval-crop-ratio': 'evaluation crops the middle 0.875 of the short side',
         '--warmup-steps': 'use --warmup-epochs',
-        '--debug': 'it left out a FLOPs count, which scripts/profile_flops.py now makes apart from training',
     }.items():
         parser.add_argument(flag, action=Refused, reason=reason)
     # flags of commit 9777bd7, whose config.yaml contains their defaults

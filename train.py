@@ -508,6 +508,7 @@ def n_parameters(model: nn.Module) -> int:
 def describe(run: Run) -> None:
     """Log what is about to be trained, and how."""
     args, updates = run.args, run.updates_per_epoch * run.num_epochs
+    rate = learning_rate(args, run.sampler)
     train_set, val_set = run.train_loader.dataset, run.val_loader.dataset
     logger.info('%s: %.2f M parameters, %d classes, %d training and %d validation images, %d updates an epoch',
                 args.model, n_parameters(run.core) / 1e6, run.core.num_classes, len(train_set), len(val_set),
@@ -515,15 +516,14 @@ def describe(run: Run) -> None:
     precision = f'apex {args.apex_opt_level}' if isinstance(run.scaler, ApexScaler) else str(run.dtype)[6:]
     images, world_size = run.sampler.samples_per_update, utils.get_world_size()
     logger.info('learning rate %g = %g x %d / 512 (global batch = %d x %d accumulated x %d processes%s), %s, %s',
-                learning_rate(args, run.sampler), args.lr, images, args.batch_size, args.accum_steps, world_size,
+                rate, args.lr, images, args.batch_size, args.accum_steps, world_size,
                 f'; an epoch has only {images}' if images < args.batch_size * args.accum_steps * world_size else '',
                 run.device.type, precision)
     logger.info('%d epochs, %d of them cool-down', run.num_epochs, args.cooldown_epochs)
     if args.warmup_epochs >= args.epochs and not args.warmup_prefix and utils.get_rank() == 0:
         logger.warning('the warm-up of %d epochs is as long as the training: the learning rate never reaches %g. '
-                       'Use --warmup-epochs %d.', args.warmup_epochs, learning_rate(args, run.sampler),
+                       'Use --warmup-epochs %d.', args.warmup_epochs, rate,
                        max(1, args.epochs // 20) if args.epochs > 1 else 0)
-    rate = learning_rate(args, run.sampler)
     if rate < args.min_lr and utils.get_rank() == 0:
         logger.warning('the learning rate %g is below --min-lr %g, so it rises towards the end. Use --min-lr %.2g.',
                        rate, args.min_lr, rate / 100)

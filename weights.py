@@ -76,8 +76,8 @@ class Weights:
             epoch -= 1
         share = _initial_share(checkpoint, run_args) if kind == 'model_ema' else 0
         if share > 0.05:
-            notes = [*notes, f'{share:.0%} of this EMA is still what the run began with, as its decay is slow; the '
-                     "model's own weights are in the file too"]
+            notes = [*notes, f'{share:.0%} of this EMA is still the initial weights of the run, as its decay is slow; '
+                     "the model's own weights, in the same file, may be better"]
         return cls(state, kind, source, model_args, run_args, classes, epoch, tuple(notes))
 
     def classes_for(self, model: nn.Module) -> list[str] | None:
@@ -87,12 +87,11 @@ class Weights:
 
 def _initial_share(checkpoint: dict[str, Any], run_args: dict[str, Any]) -> float:
     """Return the share of a run's initial weights in the EMA of its checkpoint; 0 if unknown."""
-    optimizer = checkpoint.get('optimizer')
-    states = optimizer.get('state') if isinstance(optimizer, dict) else None
-    updates = [state['step'] for state in states.values() if isinstance(state, dict) and 'step' in state] \
-        if isinstance(states, dict) else []
-    decay = run_args.get('model_ema_decay')
-    return decay ** float(max(updates)) if updates and isinstance(decay, float) else 0
+    try:
+        updates = max(float(state['step']) for state in checkpoint['optimizer']['state'].values())
+        return run_args['model_ema_decay'] ** updates
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # a file of another tool
+        return 0
 
 
 def _checked_kind(state: dict[str, torch.Tensor], key: str, checkpoint: dict[str, Any], source: str) -> str:

@@ -224,7 +224,7 @@ def test_eval_prints_what_the_log_has_from_the_validation_folder_alone(
     assert f'Accuracy of the network on the 27 test images: {acc1:.3f}%' in out
     assert not [line for line in out if 'was trained at' in line]
     share = 0.9 ** nano.read(whole, name)['optimizer']['state'][0]['step'].item()
-    assert any(f'{share:.0%} of this EMA is still what the run began with' in line for line in out) is ema
+    assert any(f'{share:.0%} of this EMA is still the initial weights of the run' in line for line in out) is ema
     nano.train([*flags, '--data-path', tmp_path, '--eval', '--resume', whole / name, '--input-size', 64])
     out = capsys.readouterr().out
     assert f'{whole / name} was trained at 32 px, and is evaluated at 64. Use --input-size 32 for its own size.' in out
