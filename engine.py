@@ -14,7 +14,8 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 from precision import ApexScaler, NativeScaler
-from utils import Progress, TrainingFault, get_rank, get_world_size, reduce_
+from processes import TrainingFault, get_rank, get_world_size, reduce_
+from utils import Progress
 
 OVERFLOWS_IN_A_ROW = 50  # if the loss scale is halved so many times in a row, the loss is at fault, not the scale
 

@@ -2,6 +2,13 @@
 
 Train, resume and evaluate CMT: on one CPU, one GPU, eight GPUs or many nodes, with the same command line.
 """
+import sys
+
+import options
+
+if __name__ == '__main__':
+    options.parse_args()  # --help and a mistake at once: the imports below take seconds
+
 import argparse
 import contextlib
 import copy
@@ -9,7 +16,6 @@ import functools
 import logging
 import shlex
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -27,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkpoints
 import cmt
-import options
+import processes
 import sources
 import utils
 from datasets import PREFETCH, build_dataset, build_loader, check_shared_memory
@@ -36,9 +42,10 @@ from fast_transforms import HAS_FAST, FastTransform
 from losses import DistillationLoss, Teacher, build_criterion
 from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule
 from precision import ApexScaler, NativeScaler, autocast_to, build_precision, load_scaler, resolve_dtype
+from processes import TrainingFault, UsageError, usage_errors
 from samplers import TrainSampler
 from transforms import build_transform
-from utils import Progress, TrainingFault, UsageError, usage_errors
+from utils import Progress
 from weights import Weights, build_teacher, create_cmt, find_checkpoint, identify, load_weights, read_weights
 
 logger = logging.getLogger(__name__)
@@ -89,7 +96,7 @@ class Run:
     state: RunState
     writer: checkpoints.RunWriter | None = None  # on rank 0, with --output-dir
     profiler: torch.profiler.profile | None = None
-    stop: utils.StopRequest | None = None
+    stop: processes.StopRequest | None = None
     meters: Meters | None = None  # sums of the epoch in progress
     record: dict[str, Any] = field(default_factory=dict)  # the epoch's line in log.txt
     wait_share: float = 0.  # of the epoch's time, spent waiting for data
@@ -102,7 +109,7 @@ class Run:
             'model': self.core.state_dict(), 'model_ema': self.ema.module.state_dict() if self.ema else None,
             'optimizer': self.optimizer.state_dict(), 'lr_scheduler': self.scheduler.state_dict(),
             'loss_scaler': self.scaler.state_dict(), 'epoch': self.state.epoch, 'step': self.state.step,
-            'meters': self.state.meters, 'best': self.state.best, 'world_size': utils.get_world_size(),
+            'meters': self.state.meters, 'best': self.state.best, 'world_size': processes.get_world_size(),
             'samples_seen': self.state.samples_seen, 'seconds': self.state.seconds,
             'timed_samples': self.state.timed_samples, 'args': vars(self.args),
             'classes': list(self.val_loader.dataset.dataset.classes),
@@ -134,9 +141,9 @@ class Run:
                 epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint.get('seconds', 0.),
                 checkpoint.get('timed_samples', 0), checkpoint['meters'], self.state.best)
         images, now = checkpoint.get('training_images'), len(self.train_loader.dataset)
-        if images not in (None, now) and utils.get_rank() == 0:
+        if images not in (None, now) and processes.get_rank() == 0:
             logger.warning('%d training images now, %d before', now, images)
-        before, now = checkpoint.get('world_size'), utils.get_world_size()
+        before, now = checkpoint.get('world_size'), processes.get_world_size()
         if before not in (None, now):
             logger.info('%d processes now, %d before: %d samples of epoch %d are done, the base learning rate is %g',
                         now, before, self.state.samples_seen, self.state.epoch, learning_rate(self.args, self.sampler))
@@ -155,7 +162,7 @@ class Run:
 
     def stop_signal(self) -> int:
         """Return the number of the signal that asked any rank to stop, or 0; all ranks call it."""
-        return utils.all_reduce_max(self.stop.signal)
+        return processes.all_reduce_max(self.stop.signal)
 
 
 # main and its steps
@@ -170,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     """
     if args.stopped_file and options.read_launch().rank == 0:
         Path(args.stopped_file).unlink(missing_ok=True)
-    stop = None if args.eval or args.throughput else utils.StopRequest()
+    stop = None if args.eval or args.throughput else processes.StopRequest()
     device = start_processes(args)
     args, start = check_before_data(args, device)  # mistakes cost nothing yet
     check_same_start(args, start)
@@ -188,6 +195,9 @@ def main(args: argparse.Namespace) -> None:
     run.stop = stop
     stop.record_all()
     start_loader(run)
+    if args.compile:
+        with usage_errors():
+            utils.check_compiler(device)  # it starts threads, so after the processes of the loader
     open_output(run, start)
     del start  # the tensors of its file
     describe(run)
@@ -209,7 +219,7 @@ def start_processes(args: argparse.Namespace) -> torch.device:
     utils.setup_logging()
     utils.raise_file_limit()
     with usage_errors():
-        return utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
+        return processes.init_distributed(args.device, args.dist_url, args.dist_timeout)
 
 
 @usage_errors()
@@ -219,13 +229,13 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
     Returns:
         `args` with the model's name and the loader filled in, and the start.
     """
-    is_training, world_size = not (args.eval or args.throughput), utils.get_world_size()
+    is_training, world_size = not (args.eval or args.throughput), processes.get_world_size()
     output_dir = Path(args.output_dir) if args.output_dir else None
     if args.world_size not in (None, 1, world_size):  # 1 is the default in DeiT's command lines
         raise ValueError(f'--world-size {args.world_size}, but the launcher started {world_size}')
     if is_training and args.sync_bn and device.type != 'cuda':
         raise ValueError('--sync-bn needs CUDA: torch has no SyncBatchNorm for the CPU; leave the flag out')
-    if is_training and utils.get_rank() == 0:
+    if is_training and processes.get_rank() == 0:
         utils.check_trackers(args.log_tensorboard, args.log_wandb)
     if is_training and output_dir:
         checkpoints.check_output_dir(output_dir, may_hold_run=args.overwrite or args.resume == 'auto'
@@ -244,7 +254,7 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
         if model_args.get('in_chans', 3) != 3:
             raise ValueError(f"{weights.source} has {model_args['in_chans']} input channels, images here have 3")
         trained_at = weights.run_args.get('input_size')  # other tools write (H, W) or (3, H, W)
-        if args.eval and isinstance(trained_at, int) and trained_at != args.input_size and utils.get_rank() == 0:
+        if args.eval and isinstance(trained_at, int) and trained_at != args.input_size and processes.get_rank() == 0:
             logger.warning('%s was trained at %d px, and is evaluated at %d. Use --input-size %d for its own size.',
                            weights.source, trained_at, args.input_size, trained_at)
 
@@ -264,7 +274,7 @@ def check_same_start(args: argparse.Namespace, start: Start) -> None:
     """
     position = [(start.checkpoint or {}).get(key) for key in ('epoch', 'step', 'samples_seen')]
     found = (args.model, start.model_args, position)
-    if any(other != found for other in utils.gather_from_ranks(found)):
+    if any(other != found for other in processes.gather_from_ranks(found)):
         raise UsageError('processes found different checkpoints: --output-dir has to lie on a file system that all '
                          'nodes share')
 
@@ -290,8 +300,8 @@ def build_data(args: argparse.Namespace, start: Start) -> tuple[Dataset | None, 
         build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
         val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category)
     # one process a node downloads and indexes tars; each process lists a folder by itself
-    turns = contextlib.nullcontext() if all(utils.gather_from_ranks(reads_alone)) else utils.first_on_each_node()
-    with usage_errors(), turns:
+    in_turn = not all(processes.gather_from_ranks(reads_alone))
+    with usage_errors(), processes.first_on_each_node() if in_turn else contextlib.nullcontext():
         train = build(is_train=True, transform=transform, classes=known) if has_train else None
         present = set(getattr(train, 'targets', ())) if is_training else set()
         if len(present) == 1:
@@ -371,7 +381,7 @@ def val_batch_size(args: argparse.Namespace) -> int:
 
 def build_val_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> DataLoader:
     """Build the loader of this rank's share of the validation set."""
-    return build_loader(val_set, val_batch_size(args), rank=utils.get_rank(), world_size=utils.get_world_size(),
+    return build_loader(val_set, val_batch_size(args), rank=processes.get_rank(), world_size=processes.get_world_size(),
                         **loader_options(args, device))
 
 
@@ -388,7 +398,7 @@ def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, dev
 
 def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> dict[str, float]:
     """Evaluate `model` on the shares of all ranks, with a progress bar on rank 0."""
-    with contextlib.closing(Progress('test', len(loader), enabled=utils.get_rank() == 0)) as progress:
+    with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
         return evaluate(model, loader, Prepare(device), autocast, progress)
 
 
@@ -397,7 +407,7 @@ def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: 
 def build_run(
         args: argparse.Namespace, model: cmt.CMT, train_set: Dataset, val_set: Dataset, device: torch.device) -> Run:
     """Build EMA, optimizer, schedule, precision, wrappers and loaders around a model."""
-    rank, world_size = utils.get_rank(), utils.get_world_size()
+    rank, world_size = processes.get_rank(), processes.get_world_size()
     has_mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     sampler = TrainSampler(
         len(train_set), args.batch_size, args.accum_steps, repeats=3 if args.repeated_aug else 1,
@@ -472,12 +482,12 @@ def open_output(run: Run, start: Start) -> None:
     """Prepare --output-dir: lock it, start trackers, then remove what is replaced or about to be trained again."""
     args, state = run.args, run.state
     if not args.output_dir:
-        if utils.get_rank() == 0:
+        if processes.get_rank() == 0:
             logger.warning('no --output-dir: nothing will be saved')
         return
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if utils.get_rank() != 0:
+    if processes.get_rank() != 0:
         return
     settings = {key.replace('_', '-'): value for key, value in vars(args).items()
                 if key not in ('config', 'local_rank', 'resume', 'overwrite', 'stopped_file') and value is not None}
@@ -514,21 +524,21 @@ def describe(run: Run) -> None:
                 args.model, n_parameters(run.core) / 1e6, run.core.num_classes, len(train_set), len(val_set),
                 run.updates_per_epoch)
     precision = f'apex {args.apex_opt_level}' if isinstance(run.scaler, ApexScaler) else str(run.dtype)[6:]
-    images, world_size = run.sampler.samples_per_update, utils.get_world_size()
+    images, world_size = run.sampler.samples_per_update, processes.get_world_size()
     logger.info('learning rate %g = %g x %d / 512 (global batch = %d x %d accumulated x %d processes%s), %s, %s',
                 rate, args.lr, images, args.batch_size, args.accum_steps, world_size,
                 f'; an epoch has only {images}' if images < args.batch_size * args.accum_steps * world_size else '',
                 run.device.type, precision)
     logger.info('%d epochs, %d of them cool-down', run.num_epochs, args.cooldown_epochs)
-    if args.warmup_epochs >= args.epochs and not args.warmup_prefix and utils.get_rank() == 0:
+    if args.warmup_epochs >= args.epochs and not args.warmup_prefix and processes.get_rank() == 0:
         logger.warning('the warm-up of %d epochs is as long as the training: the learning rate never reaches %g. '
                        'Use --warmup-epochs %d.', args.warmup_epochs, rate,
                        max(1, args.epochs // 20) if args.epochs > 1 else 0)
-    if rate < args.min_lr and utils.get_rank() == 0:
+    if rate < args.min_lr and processes.get_rank() == 0:
         logger.warning('the learning rate %g is below --min-lr %g, so it rises towards the end. Use --min-lr %.2g.',
                        rate, args.min_lr, rate / 100)
     initial = args.model_ema_decay ** updates  # share of the initial weights in the EMA at the end
-    if run.ema is not None and initial > 0.05 and utils.get_rank() == 0:
+    if run.ema is not None and initial > 0.05 and processes.get_rank() == 0:
         logger.warning('EMA decay %g is too slow for %d updates: %.0f%% of its weights would still be initial, in '
                        'evaluation, prediction and export too. Use %s--no-model-ema.',
                        args.model_ema_decay, updates, 100 * initial,
@@ -552,7 +562,7 @@ def train_epoch(run: Run) -> bool:
     run.meters = Meters(run.device, state.meters)
     skips = args.max_skips if args.on_nonfinite == 'skip' else 0
     title = f'epoch {state.epoch}/{run.num_epochs - 1}'
-    progress = Progress(title, state.step + updates_left, state.step, args.print_freq, utils.get_rank() == 0)
+    progress = Progress(title, state.step + updates_left, state.step, args.print_freq, processes.get_rank() == 0)
     action = CONTINUE
     for step in train_one_epoch(
             run.train_step, run.train_loader, state.epoch, state.step, updates_left, args.accum_steps, run.meters,
@@ -563,7 +573,7 @@ def train_epoch(run: Run) -> bool:
         run.scheduler.step_update(updates_done)
         if run.profiler is not None:
             run.profiler.step()
-        action = utils.all_reduce_max(requested_action(run))
+        action = processes.all_reduce_max(requested_action(run))
         if action in (SAVE, STOP):
             check_faults(run.meters.read(), state.epoch, state.step, skips)
             state.seconds = time.monotonic() - began
@@ -604,7 +614,7 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     Returns:
         Scores by the prefix of their keys in log.txt ('' and 'ema_'); {} if validation is not due; None if stopped.
     """
-    args, state, world_size = run.args, run.state, utils.get_world_size()
+    args, state, world_size = run.args, run.state, processes.get_world_size()
     models = {'': run.core, 'ema_': run.ema.module} if run.ema else {'': run.core}
     if world_size > 1:  # in every epoch, so that what is saved is what is scored
         for model in models.values():
@@ -614,7 +624,7 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
 
     # a run that is killed during a long evaluation resumes with the evaluation
     is_long = args.save_every_steps or args.save_every_minutes or time.monotonic() - run.saved_at > 60
-    if utils.all_reduce_max(int(bool(is_long))):
+    if processes.all_reduce_max(int(bool(is_long))):
         run.save_in_epoch()
     scores = {}
     for prefix, model in models.items():
@@ -670,7 +680,7 @@ def finish(run: Run) -> None:
     if run.writer is not None:
         run.writer.wait()
         error = run.writer.error
-    if utils.all_reduce_max(int(error is not None)):
+    if processes.all_reduce_max(int(error is not None)):
         raise TrainingFault(
             f'{run.args.output_dir} can not be written to any more, the files before are good ({error})')
     number = run.stop_signal()
@@ -693,9 +703,9 @@ def report(stats: dict[str, float], title: str = '') -> None:
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """Run main with the flags `argv` (default: of the command line), and return the exit status (utils.run_main)."""
+    """Run main with the flags `argv` (default: of the command line), and return processes.run_main's exit status."""
     args = options.parse_args(argv)
-    return utils.run_main('train.py', main, args, unreadable_status=2 if args.eval else 1)
+    return processes.run_main('train.py', main, args, unreadable_status=2 if args.eval else 1)
 
 
 if __name__ == '__main__':

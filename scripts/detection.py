@@ -52,13 +52,15 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import checkpoints  # noqa: E402
+import processes  # noqa: E402
 import utils  # noqa: E402
 from datasets import build_loader  # noqa: E402
 from options import Parser, amount, count, number, parse_flags, path, positive, rate, share  # noqa: E402
 from precision import autocast_to, resolve_dtype  # noqa: E402
+from processes import TrainingFault, usage_errors  # noqa: E402
 from samplers import TrainSampler  # noqa: E402
 from sources import printable  # noqa: E402
-from utils import Progress, TrainingFault, usage_errors  # noqa: E402
+from utils import Progress  # noqa: E402
 from weights import build_model, create_cmt, find_checkpoint, identify, read_weights  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -305,7 +307,7 @@ def build_data(args: argparse.Namespace) -> tuple[Detections | None, Detections]
         ('train', 'json', 'annotations/instances_train2017.json'), ('train', 'images', 'train2017'),
         ('val', 'json', 'annotations/instances_val2017.json'), ('val', 'images', 'val2017'))}
     if args.data_set == 'SHAPES':
-        with utils.first_on_each_node():
+        with processes.first_on_each_node():
             write_shapes(folder)
     masks = args.model == 'maskrcnn'
     val = Detections(files['val_images'], files['val_json'], False, masks, args.skip_empty_boxes)
@@ -331,9 +333,9 @@ def detect(
     """
     from pycocotools import mask as coco_mask
     model.eval()
-    own = iter(data.data.ids[utils.get_rank()::utils.get_world_size()])
+    own = iter(data.data.ids[processes.get_rank()::processes.get_world_size()])
     results: dict[str, list] = {'box': [], 'mask': []} if data.masks else {'box': []}
-    with contextlib.closing(Progress('test', len(loader), enabled=utils.get_rank() == 0)) as progress:
+    with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
         for images, _ in loader:
             with autocast():
                 outputs = model([image.to(device).float() / 255 for image in images])
@@ -350,7 +352,7 @@ def detect(
                     code['counts'] = code['counts'].decode()
                     results['mask'].append({**one, 'segmentation': code})
             progress.step()
-    gathered = utils.gather_from_ranks(results)
+    gathered = processes.gather_from_ranks(results)
     order = {image_id: i for i, image_id in enumerate(data.data.ids)}
     return {kind: sorted((one for part in gathered for one in part[kind]), key=lambda one: order[one['image_id']])
             for kind in results}
@@ -440,9 +442,9 @@ def train_epoch(
     model.train()
     sums, images, began = Counter(), 0, time.monotonic()
     progress = Progress(f'epoch {epoch}/{args.epochs - 1}', len(loader), every=args.print_freq,
-                        enabled=utils.get_rank() == 0)
+                        enabled=processes.get_rank() == 0)
     for step, (batch, targets) in enumerate(loader):
-        entropy = np.random.SeedSequence((args.seed, epoch, step, utils.get_rank()))
+        entropy = np.random.SeedSequence((args.seed, epoch, step, processes.get_rank()))
         random_seed(int(entropy.generate_state(1)[0]))
         factor = rate_factor(args, epoch * len(loader) + step, len(loader))
         for group, full in zip(optimizer.param_groups, rates):
@@ -462,13 +464,13 @@ def train_epoch(
         figures = None
         if progress.due():  # also after the last step, before anything is saved
             mean = float(sums['loss']) / (step + 1)  # this is a host sync
-            if utils.all_reduce_max(int(not math.isfinite(mean))):
+            if processes.all_reduce_max(int(not math.isfinite(mean))):
                 raise TrainingFault(f'epoch {epoch}, up to step {step}: the loss is not finite; a lower --lr may help')
-            speed = images * utils.get_world_size() / (time.monotonic() - began)
+            speed = images * processes.get_world_size() / (time.monotonic() - began)
             figures = {'loss': f'{mean:.4f}', 'lr': f'{max(rates) * factor:.2e}', 'images/s': f'{speed:.1f}'}
         progress.step(figures)
     progress.close()
-    parts = utils.gather_from_ranks({name: float(value) for name, value in sums.items()})
+    parts = processes.gather_from_ranks({name: float(value) for name, value in sums.items()})
     means = {name: sum(part[name] for part in parts) / len(parts) / len(loader) for name in sorted(sums)}
     return {'train_lr': max(rates) * factor, 'train_loss': means.pop('loss'), **means, 'train_images_per_s': speed}
 
@@ -511,7 +513,7 @@ def evaluate(
     """Evaluate the detector on all ranks; rank 0 writes predictions and a picture if there is an --output-dir."""
     results = detect(core, loader, val, device, autocast)
     scores = {}
-    if utils.get_rank() == 0:
+    if processes.get_rank() == 0:
         scores = average_precision(val, results)
         report(scores)
         if args.output_dir:
@@ -522,7 +524,7 @@ def evaluate(
                     file.write(json.dumps(found).encode())
             with checkpoints.replacing(folder / 'detections.png') as file:
                 draw(core, val, device).save(file, 'PNG')
-    return utils.gather_from_ranks(scores)[0]
+    return processes.gather_from_ranks(scores)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,7 +614,7 @@ def main(args: argparse.Namespace) -> None:
     utils.setup_logging()
     utils.raise_file_limit()
     with usage_errors():
-        device = utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
+        device = processes.init_distributed(args.device, args.dist_url, args.dist_timeout)
     with usage_errors():
         source, checkpoint = check_before_data(args, device)
     with usage_errors():
@@ -625,7 +627,7 @@ def main(args: argparse.Namespace) -> None:
         if checkpoint is not None:
             load(core, checkpoint, source, val.classes)
     core.to(device)
-    shared = dict(rank=utils.get_rank(), world_size=utils.get_world_size())
+    shared = dict(rank=processes.get_rank(), world_size=processes.get_world_size())
     loading = dict(num_workers=args.num_workers, pin_memory=device.type == 'cuda', collate_fn=collate)
     val_loader = build_loader(val, 1, **shared, **loading)
     score = functools.partial(evaluate, args, core, val_loader, val, device,
@@ -682,7 +684,7 @@ def fit(
         args: argparse.Namespace, core: nn.Module, loader: DataLoader, sampler: TrainSampler, score: Callable,
         device: torch.device, source: str | None, checkpoint: dict[str, Any] | None) -> None:
     """Train `core` from the epoch after that of `checkpoint`, and call `score` after epochs to evaluate it."""
-    world_size, batch = utils.get_world_size(), sampler.samples_per_update
+    world_size, batch = processes.get_world_size(), sampler.samples_per_update
     base, size = args.lr * batch / 16, sum(p.numel() for p in core.parameters()) / 1e6
     optimizer = create_optimizer_v2(
         core, 'adamw', lr=base, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
@@ -695,14 +697,14 @@ def fit(
         sampler.set_position(first)
         loader.start()  # before an old run is removed
     with usage_errors():
-        if args.output_dir and utils.get_rank() == 0:
+        if args.output_dir and processes.get_rank() == 0:
             writer = open_output(args, first, source)
     model = core if world_size == 1 else nn.parallel.DistributedDataParallel(
         core, device_ids=[device.index] if device.type == 'cuda' else None, broadcast_buffers=False)
     logger.info('%s over %s: %.1f M parameters, %d images, %d updates an epoch, learning rate %g = %g x %d / 16, '
                 'sides of %d to %d pixels, %s', args.model, args.backbone, size, len(loader.dataset), sampler.updates,
                 base, args.lr, batch, *args.input_size, device.type)
-    if writer is None and utils.get_rank() == 0:
+    if writer is None and processes.get_rank() == 0:
         logger.warning('no --output-dir: nothing will be saved')
     autocast = autocast_to(resolve_dtype(args.amp_dtype, device), device)
     for epoch in range(first, args.epochs):
@@ -723,7 +725,7 @@ def fit(
             writer.log(record)
             writer.save({**state, 'best': best}, copies)
             writer.wait()
-        if utils.all_reduce_max(int(writer is not None and writer.error is not None)):
+        if processes.all_reduce_max(int(writer is not None and writer.error is not None)):
             raise TrainingFault(f'{args.output_dir} can not be written to any more, the files before are good')
         logger.info('epoch %d  train loss %.4f  %.0f s', epoch, record['train_loss'], record['epoch_seconds'])
 
@@ -731,7 +733,7 @@ def fit(
 def cli(argv: list[str] | None = None) -> int:
     """Run main with the flags `argv` (default: of the command line), and return the exit status."""
     args = parse_args(argv)
-    return utils.run_main('detection.py', main, args, unreadable_status=2 if args.eval else 1)
+    return processes.run_main('detection.py', main, args, unreadable_status=2 if args.eval else 1)
 
 
 if __name__ == '__main__':

@@ -26,10 +26,12 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import processes  # noqa: E402
 import utils  # noqa: E402
 from checkpoints import lock_file, replacing, sync_folder  # noqa: E402
 from datasets import UnreadableImage, build_loader, one_line, open_undivided  # noqa: E402
 from options import Parser, count, number, path, positive  # noqa: E402
+from processes import TrainingFault, UsageError  # noqa: E402
 from sources import (  # noqa: E402
     DEVKIT,
     IGNORED,
@@ -42,7 +44,6 @@ from sources import (  # noqa: E402
     open_image,
     printable,
 )
-from utils import TrainingFault, UsageError  # noqa: E402
 
 RECORD, LEFT_OUT = 'prepared.json', 'left_out.txt'
 JPEG_LIMIT = 65500  # pixels: the longest side that libjpeg writes
@@ -314,7 +315,7 @@ def main(args: argparse.Namespace) -> None:
     utils.setup_logging()
     args.src, dst = os.path.abspath(args.src), Path(os.path.abspath(args.dst))
     folder = dst.with_name(f'{dst.name}.incomplete')
-    with utils.usage_errors():
+    with processes.usage_errors():
         check_places(dst, [args.src])
         parts = open_parts(args.src)
         names = {part: names_in_tars(images, part) for part, images in parts.items()}
@@ -348,8 +349,8 @@ def main(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
-        raise TrainingFault(utils.explain(error) or f'cannot write to {folder} ({error.strerror}): make room or mend '
-                            'the disk; the same command then resumes') from None
+        raise TrainingFault(processes.explain(error) or f'cannot write to {folder} ({error.strerror}): make room or '
+                            'mend the disk; the same command then resumes') from None
     size = sum(tar.stat().st_size for tar in dst.glob('*.tar'))
     utils.logger.info('%s: %.3f GB in tars, written and read again in %.1f s, for train.py --data-path %s',
                       dst, size / 1e9, time.monotonic() - began, dst)
@@ -359,7 +360,7 @@ def main(args: argparse.Namespace) -> None:
 
 def cli(argv: list[str] | None = None) -> int:
     """Run main with the flags `argv` (default: of the command line), and return the exit status."""
-    return utils.run_main('prepare_data.py', main, build_parser().parse_args(argv))
+    return processes.run_main('prepare_data.py', main, build_parser().parse_args(argv))
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from PIL import Image
 import detection
 import nano
 import plot_log
-import utils
+import processes
 
 coco_mask = pytest.importorskip('pycocotools.mask')
 
@@ -306,7 +306,7 @@ def test_mistakes_are_one_line_before_long_work(shapes, tmp_path, monkeypatch):
         assert {path for path in tmp_path.rglob('*')} == before | {output}
 
     monkeypatch.setitem(sys.modules, 'pycocotools', None)
-    with pytest.raises(utils.UsageError, match='pip install pycocotools'):
+    with pytest.raises(processes.UsageError, match='pip install pycocotools'):
         detection.main(detection.parse_args([*SMALL, '--data-path', str(shapes)]))
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import hosts
 import nano
-import utils
+import processes
 
 ROOT = Path(nano.__file__).parent.parent
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -55,8 +55,8 @@ def wait_for(condition, seconds=200):
 
 def store_of(host_store, rank, world_size, timeout_s=20):
     client = dist.TCPStore('127.0.0.1', host_store.port, is_master=False)
-    wait = utils.Wait(timeout_s, is_logged=False)
-    return utils.part_of_this_start(client, rank, world_size, wait)
+    wait = processes.Wait(timeout_s, is_logged=False)
+    return processes.part_of_this_start(client, rank, world_size, wait)
 
 
 def start_of(host_store, world_size, order):
@@ -75,7 +75,7 @@ def start_of(host_store, world_size, order):
 
 def test_ranks_of_a_start_agree_whatever_earlier_starts_left():
     host_store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    with pytest.raises(utils.TrainingFault, match='ranks 1, 2 did not answer within 0.5 s'):  # dies while it waits
+    with pytest.raises(processes.TrainingFault, match='ranks 1, 2 did not answer within 0.5 s'):  # dies while it waits
         store_of(host_store, 0, 3, timeout_s=0.5)
     for number, (world_size, order) in enumerate(((3, (1, 2, 0)), (2, (1, 0)), (4, (3, 0, 2, 1)), (2, (0, 1)))):
         stores = start_of(host_store, world_size, order)
@@ -87,7 +87,7 @@ def test_ranks_of_a_start_agree_whatever_earlier_starts_left():
 def test_runs_that_share_a_store_do_not_meet(monkeypatch):
     """Two torchruns may have one --rdzv-endpoint, if their --rdzv-id differ."""
     server = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    wait = utils.Wait(5, is_logged=False)
+    wait = processes.Wait(5, is_logged=False)
     monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', 'True')
     monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
     monkeypatch.setenv('MASTER_PORT', str(server.port))
@@ -96,7 +96,7 @@ def test_runs_that_share_a_store_do_not_meet(monkeypatch):
     stores = []
     for name in ('a', 'b', 'a'):
         monkeypatch.setenv('TORCHELASTIC_RUN_ID', name)
-        stores.append(utils.open_store('env://', 0, 2, wait))
+        stores.append(processes.open_store('env://', 0, 2, wait))
     stores[0].set('first', 'of a')
     assert stores[0].get('first') == b'of a'  # set() does not wait for the server
     assert stores[2].check(['first']) and not stores[1].check(['first'])
@@ -104,7 +104,8 @@ def test_runs_that_share_a_store_do_not_meet(monkeypatch):
 
 def test_a_process_of_an_earlier_start_does_not_join_one_of_another_size():
     host_store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    old = threading.Thread(target=lambda: pytest.raises(utils.TrainingFault, store_of, host_store, 1, 3, timeout_s=3))
+    old = threading.Thread(
+        target=lambda: pytest.raises(processes.TrainingFault, store_of, host_store, 1, 3, timeout_s=3))
     old.start()
     assert len(start_of(host_store, 2, (0, 1))) == 2
     old.join()
@@ -115,8 +116,8 @@ def test_a_store_that_freezes_ends_the_process(tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as silent:
         began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, '-c', 'import sys, utils; utils.threading.Timer = lambda s, end, timer='
-             'utils.threading.Timer: timer(s - 30, end); utils.init_distributed("cpu", timeout_s=2)'],
+            [sys.executable, '-c', 'import sys, processes; processes.threading.Timer = lambda s, end, timer='
+             'processes.threading.Timer: timer(s - 30, end); processes.init_distributed("cpu", timeout_s=2)'],
             cwd=ROOT, capture_output=True, text=True, timeout=60, env={
                 **ENVIRONMENT, 'RANK': '1', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
                 'MASTER_PORT': str(silent.getsockname()[1])})

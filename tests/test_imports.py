@@ -7,8 +7,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     'cmt': '', 'losses': '', 'samplers': '', 'options': '', 'optim': '', 'precision': '', 'sources': '',
-    'utils': 'options', 'transforms': 'sources', 'fast_transforms': 'transforms sources', 'engine': 'utils precision',
-    'checkpoints': 'utils', 'datasets': 'samplers sources transforms fast_transforms',
+    'processes': 'options', 'utils': 'options processes', 'engine': 'processes utils precision',
+    'transforms': 'sources', 'fast_transforms': 'transforms sources', 'checkpoints': 'utils',
+    'datasets': 'samplers sources transforms fast_transforms',
     'weights': 'cmt checkpoints utils', 'hubconf': 'cmt',
 }
 ROOMS = {path.stem for path in ROOT.glob('*.py')}

@@ -17,8 +17,8 @@ from test_sources import members, pack, publish_val
 import nano
 import prepare_data
 from datasets import build_dataset
+from processes import TrainingFault, UsageError
 from sources import find_part, open_image
-from utils import TrainingFault, UsageError
 
 
 def run(*argv) -> None:

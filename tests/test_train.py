@@ -26,9 +26,9 @@ import engine
 import nano
 import optim
 import options
+import processes
 import sources
 import train
-import utils
 
 GOLDEN_LR = json.loads((Path(__file__).parent / 'golden_lr.json').read_text())
 RECIPES = {
@@ -546,7 +546,7 @@ def poison(monkeypatch, number, what, rank=0):
         if torch.is_inference_mode_enabled():
             return images, targets
         calls.append(1)
-        if len(calls) == number + 1 and utils.get_rank() == rank:
+        if len(calls) == number + 1 and processes.get_rank() == rank:
             (images if what == 'input' else targets)[1:3] = float('nan')
         return images, targets
 
@@ -769,7 +769,7 @@ def test_folders_that_ranks_do_not_share_are_told(flags, whole, tmp_path, damage
     assert len(found) == 1 and re.fullmatch(words, found[0])
 
 
-@pytest.mark.parametrize('fault', ['images', 'disk', 'config'])
+@pytest.mark.parametrize('fault', ['images', 'compiler', 'disk', 'config'])
 def test_an_old_run_stays_until_nothing_can_fail_any_more(flags, images, tmp_path, monkeypatch, fault):
     run, output = [*flags, '--epochs', 1, '--output-dir', tmp_path / 'run'], tmp_path / 'out.txt'
     nano.train(run)
@@ -780,6 +780,10 @@ def test_an_old_run_stays_until_nothing_can_fail_any_more(flags, images, tmp_pat
             (tmp_path / 'data' / 'train' / f'class_{i % 3}').mkdir(parents=True, exist_ok=True)
             (tmp_path / 'data' / 'train' / f'class_{i % 3}' / f'{i}.png').write_text('no image')
         run += ['--data-path', tmp_path / 'data']
+    elif fault == 'compiler':
+        run.append('--compile')
+        monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
+        monkeypatch.setenv('PATH', '')
     elif fault == 'disk':
         monkeypatch.setattr(os, 'fsync', nano.full_disk)
     else:
@@ -881,7 +885,7 @@ def test_classes_that_a_checkpoint_lacks_are_an_error(flags, whole, renamed, tmp
     data = renamed(class_0='class_0', dog='class_1', class_2='class_2')
     monkeypatch.chdir(tmp_path)
     run = [*flags, '--data-path', data, *(whole / 'checkpoint_last.pth' if x == 'CKPT' else x for x in change)]
-    with pytest.raises(utils.UsageError, match='classes that the training set, the checkpoint .* lacks: dog$'):
+    with pytest.raises(processes.UsageError, match='classes that the training set, the checkpoint .* lacks: dog$'):
         nano.train(run)
     assert not Path('new').exists()
     nano.train([*flags, '--data-path', data, '--finetune', whole / 'checkpoint_last.pth', '--epochs', 1])
@@ -889,7 +893,8 @@ def test_classes_that_a_checkpoint_lacks_are_an_error(flags, whole, renamed, tmp
 
 def test_other_classes_of_a_data_set_without_folders_are_an_error(flags, whole):
     run = [*flags, '--data-set', 'DIGITS', '--eval', '--resume', whole / 'checkpoint_last.pth']
-    with pytest.raises(utils.UsageError, match='trained on other classes .class_0, .* than these data have .0, 1, 2'):
+    words = 'trained on other classes .class_0, .* than these data have .0, 1, 2'
+    with pytest.raises(processes.UsageError, match=words):
         nano.train(run)
 
 
@@ -897,7 +902,8 @@ def test_one_class_is_refused_for_training(flags, images, tmp_path):
     for part in ('train', 'val'):
         (tmp_path / part).mkdir()
         (tmp_path / part / 'images').symlink_to(images / part)
-    with pytest.raises(utils.UsageError, match='has one class, images, which contains the folders class_0, class_1, '):
+    words = 'has one class, images, which contains the folders class_0, class_1, '
+    with pytest.raises(processes.UsageError, match=words):
         nano.train([*flags, '--data-path', tmp_path])
 
 
@@ -958,7 +964,7 @@ def test_little_shared_memory_is_said_before_training(flags, tmp_path, monkeypat
     if words is None:
         nano.train(run)
     else:
-        with pytest.raises(utils.UsageError, match=words):
+        with pytest.raises(processes.UsageError, match=words):
             nano.train(run)
 
 
@@ -1052,7 +1058,7 @@ def test_one_class_of_many_is_refused_for_training(flags, images, tmp_path):
     for part in ('train', 'val'):
         shutil.copytree(images / part / 'class_1', tmp_path / part / 'class_1')
     (tmp_path / 'map.txt').write_text('class_0\nclass_1\n')
-    with pytest.raises(utils.UsageError, match='has one class, class_1'):
+    with pytest.raises(processes.UsageError, match='has one class, class_1'):
         nano.train([*flags, '--data-path', tmp_path, '--class-map', tmp_path / 'map.txt'])
 
 
@@ -1065,6 +1071,6 @@ def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(flags, whole, tmp_p
             raise PermissionError(13, 'Permission denied', str(path))
         return read(path, *args, **kwargs)
     monkeypatch.setattr(torch, 'load', load)
-    with pytest.raises(utils.UsageError, match='Permission denied'):
+    with pytest.raises(processes.UsageError, match='Permission denied'):
         nano.train([*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto'])
     assert (tmp_path / 'run' / 'checkpoint_last.pth').read_bytes() == before

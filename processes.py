@@ -1,0 +1,400 @@
+"""Start processes together, reduce values over them, and end them with a status and one line."""
+import contextlib
+import datetime
+import logging
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+import options
+
+logger = logging.getLogger(__name__)
+
+
+class UsageError(ValueError):
+    """Report a user's mistake, raised on every rank: one line, exit status 2."""
+
+
+class TrainingFault(RuntimeError):
+    """Report that training cannot continue; the last checkpoint is good.
+
+    One line, exit status 1.
+    """
+
+
+def init_distributed(device: str | None = None, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
+    """Join the processes that torchrun, srun or mpirun started, if any.
+
+    timm's init_distributed_device has no time-out, and leaves SLURM's master address to the user.
+
+    Args:
+        device: 'cuda', 'cpu', ...; None for CUDA if available, else the CPU.
+        dist_url: address at which the processes meet.
+        timeout_s: seconds that a rank waits for the others.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        ValueError: `device` is not available, or the address cannot be known or is taken.
+        TrainingFault: the processes did not meet.
+    """
+    launch = options.read_launch()
+    found = find_device(device, launch)
+    if found.type == 'cuda':
+        torch.cuda.set_device(found)
+    if launch.world_size > 1:
+        # each node logs once; rank 1 logs too, since rank 0 may be the missing one
+        wait = Wait(timeout_s, is_logged=launch.local_rank == 0 or launch.rank == 1)
+        ranks = dict(rank=launch.rank, world_size=launch.world_size)
+        with ended_after(timeout_s + 30):
+            store = part_of_this_start(open_store(dist_url, **ranks, wait=wait), **ranks, wait=wait)
+        try:
+            # gloo beside NCCL: an all-reduce of a CPU tensor, once a step, does not wait for the device
+            dist.init_process_group(
+                'cpu:gloo,cuda:nccl' if found.type == 'cuda' else 'gloo', store=store, **ranks,
+                timeout=datetime.timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            raise TrainingFault(
+                f'processes met, but cannot connect to each other ({first_line(error)}); if this happens at every '
+                'start, set GLOO_SOCKET_IFNAME to the network interface by which the hosts reach each other') from None
+    elif (tasks := options.tasks_without_srun()) > 1:
+        logger.info('one process, though the SLURM job has %d tasks: `srun python train.py ...` starts one for each',
+                    tasks)
+    return found
+
+
+class Wait:
+    """Poll conditions that other processes bring about.
+
+    Log once for whom this process waits, and until when.
+
+    Args:
+        timeout_s: seconds for all conditions together.
+        is_logged: whether this process logs.
+    """
+
+    def __init__(self, timeout_s: float, is_logged: bool):
+        self.timeout_s = timeout_s
+        self.began = time.monotonic()
+        self.is_logged = is_logged
+
+    def until(self, condition: Callable[[], Any], absent: Callable[[], str]) -> Any:
+        """Return what `condition` returns, once it is true.
+
+        Raises:
+            TrainingFault: the time is over, and `absent` names those who did not come; or the store is gone.
+        """
+        while True:
+            try:
+                if result := condition():
+                    return result
+            except dist.DistError as error:
+                raise TrainingFault(f'lost the store by which processes meet: {first_line(error)}') from None
+            waited = time.monotonic() - self.began
+            if waited > self.timeout_s:
+                raise TrainingFault(f'{absent()} did not answer within {self.timeout_s:g} s (--dist-timeout)')
+            if self.is_logged and waited > min(10, self.timeout_s / 10):
+                end = datetime.datetime.now() + datetime.timedelta(seconds=self.timeout_s - waited)
+                logger.warning('waiting for %s until %s (--dist-timeout %g)', absent(), f'{end:%X}', self.timeout_s)
+                self.is_logged = False
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float):
+    """End the process if the block takes longer: a TCPStore whose host freezes never answers."""
+    def end() -> None:
+        sys.stderr.write(f'train.py: error: the store by which processes meet does not answer ({seconds:g} s)\n')
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
+    """Open the store of all ranks, which rank 0, torchrun or a file system serves.
+
+    Raises:
+        ValueError: the port is taken.
+        TrainingFault: nobody serves the store.
+    """
+    parsed = urllib.parse.urlparse(url)
+    host, port = options.set_master_address() if url == 'env://' else (parsed.hostname, parsed.port)
+    is_of_torchrun, problem = url == 'env://' and options.has_agent_store(), ''
+    server = f'{"the store of torchrun" if is_of_torchrun else "rank 0"} at {host}:{port}'
+
+    def answers() -> bool:
+        nonlocal problem
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            problem = error.strerror or str(error)
+            return False
+        return True
+
+    # torch's own waiting prints pages of C++ frames, and a TCPStore of rank 0 waits for the world size in silence
+    if host and (rank or is_of_torchrun):
+        wait.until(answers, lambda: f'{server} ({problem})')
+    try:
+        timeout = datetime.timedelta(seconds=wait.timeout_s)
+        store = next(rendezvous(url, rank, 1 if host else world_size, timeout=timeout))[0]
+    except dist.DistError as error:
+        if 'EADDRINUSE' in str(error):
+            raise ValueError(f'another process listens at {host}:{port}: set MASTER_PORT to another port') from None
+        raise TrainingFault(f'no connection to {server}: {first_line(error)}') from None
+    return dist.PrefixStore(options.run_name(), store)  # two runs may have one endpoint of torchrun
+
+
+def part_of_this_start(store: dist.Store, rank: int, world_size: int, wait: Wait) -> dist.Store:
+    """Wait for all ranks, and return the part of `store` that belongs to this start alone.
+
+    torchrun's store outlives a start, and then contains keys of dead ranks. The restart count is no name for a start,
+    since each torchrun counts its own restarts (pytorch issue 108158). Rank 0 draws a name instead.
+    """
+    own = uuid.uuid4().hex
+
+    def name_of_start() -> str | None:
+        if not store.check(['first']):
+            return None
+        first = store.get('first').decode()  # of an earlier start, until rank 0 is there
+        store.set(f'{first}/{world_size}/{rank}', own)
+        is_complete = store.check([f'{first}/all']) and own.encode() in store.get(f'{first}/all').split()
+        return first if is_complete else None
+
+    def missing() -> str:
+        ranks = [str(other) for other, key in enumerate(keys, 1) if not store.check([key])]
+        return f'rank{"s" * (len(ranks) > 1)} {", ".join(ranks[:8])}{", ..." * (len(ranks) > 8)}'
+
+    if rank:
+        return dist.PrefixStore(wait.until(name_of_start, lambda: 'rank 0'), store)
+    # with the world size: a process of an earlier start may still wait, and must not join
+    keys = [f'{own}/{world_size}/{other}' for other in range(1, world_size)]
+    store.set('first', own)
+    wait.until(lambda: store.check(keys), missing)
+    store.set(f'{own}/all', b' '.join(store.get(key) for key in keys))
+    return dist.PrefixStore(own, store)
+
+
+def is_loss_of_process(error: Exception) -> bool:
+    """Return whether gloo reports by `error` that another process or the network is gone."""
+    return 'gloo' in str(error) and any(
+        words in str(error) for words in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting'))
+
+
+def explain(error: BaseException) -> str | None:
+    """Return one line about a fault that lies outside of the code, or None."""
+    text = str(error)
+    if is_loss_of_process(error):
+        return f'rank {get_rank()} lost another process ({first_line(error)})'
+    if isinstance(error, torch.OutOfMemoryError):
+        return f'{first_line(error)} Use a smaller --batch-size (with --accum-steps), or --grad-checkpointing.'
+    if 'unable to allocate shared memory' in text or 'Bus error' in text:
+        return ('no shared memory is left for the batches of loader processes: give docker --shm-size=8g or '
+                '--ipc=host, or use fewer --num-workers (0 needs none)')
+    if re.search('Too many open files(?! in system)', text) or 'received 0 items of ancdata' in text:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f'too many open files, of {limit} allowed (ulimit -n): raise that limit, or use fewer --num-workers'
+    if 'DataLoader timed out' in text:
+        return f'{first_line(error)}: loader processes hang, or the file system of --data-path does (--dist-timeout)'
+    if 'DataLoader worker' in text and ('killed by signal: Killed' in text or 'exited unexpectedly' in text):
+        return (f'a loader process was killed, for lack of memory in most cases ({first_line(error)}): use fewer '
+                '--num-workers, or more memory')
+    if "can't start new thread" in text or 'Resource temporarily unavailable' in text:
+        return f'no more processes may be started ({first_line(error)}): raise ulimit -u, or use fewer --num-workers'
+    if isinstance(error, MemoryError) or 'Cannot allocate memory' in text:
+        return f'no memory is left ({first_line(error)}): use fewer --num-workers or a smaller --batch-size'
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a message; torch appends C++ frames."""
+    return str(error).strip().split('\n', 1)[0] or type(error).__name__
+
+
+def find_device(device: str | None, launch: options.Launch) -> torch.device:
+    """Return the device of the process that was started by `launch`.
+
+    Arguments and errors are those of init_distributed.
+    """
+    kind = (device or ('cuda' if torch.cuda.is_available() else 'cpu')).split(':')[0]
+    if kind != 'cuda':
+        return torch.device(kind)
+    if not torch.cuda.is_available():
+        raise ValueError('--device cuda: no CUDA device here; leave the flag out to run on the CPU')
+    devices, local_rank = torch.cuda.device_count(), launch.local_rank
+    if devices == 1 and launch.launcher == 'srun':
+        local_rank = 0  # srun --gpus-per-task=1 shows each task only the task's own device
+    processes = launch.local_world_size or local_rank + 1
+    if processes > devices:
+        raise ValueError(f'{processes} processes on a machine with {devices} CUDA devices: start one for each device')
+    return torch.device('cuda', local_rank)
+
+
+def get_rank() -> int:
+    """Return the rank of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def reduce_(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """All-reduce `tensor` in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def all_reduce_max(number: int) -> int:
+    """All-reduce `number` with MAX.
+
+    The tensor is on the CPU: ranks wait for each other, not for their devices.
+    """
+    return int(reduce_(torch.tensor([number]), dist.ReduceOp.MAX))
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """Gather `value` from all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def exit_now(status: int) -> None:
+    """Exit after a fault on this rank alone, without waiting for the other ranks.
+
+    Destroying the process group could wait for the other ranks until --dist-timeout, and Python's own exit for a
+    loader that hangs. A checkpoint that is being written is finished first.
+    """
+    for thread in threading.enumerate():
+        if thread.name == 'checkpoint':
+            thread.join()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -> int:
+    """Call `main` with `args`, and return the exit status of the process; report an error in one line.
+
+    0 done or stopped under --resume auto, 1 a fault, 2 a mistake of the user, 128 + n stopped by signal n.
+
+    Args:
+        prog: name of the command.
+        main: raises UsageError and TrainingFault on all ranks, and anything else on this rank alone.
+        args: arguments of `main`.
+        unreadable_status: status for an image that cannot be read (datasets.UnreadableImage).
+    """
+    def report(error: Any) -> None:
+        line = str(error).replace('\n', '\\n')
+        sys.stderr.write(f'{prog}: error: {line}\n')
+
+    try:
+        try:
+            main(args)
+        except (ConnectionError, EOFError):
+            time.sleep(5)  # the pipes of a loader process close before its SIGCHLD, by which torch names it
+            raise
+        status = 0
+    except (UsageError, TrainingFault) as error:
+        launch = options.read_launch()
+        # before the process group exists, a mistake is known on one node alone; rank 0 may be the one that is missing
+        if launch.rank == 0 if dist.is_initialized() else launch.local_rank == 0 or (
+                launch.rank == 1 and isinstance(error, TrainingFault)):
+            report(error)
+        status = 2 if isinstance(error, UsageError) else 1
+    except SystemExit as stopped:
+        status = stopped.code
+    except KeyboardInterrupt:
+        exit_now(130)
+    except Exception as error:  # on this rank alone: the others wait for it
+        line = getattr(error, 'line', None)  # of an unreadable image
+        if line or explain(error):
+            report(line or explain(error))
+        else:
+            traceback.print_exc()
+        exit_now(unreadable_status if line else 1)
+    if dist.is_initialized():  # all ranks come here
+        dist.destroy_process_group()
+    return status
+
+
+@contextlib.contextmanager
+def usage_errors():
+    """Raise a UsageError on all ranks if the block fails on any rank.
+
+    No rank then waits for the others. A failure is a ValueError, an OSError, or an AssertionError, by which timm
+    checks settings.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError, AssertionError) as e:
+        error = str(e)
+    for message in gather_from_ranks(error):
+        if message is not None:
+            raise UsageError(message)
+
+
+class StopRequest:
+    """Record signals, for the run to stop after the step.
+
+    A second Ctrl-C raises KeyboardInterrupt at once.
+
+    SLURM's warning, SIGUSR1, is recorded from the start, while SIGTERM and Ctrl-C end a run that is being set up.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        signal.signal(signal.SIGUSR1, self)
+
+    def record_all(self) -> None:
+        """Record SIGTERM and Ctrl-C too."""
+        signal.signal(signal.SIGTERM, self)
+        signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number: int, frame) -> None:
+        self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def first_on_each_node():
+    """Run the block in one process of each node first (downloads, indices), then in the others."""
+    first = options.read_launch().local_rank == 0
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and first:
+            dist.barrier()
