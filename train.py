@@ -182,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
     args, start = check_before_data(args, device)  # mistakes cost nothing yet
     check_same_start(args, start)
     train_set, val_set = build_data(args, start)
-    model = load_model(args, start, len(val_set.classes), device)
+    model = load_model(args, start, list(val_set.classes), device)
 
     if args.throughput or args.eval:
         score_only(args, model, val_set, device)
@@ -351,12 +351,14 @@ def create_model(args: argparse.Namespace, num_classes: int, **model_args) -> cm
 
 
 @usage_errors()
-def load_model(args: argparse.Namespace, start: Start, num_classes: int, device: torch.device) -> cmt.CMT:
+def load_model(args: argparse.Namespace, start: Start, classes: list[str], device: torch.device) -> cmt.CMT:
     """Build the model, load the weights to start from, move it to the device, freeze stages."""
     random_seed(args.seed)
-    model = create_model(args, num_classes, **start.model_args)
-    if start.weights is not None:
-        load_weights(model, start.weights, new_head=start.checkpoint is None)
+    model = create_model(args, len(classes), **start.model_args)
+    if start.checkpoint is not None:
+        load_weights(model, start.weights)
+    elif start.weights is not None:
+        load_weights(model, start.weights.for_classes(classes), new_head=True)
     model.to(device)
     for module in frozen_parts(model, args.freeze_stages):
         module.requires_grad_(False)

@@ -8,7 +8,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,13 @@ class Weights:
     def classes_for(self, model: nn.Module) -> list[str] | None:
         """Return the class names if there is one for each output of `model`."""
         return self.classes if self.classes and len(self.classes) == model.num_classes else None
+
+    def for_classes(self, classes: list[str]) -> 'Weights':
+        """Return the weights, without a head whose class names are known to be others than `classes`."""
+        if self.classes is None or list(self.classes) == classes:
+            return self
+        state = {name: value for name, value in self.state.items() if not name.startswith('head.')}
+        return replace(self, state=state, notes=(*self.notes, 'its head is for other classes'))
 
 
 def _initial_share(checkpoint: dict[str, Any], run_args: dict[str, Any]) -> float:

@@ -1,6 +1,7 @@
 """Fine-tuning: other sizes, other classes, frozen stages, and the sources of images."""
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -73,6 +74,19 @@ def test_a_fine_tuning_run_resumes(flags, whole, tmp_path):
     nano.train([*argv, '--epochs', 1])
     nano.train([*argv, '--epochs', 2, '--resume', 'auto'])
     assert [line['epoch'] for line in nano.log(tmp_path / 'run')] == [0, 1]
+
+
+@pytest.mark.parametrize('same', [True, False])
+def test_the_head_is_kept_for_the_same_classes_alone(flags, whole, images, tmp_path, same):
+    names = [f'class_{i}' if same else f'other_{i}' for i in range(3)]
+    for part in ('train', 'val'):
+        for i, name in enumerate(names):
+            (tmp_path / part).mkdir(exist_ok=True)
+            (tmp_path / part / name).symlink_to(images / part / f'class_{i}')
+    output, source = tmp_path / 'out.txt', whole / 'checkpoint_last.pth'
+    nano.finish(nano.start([*flags, '--data-path', tmp_path, '--finetune', source, '--epochs', 1], output=output))
+    found = re.findall('its head is for other classes; newly initialised: head.weight, head.bias', output.read_text())
+    assert len(found) == (not same) == output.read_text().count('newly initialised')
 
 
 @pytest.mark.parametrize('stages', [1, 3])
