@@ -12,6 +12,7 @@ if __name__ == '__main__':
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import logging
 import shlex
@@ -666,9 +667,11 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
         run.writer.log(record)
     state.meters = []
     run.save(tuple(copies))
-    logger.info('epoch %d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s', state.epoch, record['train_loss'],
+    left = (run.num_epochs - 1 - state.epoch) * max(state.seconds, record['epoch_seconds'])  # of a resumed epoch too
+    logger.info('epoch %d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s%s', state.epoch, record['train_loss'],
                 record['train_lr'], record['train_images_per_s'], record['epoch_seconds'],
-                f"  best {state.best['acc1']:.3f}%" if state.best else '')
+                f"  best {state.best['acc1']:.3f}%" if state.best else '',
+                f'  run ends in {datetime.timedelta(seconds=round(left))}' if left else '')
     if run.wait_share >= 0.1:
         logger.info(utils.waiting_advice(run.wait_share, args.loader, args.num_workers))
     run.state = RunState(state.epoch + 1, best=state.best)

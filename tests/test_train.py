@@ -804,6 +804,12 @@ def test_overwrite_clears_the_folder_also_for_a_run_that_goes_on_from_elsewhere(
     assert (tmp_path / 'checkpoint_prev.pth').exists() == elsewhere  # the checkpoint that it goes on from
 
 
+def test_each_epoch_but_the_last_says_when_the_run_ends(flags, capsys):
+    nano.train(flags)
+    shown = re.findall(r'^epoch \d  train loss .*?(  run ends in \d:\d\d:\d\d)?$', capsys.readouterr().out, re.M)
+    assert [bool(end) for end in shown] == [True, True, False]
+
+
 @pytest.mark.parametrize('pause, workers', [(0.05, 0), (0.05, 1), (0., 1)])
 def test_a_run_that_waits_for_data_says_so(flags, monkeypatch, capsys, pause, workers):
     def slow(self, index, read=sources.EncodedImages.read):
