@@ -160,6 +160,13 @@ class RunWriter:
             self.error = error.__context__ if isinstance(error.__context__, OSError) else error
 
 
+def no_checkpoint(name: str) -> str:
+    """Describe a missing file, with the checkpoints in its folder, or in the folder that `name` is."""
+    folder = Path(name) if os.path.isdir(name) else Path(name).parent
+    found = ', '.join(sorted(file.name for file in folder.glob('checkpoint_*.pth'))[:8])
+    return f'no checkpoint at {name}' + (f' ({folder} contains {found})' if found else '')
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a file of torch.save without running code that it might contain.
 
@@ -174,7 +181,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     name = str(path)
     if not name.startswith(('http://', 'https://')) and not os.path.isfile(name):
-        raise ValueError(f'no checkpoint at {name}')
+        raise ValueError(no_checkpoint(name))
     # Released checkpoints contain their training arguments; unpickling a Namespace runs nothing. Each time, since
     # timm's load_checkpoint forbids the type when it returns.
     torch.serialization.add_safe_globals([argparse.Namespace])

@@ -172,7 +172,8 @@ class NamedErrors(Dataset):
             raise
         except Exception as error:
             raise UnreadableImage(f'cannot read validation image {image_name(self.dataset, index)} '
-                                  f'({one_line(error)}): the score would be of other images') from error
+                                  f'({one_line(error)}): replace or remove it, since the score would be of '
+                                  'other images') from error
 
 
 def one_line(error: Exception) -> str:

@@ -223,8 +223,9 @@ def get_parser() -> argparse.ArgumentParser:
                    help='checkpoint to resume, or to evaluate with --eval; '
                    "'auto': the newest good checkpoint in --output-dir, if any")
     g.add_argument('--finetune', type=path, default='', metavar='FILE|NAME',
-                   help='weights to start from, of any input size and number of classes: a file, or the name of a '
-                   'CMT of timm or of the Hugging Face hub; a checkpoint found by --resume takes precedence')
+                   help='weights to start from, of any input size and classes (other classes get a new head): a file, '
+                   'or the name of a CMT of timm or of the Hugging Face hub; a checkpoint found by --resume takes '
+                   'precedence')
     g.add_argument('--overwrite', action='store_true', help='replace the run in --output-dir')
     g.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume and stop')
     g.add_argument('--throughput', action='store_true', help='measure images/s of the forward pass and stop')
@@ -386,6 +387,7 @@ def get_parser() -> argparse.ArgumentParser:
         # of DeiT and ConvNeXt
         '--dist-eval': 'the evaluation is always shared by all processes, and exact',
         '--nb-classes': 'the number of classes is that of the data',
+        '--learning-rate': 'use --lr',
         '--unscale-lr': '--lr is for a global batch of 512',
         '--update-freq': 'use --accum-steps',
         '--auto-resume': 'use --resume auto',
@@ -405,6 +407,12 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def similar_flag(parser: argparse.ArgumentParser, arg: str) -> str:
+    """Return a question about the flag that an unknown one resembles, or ''."""
+    return ''.join(f' ({flag}?)' for flag in difflib.get_close_matches(
+        arg.split('=')[0], parser._option_string_actions, 1))
+
+
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
     """Parse flags, spelt with - or _, over the defaults of --config.
 
@@ -417,8 +425,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     from_config = config_flags(parser, config) if config else []
     args, unknown = parser.parse_known_args(from_config + argv)
     if unknown:
-        similar = difflib.get_close_matches(unknown[0].split('=')[0], parser._option_string_actions, 1)
-        parser.error(f'unrecognized arguments: {" ".join(unknown)}' + ''.join(f' ({flag}?)' for flag in similar))
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}{similar_flag(parser, unknown[0])}')
     moved = '' if any(arg.split('=')[0] == '--output-dir' for arg in argv) else find_moved_run(args)
     if moved:
         parser.error(moved)
@@ -479,7 +486,7 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     try:
         config = yaml.safe_load(Path(path).read_text('utf-8'))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f'--config {path}: {" ".join(str(error).split())}')
+        parser.error(f'--config {path}: {getattr(error, "strerror", None) or " ".join(str(error).split())}')
     if not isinstance(config, dict):
         parser.error(f'--config {path} is no list of "flag: value" lines')
     known = parser._option_string_actions
@@ -487,7 +494,7 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     for key, value in config.items():
         flag = '--' + str(key).replace('_', '-')
         if flag not in known or flag in ('--config', '--help'):
-            parser.error(f'--config {path}: unknown key {key!r}')
+            parser.error(f'--config {path}: unknown key {key!r}{similar_flag(parser, flag)}')
         action = known[flag]
         is_switch = action.nargs == 0
         if value is None or isinstance(action, Refused) and value in action.ignored:

@@ -142,16 +142,15 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
     parsed = urllib.parse.urlparse(url)
     host, port = options.set_master_address() if url == 'env://' else (parsed.hostname, parsed.port)
     is_of_torchrun, problem = url == 'env://' and options.has_agent_store(), ''
-    is_served_here = rank == 0 and not is_of_torchrun
     server = f'{"the store of torchrun" if is_of_torchrun else "rank 0"} at {host}:{port}'
 
     def answers() -> bool:
         nonlocal problem
         try:
-            if is_served_here:
-                socket.getaddrinfo(host, port)
-            else:
+            if rank or is_of_torchrun:
                 socket.create_connection((host, port), timeout=5).close()
+            else:
+                socket.getaddrinfo(host, port)
         except OSError as error:
             problem = error.strerror or str(error)
             return False
@@ -159,7 +158,7 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
 
     # torch's own waiting prints pages of C++ frames, and a TCPStore of rank 0 waits for the world size in silence
     if host:
-        wait.until(answers, lambda: f'{f"the name {host}" if is_served_here else server} ({problem})')
+        wait.until(answers, lambda: f'{server} ({problem})')
     try:
         timeout = datetime.timedelta(seconds=wait.timeout_s)
         store = next(rendezvous(url, rank, 1 if host else world_size, timeout=timeout))[0]

@@ -7,7 +7,7 @@ import sys
 import options
 
 if __name__ == '__main__':
-    options.parse_args()  # --help and a mistake at once: the imports below take seconds
+    ARGS = options.parse_args()  # --help and a mistake at once: the imports below take seconds
 
 import argparse
 import contextlib
@@ -101,6 +101,7 @@ class Run:
     meters: Meters | None = None  # sums of the epoch in progress
     record: dict[str, Any] = field(default_factory=dict)  # the epoch's line in log.txt
     wait_share: float = 0.  # of the epoch's time, spent waiting for data
+    eval_seconds: float = 0.  # of the last validation
     epoch_began: float = 0.  # s, time.monotonic()
     saved_at: float = 0.  # s, time.monotonic() of the last checkpoint
 
@@ -194,11 +195,11 @@ def main(args: argparse.Namespace) -> None:
         if start.checkpoint is not None:
             run.load_state_dict(start.checkpoint, start.source)
     run.stop = stop
+    if args.compile and run.state.epoch < run.num_epochs:
+        with usage_errors():
+            utils.check_compiler(device)
     stop.record_all()
     start_loader(run)
-    if args.compile:
-        with usage_errors():
-            utils.check_compiler(device)  # it starts threads, so after the processes of the loader
     open_output(run, start)
     del start  # the tensors of its file
     describe(run)
@@ -306,7 +307,8 @@ def build_data(args: argparse.Namespace, start: Start) -> tuple[Dataset | None, 
         train = build(is_train=True, transform=transform, classes=known) if has_train else None
         present = set(getattr(train, 'targets', ())) if is_training else set()
         if len(present) == 1:
-            raise ValueError(f'{args.data_path} has one class, {train.classes[present.pop()]}{folders_of(train)}')
+            raise ValueError(f'{args.data_path} has one class, {train.classes[present.pop()]}{folders_of(train)}; '
+                             'training needs two')
         val = build(is_train=False, transform=build_transform(False, args.input_size),
                     classes=train.classes if train is not None else known)
         if known and set(val.classes) == set(known) and list(val.classes) != list(known):
@@ -536,7 +538,7 @@ def describe(run: Run) -> None:
     if args.warmup_epochs >= args.epochs and not args.warmup_prefix and processes.get_rank() == 0:
         logger.warning('the warm-up of %d epochs is as long as the training: the learning rate never reaches %g. '
                        'Use --warmup-epochs %d.', args.warmup_epochs, rate,
-                       max(1, args.epochs // 20) if args.epochs > 1 else 0)
+                       args.epochs // 20)
     if rate < args.min_lr and processes.get_rank() == 0:
         logger.warning('the learning rate %g is below --min-lr %g, so it rises towards the end. Use --min-lr %.2g.',
                        rate, args.min_lr, rate / 100)
@@ -611,6 +613,17 @@ def requested_action(run: Run) -> int:
     return SAVE if is_due else CONTINUE
 
 
+def is_validated(run: Run, epoch: int) -> bool:
+    """Return whether validation is due in `epoch`."""
+    return epoch % run.args.test_freq == 0 or epoch > run.args.test_epoch or epoch == run.num_epochs - 1
+
+
+def seconds_left(run: Run) -> float:
+    """Estimate the time to the end of the run by the training of this epoch and the last validation."""
+    epochs = range(run.state.epoch + 1, run.num_epochs)
+    return len(epochs) * run.state.seconds + sum(is_validated(run, epoch) for epoch in epochs) * run.eval_seconds
+
+
 def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     """Evaluate model and EMA if validation is due in this epoch.
 
@@ -622,14 +635,14 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     if world_size > 1:  # in every epoch, so that what is saved is what is scored
         for model in models.values():
             distribute_bn(model, world_size, reduce=args.dist_bn == 'reduce')
-    if not (state.epoch % args.test_freq == 0 or state.epoch > args.test_epoch or state.epoch == run.num_epochs - 1):
+    if not is_validated(run, state.epoch):
         return {}
 
     # a run that is killed during a long evaluation resumes with the evaluation
     is_long = args.save_every_steps or args.save_every_minutes or time.monotonic() - run.saved_at > 60
     if processes.all_reduce_max(int(bool(is_long))):
         run.save_in_epoch()
-    scores = {}
+    scores, began = {}, time.monotonic()
     for prefix, model in models.items():
         if run.stop_signal():
             break
@@ -646,6 +659,7 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     if run.stop_signal():
         run.save_in_epoch()
         return None
+    run.eval_seconds = time.monotonic() - began
     return scores
 
 
@@ -667,7 +681,7 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
         run.writer.log(record)
     state.meters = []
     run.save(tuple(copies))
-    left = (run.num_epochs - 1 - state.epoch) * max(state.seconds, record['epoch_seconds'])  # of a resumed epoch too
+    left = seconds_left(run)
     logger.info('epoch %d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s%s', state.epoch, record['train_loss'],
                 record['train_lr'], record['train_images_per_s'], record['epoch_seconds'],
                 f"  best {state.best['acc1']:.3f}%" if state.best else '',
@@ -707,11 +721,15 @@ def report(stats: dict[str, float], title: str = '') -> None:
     logger.info('%sAccuracy of the network on the %d test images: %.3f%%', title, stats['count'], stats['acc1'])
 
 
-def cli(argv: list[str] | None = None) -> int:
-    """Run main with the flags `argv` (default: of the command line), and return processes.run_main's exit status."""
-    args = options.parse_args(argv)
+def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:
+    """Run main with `args`, or with the flags `argv` (default: of the command line).
+
+    Returns:
+        The exit status of processes.run_main.
+    """
+    args = args or options.parse_args(argv)
     return processes.run_main('train.py', main, args, unreadable_status=2 if args.eval else 1)
 
 
 if __name__ == '__main__':
-    sys.exit(cli())
+    sys.exit(cli(args=ARGS))

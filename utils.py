@@ -83,7 +83,11 @@ def memory_mb(device: torch.device) -> float:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ValueError if torch.compile cannot compile here, as on a CPU without a C++ compiler."""
+    """Raise ValueError if torch.compile cannot compile here, as on a CPU without a C++ compiler.
+
+    That takes 3 s, and half a minute if nothing was compiled before. Signals end the process.
+    """
+    logger.info('trying torch.compile')
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as error:  # backends raise anything

@@ -19,13 +19,14 @@ import torch.nn as nn
 from timm.models import adapt_input_conv
 
 import cmt
-from checkpoints import LAST, newest_checkpoint, read_checkpoint
+from checkpoints import LAST, newest_checkpoint, no_checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 # what parsing tensors of unexpected dimensions or sizes raises
 ODD_SHAPES = IndexError, RuntimeError, ZeroDivisionError, ValueError
 SHOWN = 8  # tensors that an error names
+FILES = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,13 @@ class Weights:
         return self.classes if self.classes and len(self.classes) == model.num_classes else None
 
     def for_classes(self, classes: list[str]) -> 'Weights':
-        """Return the weights, without a head whose class names are known to be others than `classes`."""
-        if self.classes is None or list(self.classes) == classes:
+        """Return the weights, without their head if its class names are known, and are not `classes` in this order."""
+        names = self.classes or []
+        is_known = len(names) == self.model_args.get('num_classes') and all(isinstance(name, str) for name in names)
+        if not is_known or list(names) == classes:
             return self
         state = {name: value for name, value in self.state.items() if not name.startswith('head.')}
-        return replace(self, state=state, notes=(*self.notes, 'its head is for other classes'))
+        return replace(self, state=state, notes=(*self.notes, 'its classes are others, or in another order'))
 
 
 def _initial_share(checkpoint: dict[str, Any], run_args: dict[str, Any]) -> float:
@@ -138,9 +141,11 @@ def read(source: str) -> dict[str, Any]:
     config = Path(source.removeprefix('local-dir:')) / 'config.json'
     if config.is_file():
         source = f'local-dir:{config.parent}'
-    is_name = source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(source.split('.')[0])
+    # timm takes cmt_small.pth for a tag of cmt_s
+    is_name = source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or \
+        timm.is_model(source.split('.')[0]) and not source.endswith(FILES)
     if not os.path.exists(source) and not is_name and not source.startswith(('http://', 'https://')):
-        raise ValueError(f'no checkpoint at {source}, nor a model of that name ({_names()})')
+        raise ValueError(f'{no_checkpoint(source)}, nor a model of that name ({_names()})')
     if os.path.isfile(source) or not is_name:
         return read_file(source)
     if timm.is_model(source.split('.')[0]):

@@ -52,6 +52,16 @@ def test_flags_of_commands_exist(page, monkeypatch):
             assert all(f"'{flag}'" in source for flag in re.findall(r'--[\w-]+', flags)), line
 
 
+def test_links_make_classes_of_a_csv_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('1.jpg', '2.jpg', '3.jpg'):
+        (tmp_path / name).write_text(name)
+    (tmp_path / 'labels.csv').write_text('file,label\n1.jpg,cat\n2.jpg,dog\n3.jpg,cat\n')
+    exec(re.search(r'^```python\n(import csv.*?)^```', (ROOT / 'docs' / 'data.md').read_text(), re.S | re.M)[1], {})
+    assert {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.glob('photos/*/*')} == {
+        'photos/cat/1.jpg': '1.jpg', 'photos/dog/2.jpg': '2.jpg', 'photos/cat/3.jpg': '3.jpg'}
+
+
 def test_the_first_snippet_runs_without_a_network():
     text = (ROOT / 'README.md').read_text()
     snippet = re.search(r'^```python\n(.*?)^```', text, re.DOTALL | re.MULTILINE)[1]

@@ -128,7 +128,7 @@ def test_a_store_that_freezes_ends_the_process(tmp_path):
 @pytest.mark.parametrize('absent, port, host, status, words', [
     (0, None, '127.0.0.1', 1, r'rank 0 at 127.0.0.1:\d+ \(Connection refused\) did not answer within 1 s'),
     (0, None, 'no.host.invalid', 1, r'rank 0 at no.host.invalid:\d+ \(.*[Nn]ame.*\) did not answer within 1 s'),
-    (1, None, 'no.host.invalid', 1, r'the name no.host.invalid \(.*[Nn]ame.*\) did not answer within 1 s'),
+    (1, None, 'no.host.invalid', 1, r'rank 0 at no.host.invalid:\d+ \(.*[Nn]ame.*\) did not answer within 1 s'),
     (1, None, '127.0.0.1', 1, r'rank 1 did not answer within 1 s \(--dist-timeout\)'),
     (1, 'taken', '127.0.0.1', 2, r'another process listens at 127.0.0.1:\d+: set MASTER_PORT to another port'),
 ], ids=['rank 0', 'unknown host', 'unknown name', 'rank 1', 'port'])
@@ -148,7 +148,7 @@ def test_a_rank_alone_gives_up_in_one_line(flags, tmp_path, absent, port, host, 
     lines = output.read_text().splitlines()
     assert re.search(f'train.py: error: {words}', lines[-1])
     assert len(lines) == 1 if port else len(lines) == 2 and re.fullmatch(
-        fr'(rank 1: )?waiting for (rank {absent}|the name).* until \d\d:\d\d:\d\d \(--dist-timeout 1\)', lines[0])
+        fr'(rank 1: )?waiting for rank ({absent}|0 at no.host).* until \d\d:\d\d:\d\d \(--dist-timeout 1\)', lines[0])
 
 
 @pytest.mark.parametrize('number, words', [(signal.SIGKILL, '(closed|reset) by peer'), (signal.SIGSTOP, 'Timed out')])

@@ -97,6 +97,12 @@ def test_help_and_mistakes_start_without_torch(flags, status):
     assert 'options' in imported and not {'torch', 'numpy', 'timm'} & imported
 
 
+def test_a_config_may_come_through_a_pipe():
+    done = subprocess.run([sys.executable, 'train.py', '--config', '/dev/stdin'], input='model: cmt_q\ndevice: cpu\n',
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and 'error: unknown model cmt_q' in done.stderr
+
+
 def test_both_spellings():
     dashes, lines = ['--model-ema-decay', '0.5', '--output-dir=a_b'], ['--model_ema_decay', '0.5', '--output_dir=a_b']
     assert parse_args(dashes) == parse_args(lines)
@@ -349,7 +355,9 @@ def test_the_yaml_of_a_run_of_commit_9777bd7_parses(tmp_path):
 @pytest.mark.parametrize('text, words', [
     ('cache: disk', '--cache is not supported: .*page cache'),
     ('kernels: true', '--kernels is not supported: .*9777bd7'),
-    ('learning-rate: 1', "unknown key 'learning-rate'"),
+    ('learning-rate: 1', '--learning-rate is not supported: use --lr'),
+    ('lerning_rate: 1', r"unknown key 'lerning_rate' \(--learning-rate\?\)"),
+    ('epoch: 1', r"unknown key 'epoch' \(--epochs\?\)"),
     ('config: x.yaml', "unknown key 'config'"),
     ('help: true', "unknown key 'help'"),
     ('lr: fast', "'fast' is not a number"),

@@ -793,6 +793,16 @@ def test_an_old_run_stays_until_nothing_can_fail_any_more(flags, images, tmp_pat
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_the_try_of_the_compiler_can_be_interrupted_and_a_finished_run_needs_none(flags, whole, tmp_path, monkeypatch):
+    run, output = [*flags, '--compile', '--output-dir', tmp_path / 'run'], tmp_path / 'out.txt'
+    shutil.copytree(whole, tmp_path / 'run')
+    monkeypatch.setattr(train.utils, 'check_compiler', lambda device: os.kill(os.getpid(), signal.SIGINT))
+    nano.finish(nano.start([*run, '--overwrite'], output=output), status=130)
+    assert all((tmp_path / 'run' / path.name).read_bytes() == path.read_bytes() for path in whole.glob('*.*'))
+    nano.finish(nano.start([*run, '--resume', 'auto'], output=output))
+    assert 'nothing left to do' in output.read_text()
+
+
 @pytest.mark.parametrize('elsewhere', [False, True])
 def test_overwrite_clears_the_folder_also_for_a_run_that_goes_on_from_elsewhere(flags, whole, tmp_path, elsewhere):
     nano.train([*flags, '--epochs', 2, '--keep-checkpoints', 2, '--output-dir', tmp_path])
@@ -804,10 +814,24 @@ def test_overwrite_clears_the_folder_also_for_a_run_that_goes_on_from_elsewhere(
     assert (tmp_path / 'checkpoint_prev.pth').exists() == elsewhere  # the checkpoint that it goes on from
 
 
-def test_each_epoch_but_the_last_says_when_the_run_ends(flags, capsys):
-    nano.train(flags)
-    shown = re.findall(r'^epoch \d  train loss .*?(  run ends in \d:\d\d:\d\d)?$', capsys.readouterr().out, re.M)
-    assert [bool(end) for end in shown] == [True, True, False]
+def test_each_epoch_but_the_last_says_when_the_run_ends(flags, capsys, monkeypatch):
+    def left(run):
+        assert run.state.seconds > 0 and run.eval_seconds > 0
+        return 3602 * (run.state.epoch < 2)
+
+    monkeypatch.setattr(train, 'seconds_left', left)
+    nano.train([*flags, '--test-freq', 2])
+    shown = re.findall(r'^epoch \d  train loss .*?(?:  run ends in (.*))?$', capsys.readouterr().out, re.M)
+    assert shown == ['1:00:02', '1:00:02', '']
+
+
+@pytest.mark.parametrize('epoch, seconds', [
+    (0, 9 * 10 + 4 * 3), (1, 8 * 10 + 4 * 3), (3, 6 * 10 + 3 * 3), (7, 2 * 10 + 2 * 3), (9, 0)])
+def test_the_time_left_is_that_of_training_and_of_validations_that_are_due(epoch, seconds):
+    """Epochs 0, 3, 6, 8 and 9 of ten are validated."""
+    run = types.SimpleNamespace(args=options.parse_args(['--test-freq', '3', '--test-epoch', '7']), num_epochs=10,
+                                state=train.RunState(epoch, seconds=10.), eval_seconds=3.)
+    assert train.seconds_left(run) == seconds
 
 
 @pytest.mark.parametrize('pause, workers', [(0.05, 0), (0.05, 1), (0., 1)])
@@ -926,7 +950,7 @@ def test_another_number_of_training_images_is_said(flags, whole, renamed, tmp_pa
 
 @pytest.mark.parametrize('change, words', [
     (['--epochs', 2, '--warmup-epochs', 5], 'the warm-up of 5 epochs is as long as the training: the learning rate '
-     'never reaches 0.003125. Use --warmup-epochs 1.'),
+     'never reaches 0.003125. Use --warmup-epochs 0.'),
     (['--epochs', 3, '--cooldown-epochs', 2], '5 epochs, 2 of them cool-down'),
     (['--epochs', 3, '--min-lr', 0.01], 'the learning rate 0.003125 is below --min-lr 0.01, so it rises towards the '
      'end. Use --min-lr 3.1e-05.'),

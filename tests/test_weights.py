@@ -553,7 +553,12 @@ def test_files_without_weights_of_the_model(tmp_path, capsys, monkeypatch, flag)
         refused(capsys, monkeypatch, f'{name} is cut short, damaged or no checkpoint', *flag, tmp_path / name)
     torch.save(timm.create_model('resnet18', num_classes=1).state_dict(), tmp_path / 'resnet.pth')
     refused(capsys, monkeypatch, 'resnet.pth does not fit the model: it holds no CMT', *flag, tmp_path / 'resnet.pth')
-    refused(capsys, monkeypatch, 'no checkpoint at nowhere.pth', *flag, 'nowhere.pth')
+    for name in ('nowhere.pth', 'cmt_small.pth'):
+        refused(capsys, monkeypatch, f'no checkpoint at {name}', *flag, name)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'checkpoint_best.pth').touch()
+    for name in ('run', 'run/checkpoint_ema_best.pth'):
+        refused(capsys, monkeypatch, 'run contains checkpoint_best.pth)', *flag, tmp_path / name)
     state = timm.create_model('cmt_s', img_size=32, num_classes=10, dtype=torch.bfloat16).state_dict()
     torch.save({'model': cmt.to_released(state)}, tmp_path / 's.pth')
     refused(capsys, monkeypatch, 'it holds cmt_s: give --model cmt_s', '--model', 'cmt_ti', *flag, tmp_path / 's.pth')
