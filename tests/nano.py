@@ -83,6 +83,7 @@ def start(argv, ranks=1, output=os.devnull, before=None, command='train') -> lis
         os.setpgid(0, 0)
         for number in (signal.SIGTERM, signal.SIGUSR1):  # not as an earlier run left them in the test's process
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if ranks > 1:
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
