@@ -20,7 +20,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,8 @@ class Run:
         `lr_scheduler` follows from the position (position_schedule). A file of other code holds weights and epoch only.
         """
         if self.ema is not None:
-            load_weights(self.ema.module, Weights.of(checkpoint, source, use_ema=True))
+            weights = Weights.of(checkpoint, source, use_ema=True)
+            load_weights(self.ema.module, replace(weights, notes=()))  # advice for users of a finished EMA
         saved = checkpoint.get('args')
         if isinstance(saved, dict) and saved.get('opt', self.args.opt) != self.args.opt:
             raise ValueError(f"{source} was trained with --opt {saved['opt']}: resume with that")
