@@ -161,7 +161,7 @@ class RunWriter:
 
 
 def no_checkpoint(name: str) -> str:
-    """Describe a missing file, with the checkpoints in its folder, or in the folder that `name` is."""
+    """Return an error message about a missing file, with the checkpoints in its folder; `name` may be the folder."""
     folder = Path(name) if os.path.isdir(name) else Path(name).parent
     found = ', '.join(sorted(file.name for file in folder.glob('checkpoint_*.pth'))[:8])
     return f'no checkpoint at {name}' + (f' ({folder} contains {found})' if found else '')

@@ -408,7 +408,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def similar_flag(parser: argparse.ArgumentParser, arg: str) -> str:
-    """Return a question about the flag that an unknown one resembles, or ''."""
+    """Return the flag of the most similar name as a question, such as ' (--epochs?)', or '' if none is similar."""
     return ''.join(f' ({flag}?)' for flag in difflib.get_close_matches(
         arg.split('=')[0], parser._option_string_actions, 1))
 

@@ -125,7 +125,7 @@ class Run:
         """
         if self.ema is not None:
             weights = Weights.of(checkpoint, source, use_ema=True)
-            load_weights(self.ema.module, replace(weights, notes=()))  # advice for users of a finished EMA
+            load_weights(self.ema.module, replace(weights, notes=()))  # those on an unfinished EMA are for its users
         saved = checkpoint.get('args')
         if isinstance(saved, dict) and saved.get('opt', self.args.opt) != self.args.opt:
             raise ValueError(f"{source} was trained with --opt {saved['opt']}: resume with that")
@@ -620,7 +620,7 @@ def is_validated(run: Run, epoch: int) -> bool:
 
 
 def seconds_left(run: Run) -> float:
-    """Estimate the time to the end of the run by the training of this epoch and the last validation."""
+    """Estimate the time to the end of the run from the training of this epoch and the last validation, if any."""
     epochs = range(run.state.epoch + 1, run.num_epochs)
     return len(epochs) * run.state.seconds + sum(is_validated(run, epoch) for epoch in epochs) * run.eval_seconds
 

@@ -85,7 +85,7 @@ def memory_mb(device: torch.device) -> float:
 def check_compiler(device: torch.device) -> None:
     """Raise ValueError if torch.compile cannot compile here, as on a CPU without a C++ compiler.
 
-    That takes 3 s, and half a minute if nothing was compiled before. Signals end the process.
+    The check takes 3 s, or half a minute with an empty cache of torch.compile.
     """
     logger.info('trying torch.compile')
     try:
