@@ -45,7 +45,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, keep_previous: bool = False):
+def atomic_write(path: Path, keep_previous: bool = False):
     """Open a temporary file beside `path`, which replaces `path` when the block ends and the file is on disk."""
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -147,11 +147,11 @@ class RunWriter:
     def _write(self, state: dict[str, Any], copies: tuple[str, ...]) -> None:
         try:
             last = self.folder / LAST
-            with replacing(last, keep_previous=True) as file:
+            with atomic_write(last, keep_previous=True) as file:
                 torch.save(state, file)
                 file.flush()
                 for name in copies:  # before checkpoint_last.pth: a run killed between them repeats the epoch
-                    with open(file.name, 'rb') as source, replacing(self.folder / name) as copy:
+                    with open(file.name, 'rb') as source, atomic_write(self.folder / name) as copy:
                         shutil.copyfileobj(source, copy, 1 << 20)
             if self.keep:
                 for old in sorted(self.folder.glob('checkpoint_[0-9]*.pth'))[:-self.keep]:
@@ -244,11 +244,11 @@ def make_last(path: Path, last: Path) -> None:
     another folder could not be resumed there before its first save.
     """
     if path.resolve() != last.resolve():
-        with open(path, 'rb') as source, replacing(last) as file:
+        with open(path, 'rb') as source, atomic_write(last) as file:
             shutil.copyfileobj(source, file, 1 << 20)
 
 
-def lies_in(path: str | Path | None, folder: str | Path) -> bool:
+def is_in_folder(path: str | Path | None, folder: str | Path) -> bool:
     """Return whether the file `path`, if any, lies directly in `folder`."""
     return bool(path) and Path(path).resolve().parent == Path(folder).resolve()
 
@@ -266,7 +266,7 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
         raise ValueError(f'{folder} holds a run: --resume auto resumes it, --overwrite replaces it')
 
 
-def start_run(
+def claim_folder(
         folder: Path, epoch: int, resumed: str | None, replace: bool, config: str, wandb_id: str | None) -> None:
     """Write config.yaml, and remove what the run replaces or trains again.
 
@@ -278,11 +278,11 @@ def start_run(
         config: contents of config.yaml.
         wandb_id: id of the run at Weights & Biases, or None.
     """
-    with replacing(folder / 'config.yaml') as file:
+    with atomic_write(folder / 'config.yaml') as file:
         file.write(config.encode())
         file.flush()
         os.fsync(file.fileno())  # a full disk ends the run here, before anything is removed
-        if replace and not lies_in(resumed, folder):
+        if replace and not is_in_folder(resumed, folder):
             remove_run(folder)
         if resumed is not None and Path(resumed).is_file():
             make_last(Path(resumed), folder / LAST)
@@ -303,7 +303,7 @@ def copy_best(resumed: Path, folder: Path, best: dict[str, Any]) -> dict[str, An
         `best` without scores whose checkpoint is not beside `resumed`.
     """
     kept, source = dict(best), resumed.resolve().parent
-    is_here = lies_in(resumed, folder)
+    is_here = is_in_folder(resumed, folder)
     for prefix in ('', 'ema_'):
         name, epoch = f'checkpoint_{prefix}best.pth', best.get(f'{prefix}epoch')
         try:
@@ -314,7 +314,7 @@ def copy_best(resumed: Path, folder: Path, best: dict[str, Any]) -> dict[str, An
         except ValueError:
             is_there = False
         if is_there and not is_here:
-            with open(source / name, 'rb') as read, replacing(folder / name) as file:
+            with open(source / name, 'rb') as read, atomic_write(folder / name) as file:
                 shutil.copyfileobj(read, file, 1 << 20)
         elif epoch is not None and not is_there:
             logger.warning('%s of epoch %d is not in %s: the best score is searched anew', name, epoch, source)
@@ -357,5 +357,5 @@ def rewind(folder: Path, epoch: int) -> None:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)['epoch'] < epoch:
                 kept.append(line + '\n')
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(''.join(kept).encode())

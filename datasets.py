@@ -3,37 +3,22 @@
 Loaders yield uint8 images (B, 3, H, W) and class indices (B,). Normalisation, random erasing and mixup are applied to
 the whole batch on the device (engine.py).
 """
-import contextlib
-import itertools
 import json
 import logging
-import math
-import multiprocessing
-import os
-import random
 import re
-import signal
-import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_dataset
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
+from torch.utils.data import ConcatDataset, Dataset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
-from samplers import TrainSampler, eval_indices
-from sources import EncodedImages, ImageFolder, Samples, find_part, has_part, open_image, printable
+from sources import EncodedImages, ImageFolder, Samples, has_split, open_image, open_split
 
 logger = logging.getLogger(__name__)
-
-BAD_IMAGES_IN_A_ROW = 10
-PREFETCH = 2  # batches that each loader process has ready, torch's default
-SHARED_MEMORY = Path('/dev/shm')  # Linux
 
 
 class INaturalist(EncodedImages):
@@ -111,84 +96,6 @@ class Digits(Dataset):
         return self.transform(image) if self.transform else image, self.targets[index]
 
 
-class UnreadableImage(RuntimeError):
-    """Report an image that the run cannot continue without."""
-
-    @property
-    def line(self) -> str:
-        """Return the message alone: a loader process prepends its traceback to the message."""
-        return str(self).strip().splitlines()[-1].removeprefix('datasets.UnreadableImage: ')
-
-
-class KeyedDataset(Dataset):
-    """Read training samples by (index, seed): the seed alone determines a sample's augmentation.
-
-    timm and torchvision draw from `random`, NumPy and torch, so all three are seeded for each sample. torch is seeded
-    on the CPU alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An unreadable image is
-    reported and the next image is read instead.
-
-    Raises:
-        UnreadableImage: ten unreadable images in a row.
-    """
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]):
-        index, seed = key
-        for attempt in range(BAD_IMAGES_IN_A_ROW):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)
-            current = (index + attempt) % len(self)
-            try:
-                return self.dataset[current]
-            except Exception as error:  # Pillow's plugins raise exceptions of any type on damaged files
-                name = image_name(self.dataset, current)
-                logger.warning('cannot read %s (%s): taking the next image instead', name, one_line(error))
-        raise UnreadableImage(
-            f'{BAD_IMAGES_IN_A_ROW} images in a row could not be read, the last one {name}: check the training data')
-
-
-class NamedErrors(Dataset):
-    """Read validation samples; raise UnreadableImage for an image that cannot be read.
-
-    Leaving the image out would give the score of other images.
-    """
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int):
-        try:
-            return self.dataset[index]
-        except UnreadableImage:
-            raise
-        except Exception as error:
-            raise UnreadableImage(f'cannot read validation image {image_name(self.dataset, index)} '
-                                  f'({one_line(error)}): replace or remove it, since the score would be of '
-                                  'other images') from error
-
-
-def one_line(error: Exception) -> str:
-    """Return the reason why an image cannot be read, in one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return 'no image'  # Pillow's own message names an object in memory
-    return ' '.join(str(error).split()) or type(error).__name__
-
-
-def image_name(dataset: Dataset, index: int) -> str:
-    """Return the file of a sample, or its index if the data set has no files."""
-    samples = getattr(dataset, 'samples', None)
-    return printable(samples[index][0]) if samples else f'image {index} of {type(dataset).__name__}'
-
-
 def build_dataset(
         name: str,
         is_train: bool,
@@ -208,7 +115,7 @@ def build_dataset(
         name: one of options.DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, or 'wds/NAME' for
             tar shards.
         is_train: True for the training part, False for the validation part.
-        data_path: for IMNET the folder or tar that contains both parts (sources.find_part); for other data sets the
+        data_path: for IMNET the folder or tar that contains both parts (sources.open_split); for other data sets the
             folder to read from or to download to.
         input_size: height and width of the images of DIGITS, in pixels.
         transform: applied to each PIL image, or to the bytes of its file (sources.EncodedImages).
@@ -241,8 +148,8 @@ def build_dataset(
     if class_map:
         classes = _read_class_map(class_map)
     if not val_split:
-        return find_part(data_path, 'train' if is_train else 'val', transform, classes)
-    return _split(open_undivided(data_path, transform, classes), val_split, is_train)
+        return open_split(data_path, 'train' if is_train else 'val', transform, classes)
+    return _split(open_unsplit(data_path, transform, classes), val_split, is_train)
 
 
 def _read_class_map(file: str) -> list[str]:
@@ -255,17 +162,17 @@ def _read_class_map(file: str) -> list[str]:
     return classes
 
 
-def open_undivided(data_path: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
+def open_unsplit(data_path: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
     """Open the images that --val-split divides: train/, training tars, or class folders."""
     root = Path(data_path)
-    if root.is_dir() and has_part(data_path, 'val'):
+    if root.is_dir() and has_split(data_path, 'val'):
         raise ValueError(f'{root} has a validation part: leave --val-split out')
     folders = {path.name for path in root.glob('[!.]*') if path.is_dir()}
     if len(folders) > 1 and all(re.fullmatch('(train|test|val)(ing|id|idation)?', name.lower()) for name in folders):
         raise ValueError(f'{root} contains {" and ".join(sorted(folders))}: parts, not classes. Name them train and '
                          'val; --val-split is for folders of classes')
-    if 'train' in folders or not folders and has_part(data_path, 'train'):
-        return find_part(data_path, 'train', transform, classes)
+    if 'train' in folders or not folders and has_split(data_path, 'train'):
+        return open_split(data_path, 'train', transform, classes)
     return ImageFolder(root, transform, classes)
 
 
@@ -300,147 +207,3 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
             raise ValueError(f'--data-set {name} does not name its classes')
         return dataset
     return getattr(tv_datasets, name)(root, train=is_train, transform=transform, download=True)
-
-
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-
-
-@contextlib.contextmanager
-def _signals_blocked():
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Loader(DataLoader):
-    """Protect the processes of torch's DataLoader from signals that the run itself did not send.
-
-    Ctrl-C, SLURM and `timeout` signal every process of a group, but a run that saves its state still needs its loader.
-    Any SIGTERM before `worker_init_fn` would end a process of torch's, so signals are blocked before the fork.
-    """
-    started = None
-
-    def start(self) -> None:
-        """Load the first batch of the next iteration now, so that faults of the loader come before long work."""
-        batches = iter(self)
-        self.started = itertools.chain(list(itertools.islice(batches, 1)), batches)
-
-    def stop(self) -> None:
-        """End the loader processes; the next iteration starts others."""
-        with _signals_blocked():  # Python ignores a KeyboardInterrupt in __del__
-            self.started = self._iterator = None
-
-    def __iter__(self):
-        if self.started is not None:
-            batches, self.started = self.started, None
-            return batches
-        with _signals_blocked():
-            return super().__iter__()
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ignore signals in a loader process, but for SIGTERM from the run."""
-    if not multiprocessing.parent_process().is_alive():  # torch looks for a parent that dies later
-        os._exit(1)
-    if not hasattr(signal, 'sigwaitinfo'):  # macOS does not report the sender of a signal
-        for number in _SIGNALS - {signal.SIGTERM}:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a forkserver's processes do not inherit the run's mask
-    run = multiprocessing.parent_process()  # os.getppid() would be the forkserver
-
-    def wait() -> None:
-        while True:
-            received = signal.sigtimedwait(_SIGNALS, 2)
-            if received is None:
-                if not run.is_alive():  # torch looks too, but then waits for a pipe that nobody empties any more
-                    os._exit(1)
-            elif received.si_signo == signal.SIGTERM and received.si_pid == run.pid:
-                os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack samples to uint8 images (B, 3, H, W) and class indices (B,).
-
-    Images keep their memory format.
-    torch's default_collate writes a batch to shared memory. timm's fast_collate writes to the heap of the loader
-    process: the batch is copied once more, and the heap grows without end by the holes that batches leave.
-    """
-    images, targets = zip(*samples)
-    if images[0].is_contiguous():
-        return default_collate(images), torch.tensor(targets)
-    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), torch.tensor(targets)
-
-
-def check_shared_memory(images: int, size: int, num_workers: int) -> None:
-    """Check that batches of loader processes fit into shared memory.
-
-    torch reports a shortage by 25 lines of traceback, or ends the loader process by SIGBUS.
-
-    Args:
-        images: number of images in all batches that are ready at a time on this host.
-        size: height and width of the images (pixels).
-        num_workers: loader processes; 0 needs no shared memory.
-
-    Raises:
-        ValueError: shared memory that is too small, or cannot be written to.
-    """
-    if not num_workers or not SHARED_MEMORY.is_dir():
-        return
-    if not os.access(SHARED_MEMORY, os.W_OK):
-        raise ValueError(f'{SHARED_MEMORY} cannot be written to, and loader processes need it: use --num-workers 0')
-    found, needed = os.statvfs(SHARED_MEMORY), images * 3 * size ** 2
-    free = found.f_bavail * found.f_frsize
-    if needed > free:
-        raise ValueError(
-            f'{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but loader processes need {needed / 1e6:.0f} MB: use fewer '
-            f'--num-workers (0 needs none), or give docker --shm-size={math.ceil(needed / 2 ** 30)}g or --ipc=host')
-
-
-def build_loader(
-        dataset: Dataset,
-        batch_size: int,
-        *,
-        sampler: TrainSampler | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        timeout: float = 0,
-        collate_fn: Callable = collate,
-) -> DataLoader:
-    """Build a loader: for training with a sampler, else for validation.
-
-    Args:
-        dataset: samples, for `collate` uint8 images (3, H, W) and class indices.
-        batch_size: images of this rank a batch.
-        sampler: order and seeds of training; without a sampler, this rank's share of the data set in order.
-        rank, world_size: this process, and the number of processes that share the data set.
-        num_workers: loader processes; 0 loads in this process.
-        pin_memory: copy batches to page-locked memory.
-        timeout: seconds to wait for a batch of a loader process; 0 waits for ever.
-        collate_fn: makes a batch of samples.
-    """
-    if sampler is None:
-        dataset, order = NamedErrors(dataset), eval_indices(len(dataset), rank, world_size)
-    else:
-        dataset, order = KeyedDataset(dataset), sampler
-    warnings.filterwarnings('ignore', 'This DataLoader will create')  # train.py reports waiting, with advice
-    return _Loader(
-        dataset,
-        batch_size,
-        sampler=order,
-        num_workers=num_workers,
-        worker_init_fn=_leave_signals_to_the_run,
-        pin_memory=pin_memory,
-        collate_fn=collate_fn,
-        timeout=timeout if num_workers else 0,
-        prefetch_factor=PREFETCH if num_workers else None,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # the loader draws a base seed, not from the global generator
-    )

@@ -13,14 +13,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
+from errors import TrainingFault
 from precision import ApexScaler, NativeScaler
-from processes import TrainingFault, get_rank, get_world_size, reduce_
+from processes import get_rank, get_world_size, reduce_
 from utils import Progress
 
 OVERFLOWS_IN_A_ROW = 50  # if the loss scale is halved so many times in a row, the loss is at fault, not the scale
 
 
-class Prepare:
+class Preprocessor:
     """Move a uint8 batch to the device, normalise it, erase and mix.
 
     Args:
@@ -75,7 +76,7 @@ class Prepare:
 class Meters:
     """Keep the running sums of an epoch on the device: reading them is a host sync, adding is not."""
     NAMES = ('loss', 'samples', 'skipped', 'skipped_in_a_row', 'overflows', 'overflows_in_a_row')
-    OF_A_RANK = 2  # the first two are each rank's own sums, the others are equal on all ranks
+    PER_RANK = 2  # the first two are each rank's own sums, the others are equal on all ranks
 
     def __init__(self, device: torch.device, saved: list[list[float]] | None = None):
         """Start at 0, or from an earlier result of of_all_ranks(), also if the number of ranks has changed."""
@@ -85,7 +86,7 @@ class Meters:
                 own = saved[get_rank()]
             else:
                 totals = [sum(values) * (get_rank() == 0) for values in zip(*saved)]
-                own = totals[:self.OF_A_RANK] + saved[0][self.OF_A_RANK:]
+                own = totals[:self.PER_RANK] + saved[0][self.PER_RANK:]
             self.sums.copy_(torch.tensor(own, dtype=torch.float64))
 
     def add(self, loss: torch.Tensor, samples: int, skipped: torch.Tensor, overflowed: torch.Tensor) -> None:
@@ -104,7 +105,7 @@ class Meters:
         """Return the sums over all ranks; a host sync."""
         saved = self.of_all_ranks()
         sums = [sum(values) for values in zip(*saved)]
-        return dict(zip(self.NAMES, sums[:self.OF_A_RANK] + saved[0][self.OF_A_RANK:]))
+        return dict(zip(self.NAMES, sums[:self.PER_RANK] + saved[0][self.PER_RANK:]))
 
     def of_all_ranks(self) -> list[list[float]]:
         """Return the sums of each rank, in the order of ranks; a host sync."""
@@ -139,7 +140,7 @@ class TrainStep:
     model: nn.Module
     criterion: Callable
     optimizer: torch.optim.Optimizer
-    prepare: Prepare
+    prepare: Preprocessor
     scaler: NativeScaler | ApexScaler
     autocast: Callable
     ema: tuple[ModelEmaV3, nn.Module] | None = None
@@ -284,7 +285,7 @@ def check_faults(sums: dict[str, float], epoch: int, step: int, skips_in_a_row: 
 def evaluate(
         model: nn.Module,
         loader: Iterable,
-        prepare: Prepare,
+        prepare: Preprocessor,
         autocast: Callable,
         progress: Progress | None = None,
 ) -> dict[str, float]:

@@ -51,7 +51,7 @@ class FastTransform:
     Raises:
         ValueError: if simplejpeg or OpenCV is not installed.
     """
-    decodes = True  # sources.EncodedImages then passes the bytes of a file
+    takes_bytes = True  # sources.EncodedImages then passes the bytes of a file
 
     def __init__(self, transform: tv_transforms.Compose):
         if not HAS_FAST:

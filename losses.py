@@ -78,7 +78,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute logits (B, classes) of images (B, 3, H, W) of any size, normalised as engine.Prepare does."""
+        """Compute logits (B, classes) of images (B, 3, H, W) of any size, normalised as engine.Preprocessor does."""
         if tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, size=self.size, mode='bicubic', align_corners=False, antialias=True)
         return self.model(images * self.scale + self.shift)

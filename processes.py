@@ -21,20 +21,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-import options
+from errors import TrainingFault, UsageError, first_line
+from launch import Launch, has_agent_store, read_launch, run_name, set_master_address, tasks_without_srun
 
 logger = logging.getLogger(__name__)
-
-
-class UsageError(ValueError):
-    """Report a user's mistake, raised on every rank: one line, exit status 2."""
-
-
-class TrainingFault(RuntimeError):
-    """Report that training cannot continue; the last checkpoint is good.
-
-    One line, exit status 1.
-    """
 
 
 def init_distributed(device: str | None = None, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
@@ -54,7 +44,7 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
         ValueError: `device` is not available, or the address cannot be known or is taken.
         TrainingFault: the processes did not meet.
     """
-    launch = options.read_launch()
+    launch = read_launch()
     found = find_device(device, launch)
     if found.type == 'cuda':
         torch.cuda.set_device(found)
@@ -62,8 +52,8 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
         # each node logs once; rank 1 logs too, since rank 0 may be the missing one
         wait = Wait(timeout_s, is_logged=launch.local_rank == 0 or launch.rank == 1)
         ranks = dict(rank=launch.rank, world_size=launch.world_size)
-        with ended_after(timeout_s + 30):
-            store = part_of_this_start(open_store(dist_url, **ranks, wait=wait), **ranks, wait=wait)
+        with exit_after(timeout_s + 30):
+            store = launch_store(open_store(dist_url, **ranks, wait=wait), **ranks, wait=wait)
         try:
             # gloo beside NCCL: an all-reduce of a CPU tensor, once a step, does not wait for the device
             dist.init_process_group(
@@ -73,7 +63,7 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
             raise TrainingFault(
                 f'processes met, but cannot connect to each other ({first_line(error)}); if this happens at every '
                 'start, set GLOO_SOCKET_IFNAME to the network interface by which the hosts reach each other') from None
-    elif (tasks := options.tasks_without_srun()) > 1:
+    elif (tasks := tasks_without_srun()) > 1:
         logger.info('one process, though the SLURM job has %d tasks: `srun python train.py ...` starts one for each',
                     tasks)
     return found
@@ -117,7 +107,7 @@ class Wait:
 
 
 @contextlib.contextmanager
-def ended_after(seconds: float):
+def exit_after(seconds: float):
     """End the process if the block takes longer: a TCPStore whose host freezes never answers."""
     def end() -> None:
         sys.stderr.write(f'train.py: error: the store by which processes meet does not answer ({seconds:g} s)\n')
@@ -140,8 +130,8 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
         TrainingFault: nobody serves the store.
     """
     parsed = urllib.parse.urlparse(url)
-    host, port = options.set_master_address() if url == 'env://' else (parsed.hostname, parsed.port)
-    is_of_torchrun, problem = url == 'env://' and options.has_agent_store(), ''
+    host, port = set_master_address() if url == 'env://' else (parsed.hostname, parsed.port)
+    is_of_torchrun, problem = url == 'env://' and has_agent_store(), ''
     server = f'{"the store of torchrun" if is_of_torchrun else "rank 0"} at {host}:{port}'
 
     def answers() -> bool:
@@ -166,10 +156,10 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
         if 'EADDRINUSE' in str(error):
             raise ValueError(f'another process listens at {host}:{port}: set MASTER_PORT to another port') from None
         raise TrainingFault(f'no connection to {server}: {first_line(error)}') from None
-    return dist.PrefixStore(options.run_name(), store)  # two runs may have one endpoint of torchrun
+    return dist.PrefixStore(run_name(), store)  # two runs may have one endpoint of torchrun
 
 
-def part_of_this_start(store: dist.Store, rank: int, world_size: int, wait: Wait) -> dist.Store:
+def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> dist.Store:
     """Wait for all ranks, and return the part of `store` that belongs to this start alone.
 
     torchrun's store outlives a start, and then contains keys of dead ranks. The restart count is no name for a start,
@@ -230,12 +220,7 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of a message; torch appends C++ frames."""
-    return str(error).strip().split('\n', 1)[0] or type(error).__name__
-
-
-def find_device(device: str | None, launch: options.Launch) -> torch.device:
+def find_device(device: str | None, launch: Launch) -> torch.device:
     """Return the device of the process that was started by `launch`.
 
     Arguments and errors are those of init_distributed.
@@ -314,7 +299,7 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
         prog: name of the command.
         main: raises UsageError and TrainingFault on all ranks, and anything else on this rank alone.
         args: arguments of `main`.
-        unreadable_status: status for an image that cannot be read (datasets.UnreadableImage).
+        unreadable_status: status for an image that cannot be read (errors.UnreadableImage).
     """
     def report(error: Any) -> None:
         line = str(error).replace('\n', '\\n')
@@ -328,7 +313,7 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
             raise
         status = 0
     except (UsageError, TrainingFault) as error:
-        launch = options.read_launch()
+        launch = read_launch()
         # before the process group exists, a mistake is known on one node alone; rank 0 may be the one that is missing
         if launch.rank == 0 if dist.is_initialized() else launch.local_rank == 0 or (
                 launch.rank == 1 and isinstance(error, TrainingFault)):
@@ -393,7 +378,7 @@ class StopRequest:
 @contextlib.contextmanager
 def first_on_each_node():
     """Run the block in one process of each node first (downloads, indices), then in the others."""
-    first = options.read_launch().local_rank == 0
+    first = read_launch().local_rank == 0
     if dist.is_initialized() and not first:
         dist.barrier()
     try:

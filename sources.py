@@ -18,6 +18,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets import imagenet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from errors import printable
+
 logger = logging.getLogger(__name__)
 
 # a tar's name that begins with the word of its part, or is the published one
@@ -25,8 +27,8 @@ PART = re.compile(r'(?:ILSVRC2012_img_)?(train|val)(?:ing|idation)?(?![A-Za-z])'
 # a path component that begins with a dot, as ._NAME of macOS, except . and ..; folders of NAS boxes and file systems
 IGNORED = re.compile(r'(?:^|/)(?:\.(?!\.?(?:/|$))|(?:@eaDir|__MACOSX|lost\+found|Thumbs\.db)(?:/|$))')
 # photographs that Pillow decodes by itself; torchvision's list lacks the second line
-ENDINGS = (*IMG_EXTENSIONS, '.apng', '.avif', '.avifs', '.dib', '.gif', '.j2c', '.j2k', '.jfif', '.jp2', '.jpc', '.jpe',
-           '.jpf', '.jpx', '.mpo', '.pbm', '.pnm', '.qoi', '.tga')
+EXTENSIONS = (*IMG_EXTENSIONS, '.apng', '.avif', '.avifs', '.dib', '.gif', '.j2c', '.j2k', '.jfif', '.jp2', '.jpc',
+              '.jpe', '.jpf', '.jpx', '.mpo', '.pbm', '.pnm', '.qoi', '.tga')
 
 
 def open_image(image: bytes | Image.Image) -> Image.Image:
@@ -46,11 +48,6 @@ def open_image(image: bytes | Image.Image) -> Image.Image:
         raise ValueError(f'grey values of {"32-bit integers" if image.mode == "I" else "floats"} from {low:g} to '
                          f'{high:g}, whose black and white are unknown: convert the image to 8 or 16 bits')
     return image.convert('RGB')
-
-
-def printable(text: str) -> str:
-    """Escape characters of a file's name that would break a line, or that no encoding has."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
 
 
 class Samples(Sequence):
@@ -75,7 +72,7 @@ class EncodedImages(Dataset):
 
     Args:
         samples: (name, class index) pairs.
-        transform: applied to the RGB image, or to the file's bytes if the transform has `decodes`.
+        transform: applied to the RGB image, or to the file's bytes if the transform has `takes_bytes`.
     """
 
     has_labels = False  # whether classes are the numbers in .cls files
@@ -91,7 +88,7 @@ class EncodedImages(Dataset):
     def __getitem__(self, index: int):
         if self.last[0] != index:
             self.last = index, self.read(index)
-        image = self.last[1] if getattr(self.transform, 'decodes', False) else open_image(self.last[1])
+        image = self.last[1] if getattr(self.transform, 'takes_bytes', False) else open_image(self.last[1])
         return self.transform(image) if self.transform else image, self.samples[index][1]
 
     def read(self, index: int) -> bytes:
@@ -119,7 +116,7 @@ def index_of(classes: list[str], found: Iterable[str], where: str | Path) -> dic
 
 def is_image(name: str) -> bool:
     """Return whether a path below the data's root is an image: by its ending, unless ignored."""
-    return name.lower().endswith(ENDINGS) and not IGNORED.search(name)
+    return name.lower().endswith(EXTENSIONS) and not IGNORED.search(name)
 
 
 def walk(top: str) -> list[tuple[str, list[str]]]:
@@ -204,7 +201,7 @@ class ImageFolder(EncodedImages):
         names, targets, left_out = [], [], []
         for name in found:
             for folder, files in walk(os.path.join(root, name)):
-                images = [file for file in files if file.lower().endswith(ENDINGS) and not file.startswith('.')]
+                images = [file for file in files if file.lower().endswith(EXTENSIONS) and not file.startswith('.')]
                 names += [os.fsencode(f'{folder}/{file}') for file in images]  # half the memory of str
                 targets += [index[name]] * len(images)
                 if len(images) < len(files):
@@ -503,7 +500,7 @@ def _published_val_classes(path: Path, names: list[str]) -> list[str]:
         raise ValueError(f'{path} has more images than the validation set that {kit} describes') from None
 
 
-def find_part(data_path: str, part: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
+def open_split(data_path: str, part: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
     """Open the part 'train' or 'val' of the images at `data_path`.
 
     `data_path` is a folder or a tar. A folder contains train/ and val/ (of class folders, or of tars), or tars for
@@ -529,14 +526,14 @@ def find_part(data_path: str, part: str, transform: Callable | None, classes: li
                      '--val-split 0.1, or name the tar val.tar to evaluate all of it')
 
 
-def has_part(data_path: str, part: str) -> bool:
-    """Return whether there is a part 'train' or 'val' for `find_part`."""
+def has_split(data_path: str, part: str) -> bool:
+    """Return whether there is a part 'train' or 'val' for `open_split`."""
     path = Path(data_path)
     return bool(_tars(path, part)) or (path / part).is_dir()
 
 
 def _tars(path: Path, part: str) -> list[Path]:
-    """List the tars of a part by the rule of `find_part`."""
+    """List the tars of a part by the rule of `open_split`."""
     if path.is_file():
         own = PART.match(path.name)
         if part == (own[1] if own else 'train'):

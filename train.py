@@ -37,13 +37,16 @@ import cmt
 import processes
 import sources
 import utils
-from datasets import PREFETCH, build_dataset, build_loader, check_shared_memory
-from engine import Meters, Prepare, TrainStep, check_faults, evaluate, throughput, train_one_epoch
+from datasets import build_dataset
+from engine import Meters, Preprocessor, TrainStep, check_faults, evaluate, throughput, train_one_epoch
+from errors import TrainingFault, UsageError, printable
 from fast_transforms import HAS_FAST, FastTransform
+from launch import read_launch
+from loader import PREFETCH, build_loader, check_shared_memory
 from losses import DistillationLoss, Teacher, build_criterion
 from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule
 from precision import ApexScaler, NativeScaler, autocast_to, build_precision, load_scaler, resolve_dtype
-from processes import TrainingFault, UsageError, usage_errors
+from processes import usage_errors
 from samplers import TrainSampler
 from transforms import build_transform
 from utils import Progress
@@ -56,7 +59,7 @@ CONTINUE, SAVE, STOP, FAIL = range(4)
 
 
 @dataclass
-class Start:
+class InitialState:
     """Hold what a run starts from, known before its data is read."""
     model_args: dict[str, Any]  # arguments in which the weights differ from those of the model's name
     weights: Weights | None  # of --resume or --finetune
@@ -178,10 +181,10 @@ def main(args: argparse.Namespace) -> None:
         TrainingFault: losses or gradients that are not finite, or a full disk; the last checkpoint is good.
         SystemExit: stopped by a signal, after a checkpoint.
     """
-    if args.stopped_file and options.read_launch().rank == 0:
+    if args.stopped_file and read_launch().rank == 0:
         Path(args.stopped_file).unlink(missing_ok=True)
     stop = None if args.eval or args.throughput else processes.StopRequest()
-    device = start_processes(args)
+    device = setup_process(args)
     args, start = check_before_data(args, device)  # mistakes cost nothing yet
     check_same_start(args, start)
     train_set, val_set = build_data(args, start)
@@ -200,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
         with usage_errors():
             utils.check_compiler(device)
     stop.record_all()
-    start_loader(run)
+    load_first_batch(run)
     open_output(run, start)
     del start  # the tensors of its file
     describe(run)
@@ -217,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
     finish(run)
 
 
-def start_processes(args: argparse.Namespace) -> torch.device:
+def setup_process(args: argparse.Namespace) -> torch.device:
     """Join the other processes, if any, and return the device of this one."""
     utils.setup_logging()
     utils.raise_file_limit()
@@ -226,7 +229,7 @@ def start_processes(args: argparse.Namespace) -> torch.device:
 
 
 @usage_errors()
-def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, Start]:
+def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, InitialState]:
     """Check all that needs no data, and read the checkpoint or weights to start from.
 
     Returns:
@@ -242,7 +245,7 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
         utils.check_trackers(args.log_tensorboard, args.log_wandb)
     if is_training and output_dir:
         checkpoints.check_output_dir(output_dir, may_hold_run=args.overwrite or args.resume == 'auto'
-                                     or checkpoints.lies_in(args.resume, output_dir))
+                                     or checkpoints.is_in_folder(args.resume, output_dir))
 
     source, checkpoint = find_checkpoint(args.resume, output_dir, fall_back=is_training)
     if args.eval and checkpoint is None:
@@ -267,10 +270,10 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
     args = argparse.Namespace(**{**vars(args), 'model': name, 'loader': loader})
     with torch.device('meta'):
         create_model(args, num_classes=1, **model_args)
-    return args, Start(model_args, weights, checkpoint, source)
+    return args, InitialState(model_args, weights, checkpoint, source)
 
 
-def check_same_start(args: argparse.Namespace, start: Start) -> None:
+def check_same_start(args: argparse.Namespace, start: InitialState) -> None:
     """Raise UsageError on all ranks if they start from different models or checkpoints.
 
     Apart from check_before_data: a rank that fails there must not meet the others here.
@@ -282,7 +285,7 @@ def check_same_start(args: argparse.Namespace, start: Start) -> None:
                          'nodes share')
 
 
-def build_data(args: argparse.Namespace, start: Start) -> tuple[Dataset | None, Dataset]:
+def build_data(args: argparse.Namespace, start: InitialState) -> tuple[Dataset | None, Dataset]:
     """Build the training and the validation set, with the class indices of the checkpoint, if it names its classes.
 
     The training set is None for --eval and --throughput with a validation folder alone.
@@ -295,7 +298,7 @@ def build_data(args: argparse.Namespace, start: Start) -> tuple[Dataset | None, 
         if args.loader == 'fast':
             transform = FastTransform(transform)
         has_train = is_training or not args.data_path or bool(args.val_split) or \
-            not args.data_set.startswith(('IMNET', 'wds/')) or sources.has_part(args.data_path, 'train')
+            not args.data_set.startswith(('IMNET', 'wds/')) or sources.has_split(args.data_path, 'train')
         folder = Path(args.data_path or '') / 'train'
         reads_alone = args.data_set == 'DIGITS' or (
             args.data_set == 'IMNET' and folder.is_dir() and not any(folder.glob('*.tar')))
@@ -332,7 +335,7 @@ def images_in_shared_memory(args: argparse.Namespace, training: int, validation:
         training, validation: images of the two sets.
     """
     batches = PREFETCH * args.num_workers + 1  # those that are ready, and the one in use
-    batches *= options.read_launch().local_world_size or 1
+    batches *= read_launch().local_world_size or 1
     return max(min(batches * args.batch_size, training), min(batches * val_batch_size(args), validation))
 
 
@@ -355,7 +358,7 @@ def create_model(args: argparse.Namespace, num_classes: int, **model_args) -> cm
 
 
 @usage_errors()
-def load_model(args: argparse.Namespace, start: Start, classes: list[str], device: torch.device) -> cmt.CMT:
+def load_model(args: argparse.Namespace, start: InitialState, classes: list[str], device: torch.device) -> cmt.CMT:
     """Build the model, load the weights to start from, move it to the device, freeze stages."""
     random_seed(args.seed)
     model = create_model(args, len(classes), **start.model_args)
@@ -396,7 +399,7 @@ def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, dev
     loader = build_val_loader(args, val_set, device)
     autocast = autocast_to(resolve_dtype(args.amp_dtype, device), device)
     if args.throughput:
-        images, _ = Prepare(device)(*next(iter(loader)))
+        images, _ = Preprocessor(device)(*next(iter(loader)))
         logger.info('batch_size %d throughput %.1f', len(images), throughput(model, images, autocast))
     else:
         report(score(model, loader, device, autocast))
@@ -405,7 +408,7 @@ def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, dev
 def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> dict[str, float]:
     """Evaluate `model` on the shares of all ranks, with a progress bar on rank 0."""
     with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
-        return evaluate(model, loader, Prepare(device), autocast, progress)
+        return evaluate(model, loader, Preprocessor(device), autocast, progress)
 
 
 # building a run
@@ -463,7 +466,7 @@ def learning_rate(args: argparse.Namespace, sampler: TrainSampler) -> float:
     return args.lr * sampler.samples_per_update / 512
 
 
-def build_prepare(args: argparse.Namespace, has_mixup: bool, num_classes: int, device: torch.device) -> Prepare:
+def build_prepare(args: argparse.Namespace, has_mixup: bool, num_classes: int, device: torch.device) -> Preprocessor:
     """Build what happens to a training batch on the device: normalise, erase, mix."""
     mixup = Mixup(
         mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
@@ -471,12 +474,12 @@ def build_prepare(args: argparse.Namespace, has_mixup: bool, num_classes: int, d
         num_classes=num_classes) if has_mixup else None
     erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) \
         if args.reprob > 0 else None
-    return Prepare(device, mixup, erasing)
+    return Preprocessor(device, mixup, erasing)
 
 
 # output
 
-def start_loader(run: Run) -> None:
+def load_first_batch(run: Run) -> None:
     """Load the first training batch, before an old run is removed."""
     if run.state.epoch < run.num_epochs:
         run.sampler.set_position(run.state.epoch, run.state.samples_seen)
@@ -484,7 +487,7 @@ def start_loader(run: Run) -> None:
 
 
 @usage_errors()
-def open_output(run: Run, start: Start) -> None:
+def open_output(run: Run, start: InitialState) -> None:
     """Prepare --output-dir: lock it, start trackers, then remove what is replaced or about to be trained again."""
     args, state = run.args, run.state
     if not args.output_dir:
@@ -500,13 +503,13 @@ def open_output(run: Run, start: Start) -> None:
     run.writer = checkpoints.RunWriter(folder, args.keep_checkpoints)
     replaces, wandb_id = start.checkpoint is None or args.overwrite, None
     if args.log_wandb:
-        wandb_id = utils.read_wandb_id(folder, is_new=replaces and not checkpoints.lies_in(start.source, folder))
+        wandb_id = utils.read_wandb_id(folder, is_new=replaces and not checkpoints.is_in_folder(start.source, folder))
         run.writer.trackers.append(utils.wandb_tracker(folder, settings, wandb_id))
     if args.log_tensorboard:
         run.writer.trackers.append(utils.tensorboard_tracker(folder, state.epoch))
-    header = '\n# '.join(map(sources.printable, (  # a comment ends with its line
+    header = '\n# '.join(map(printable, (  # a comment ends with its line
         f'train.py {shlex.join(sys.argv[1:])}', utils.describe_system(run.device), f'begun on {time.strftime("%F")}')))
-    checkpoints.start_run(
+    checkpoints.claim_folder(
         folder, state.epoch, start.source, replaces, wandb_id=wandb_id,
         config=f'# {header}\n' + yaml.safe_dump(settings, sort_keys=False))
     if start.source:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import options
-from processes import first_line, get_world_size
+from errors import first_line
+from launch import read_launch
+from processes import get_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ WANDB_ID = 'wandb_id.txt'
 
 def setup_logging() -> None:
     """Print information from rank 0, and warnings from every rank with the rank's number."""
-    rank = options.read_launch().rank
+    rank = read_launch().rank
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format='%(message)s' if rank == 0 else f'rank {rank}: %(message)s',
@@ -221,7 +222,7 @@ class Progress:
 
 def waiting_advice(share: float, loader: str, num_workers: int) -> str:
     """Return a line for a run that spends `share` of its time waiting for data."""
-    processes, changes = options.read_launch().local_world_size or 1, []
+    processes, changes = read_launch().local_world_size or 1, []
     if loader == 'reference':
         changes.append('--loader fast')
     if num_workers * processes < cores():

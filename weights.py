@@ -6,8 +6,6 @@ import argparse
 import logging
 import math
 import os
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,15 @@ import torch.nn as nn
 from timm.models import adapt_input_conv
 
 import cmt
+import mindspore
 from checkpoints import LAST, newest_checkpoint, no_checkpoint, read_checkpoint
+from errors import first_line
 
 logger = logging.getLogger(__name__)
 
 # what parsing tensors of unexpected dimensions or sizes raises
-ODD_SHAPES = IndexError, RuntimeError, ZeroDivisionError, ValueError
-SHOWN = 8  # tensors that an error names
+SHAPE_ERRORS = IndexError, RuntimeError, ZeroDivisionError, ValueError
+MAX_LISTED = 8  # tensors that an error names
 FILES = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'
 
 
@@ -67,7 +67,7 @@ class Weights:
         kind = _checked_kind(state, key, checkpoint, source)
         try:
             model_args = model_args_of(state)
-        except ODD_SHAPES as error:
+        except SHAPE_ERRORS as error:
             raise ValueError(f'{source} does not fit the model: tensors of odd shapes ({error})') from None
         args = checkpoint.get('args')
         run_args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
@@ -107,7 +107,7 @@ def _initial_share(checkpoint: dict[str, Any], run_args: dict[str, Any]) -> floa
 def _checked_kind(state: dict[str, torch.Tensor], key: str, checkpoint: dict[str, Any], source: str) -> str:
     """Return the kind of a state dict that was found under `key`; raise ValueError if it has no values to load."""
     if not state:
-        keys = ', '.join([str(name) for name in list(checkpoint)[:SHOWN]]) + ', ...' * (len(checkpoint) > SHOWN)
+        keys = ', '.join(map(str, list(checkpoint)[:MAX_LISTED])) + ', ...' * (len(checkpoint) > MAX_LISTED)
         raise ValueError(f"{source}: it holds no weights under a known key; its keys are {keys or 'none'}: save the "
                          "state dict of the model under 'model'")
     empty = next((name for name, value in state.items() if value.numel() == 0), None)
@@ -153,7 +153,7 @@ def read(source: str) -> dict[str, Any]:
     try:
         model = timm.create_model(source, pretrained=True)
     except Exception as error:  # clients of hubs raise anything
-        raise ValueError(f'{source} could not be fetched ({_first_line(error)}): download it elsewhere, and give its '
+        raise ValueError(f'{source} could not be fetched ({first_line(error)}): download it elsewhere, and give its '
                          'file') from None
     args = {'model': model.pretrained_cfg.get('architecture'), 'input_size': getattr(model, 'img_size', None)}
     return {'model': model.state_dict(), 'args': args, 'classes': model.pretrained_cfg.get('label_names')}
@@ -166,7 +166,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         if name.endswith('.safetensors') and os.path.isfile(name):
             return safetensors.torch.load_file(name)
         if name.endswith('.ckpt') and os.path.isfile(name) and not _is_torch_file(name):
-            return read_mindspore(name)
+            return mindspore.read(name)
     except Exception as error:  # parsers fail anywhere on a damaged file
         reason = str(error) if 'checksum' in str(error) else f'{name} is cut short, damaged or no checkpoint'
         raise ValueError(reason) from None
@@ -198,100 +198,6 @@ def _is_torch_file(name: str) -> bool:
     """Return whether a .ckpt is a zip archive or a pickle, as Lightning writes."""
     with open(name, 'rb') as file:
         return file.read(1) in (b'P', b'\x80')
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-MINDSPORE_TYPES = {
-    'Float16': torch.float16, 'Float32': torch.float32, 'Float64': torch.float64, 'BFloat16': torch.bfloat16,
-    'Int8': torch.int8, 'Int16': torch.int16, 'Int32': torch.int32, 'Int64': torch.int64, 'UInt8': torch.uint8,
-    'Bool': torch.bool}
-CRC_TAIL = 17  # bytes: b'crc_num', then the CRC-32 of all before it as 10 bytes, big-endian
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Return the protobuf number at offset `at`, and the offset after it."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at, value, shift = at + 1, value | (byte & 0x7f) << shift, shift + 7
-        if shift > 70:
-            raise ValueError('not of MindSpore')
-        if byte < 0x80:
-            return value, at
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield (number, value) of each field of a protobuf message: wire types 0 (number) and 2 (bytes)."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        value, at = _varint(data, at)
-        if key & 7 == 2:
-            if at + value > len(data):
-                raise ValueError('it ends too early')
-            value, at = data[at:at + value], at + value
-        elif key & 7 != 0:
-            raise ValueError('not of MindSpore')
-        yield key >> 3, value
-
-
-def _tensor(message: memoryview) -> tuple[list[int], str, bytes | memoryview]:
-    """Return (dims, type, content) of a Tensor message; dims are packed or not."""
-    dims, kind, content = [], 'Float32', b''
-    for number, item in _fields(message):
-        if number == 1 and isinstance(item, int):
-            dims.append(item)
-        elif number == 1:
-            at = 0
-            while at < len(item):
-                dim, at = _varint(item, at)
-                dims.append(dim)
-        elif number == 2:
-            kind = bytes(item).decode()
-        elif number == 3:
-            content = item
-    return dims, kind, content
-
-
-def read_mindspore(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a MindSpore checkpoint, under MindSpore's names, without MindSpore.
-
-    The format is protobuf: Checkpoint{repeated Value value=1}, Value{string tag=1; Tensor tensor=2},
-    Tensor{repeated int64 dims=1; string tensor_type=2; bytes tensor_content=3}. Several Values of one tag are the parts
-    of a large tensor.
-
-    Raises:
-        ValueError: a truncated file, a wrong checksum, or another format.
-    """
-    data = Path(path).read_bytes()
-    if data[-CRC_TAIL:-10] == b'crc_num':
-        if zlib.crc32(data[:-CRC_TAIL]) != int.from_bytes(data[-10:], 'big'):
-            raise ValueError(f'{path} is damaged: its checksum is wrong')
-        data = data[:-CRC_TAIL]
-    parts: dict[str, tuple[list[int], str, bytearray]] = {}
-    try:
-        for _, value in _fields(memoryview(data)):
-            entry = dict(_fields(value))
-            name = bytes(entry[1]).decode()
-            dims, kind, content = _tensor(entry[2])
-            parts.setdefault(name, (dims, kind, bytearray()))[2].extend(content)
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError):
-        raise ValueError('it ends too early or is not of MindSpore') from None
-    if not parts:
-        raise ValueError('it is empty')
-    tensors = {}
-    for name, (dims, kind, content) in parts.items():
-        if kind not in MINDSPORE_TYPES:
-            raise ValueError(f'{name} is of type {kind}')
-        dtype = MINDSPORE_TYPES[kind]
-        shape = [] if dims == [0] else dims  # MindSpore writes a scalar with dims [0]
-        if len(content) != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f'{name} has {len(content)} bytes for shape {tuple(shape)}')
-        tensors[name] = torch.frombuffer(content, dtype=dtype).reshape(shape)
-    return tensors
 
 
 # the model of weights
@@ -437,7 +343,7 @@ def load_weights(model: nn.Module, weights: Weights, new_head: bool = False) -> 
     if isinstance(model, cmt.CMT):
         try:
             state = cmt.to_model(weights.state, model)
-        except ODD_SHAPES as error:
+        except SHAPE_ERRORS as error:
             raise ValueError(f'{weights.source} does not fit the model: {error}') from None
         before, now = weights.model_args.get('img_size'), model.img_size
         resampled = sum(name.endswith('position_bias') for name in model_state) if before not in (None, now) else 0
@@ -487,9 +393,9 @@ def _check_names_and_shapes(model_state: dict, state: dict, kept: list[str], wei
         variant = variant_of(weights.model_args)
         is_other = variant and variant != variant_of(model_args_of(model_state))
         origin = f' (it holds {variant}: give --model {variant})' if is_other else ''
-        more = f'; and {len(faults) - SHOWN} more' if len(faults) > SHOWN else ''
+        more = f'; and {len(faults) - MAX_LISTED} more' if len(faults) > MAX_LISTED else ''
         raise ValueError(f'{weights.source} does not fit the model, its size or the number of classes{origin}: '
-                         f'{len(faults)} tensors differ ({"; ".join(faults[:SHOWN])}{more})')
+                         f'{len(faults)} tensors differ ({"; ".join(faults[:MAX_LISTED])}{more})')
 
 
 def build_model(
@@ -539,7 +445,7 @@ def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.
         try:
             model = timm.create_model(name, pretrained=True)
         except Exception as error:  # clients of hubs raise anything
-            raise ValueError(f'--teacher-model {name}: {_first_line(error)}') from None
+            raise ValueError(f'--teacher-model {name}: {first_line(error)}') from None
     elif name is None or name.startswith('cmt_'):
         weights = read_weights(path)
         model = build_model(weights, name)

@@ -31,10 +31,12 @@ from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cmt  # noqa: E402
-import utils  # noqa: E402
-from options import Parser, amount, output_file, positive  # noqa: E402
+import _path
+import cmt
+import utils
+from options import Parser, amount, output_file, positive
+
+assert _path.ROOT  # importing _path puts the repository on sys.path
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 FORMS = ('reference', 'eager', 'fused', 'compiled')

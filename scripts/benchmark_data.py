@@ -30,16 +30,20 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # noqa: E402
-from datasets import UnreadableImage, build_dataset, build_loader, collate, one_line  # noqa: E402
-from engine import Prepare  # noqa: E402
-from fast_transforms import FastTransform  # noqa: E402
-from options import Parser, count, number, output_file, path, positive, rate  # noqa: E402
-from samplers import TrainSampler  # noqa: E402
-from sources import EncodedImages, ImageFolder, has_part, open_image  # noqa: E402
-from transforms import build_transform  # noqa: E402
-from weights import create_cmt  # noqa: E402
+import _path
+import utils
+from datasets import build_dataset
+from engine import Preprocessor
+from errors import UnreadableImage, one_line
+from fast_transforms import FastTransform
+from loader import build_loader, collate
+from options import Parser, count, in_range, output_file, path, positive, rate
+from samplers import TrainSampler
+from sources import EncodedImages, ImageFolder, has_split, open_image
+from transforms import build_transform
+from weights import create_cmt
+
+assert _path.ROOT  # importing _path puts the repository on sys.path
 
 LEAVES_OUT = {  # of the recipe
     'reference': '', 'fast': '', 'timm': '',
@@ -65,7 +69,7 @@ def make_images(folder: Path, count: int) -> Path:
 def torchvision_transform(size: int) -> v2.Compose:
     """Return torchvision's transforms v2 on uint8 tensors.
 
-    Pillow decodes, as in torchvision's reference scripts: torchvision's own decoders are deprecated since 0.29.
+    Pillow takes_bytes, as in torchvision's reference scripts: torchvision's own decoders are deprecated since 0.29.
     """
     return v2.Compose([
         v2.PILToTensor(),
@@ -118,7 +122,7 @@ def open_images(path: str, loader: str, size: int) -> EncodedImages:
     if loader == 'fast':
         transform = FastTransform(transform)
     for part in 'train', 'val':
-        if has_part(path, part):
+        if has_split(path, part):
             return build_dataset('IMNET', part == 'train', path, size, transform)
     return ImageFolder(path, transform)
 
@@ -162,7 +166,7 @@ class Case:
             self.batches = build_loader(
                 self.dataset, args.batch_size, sampler=self.sampler, num_workers=workers,
                 pin_memory=device.type == 'cuda')
-        self.prepare = Prepare(device, erasing=RandomErasing(0.25, mode='pixel', max_count=1, device=device))
+        self.prepare = Preprocessor(device, erasing=RandomErasing(0.25, mode='pixel', max_count=1, device=device))
         self.clear()
 
     def clear(self) -> None:
@@ -388,7 +392,7 @@ def build_parser() -> Parser:
     parser.add_argument('--compare', type=output_file, metavar='FILE',
                         help="draw both loaders' images of the same draws, or with --prepared the fast loader's from "
                         'both forms of the data, and measure nothing')
-    parser.add_argument('--listing', type=number(int, 1000), metavar='N',
+    parser.add_argument('--listing', type=in_range(int, 1000), metavar='N',
                         help='measure what listing N images in 1,000 folders costs a process, and nothing else; '
                         'TMPDIR=/dev/shm keeps the disk out of it')
     parser.add_argument('--json', type=output_file, metavar='FILE',

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import logging
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +23,14 @@ import torch
 import torch.nn as nn
 from timm.models._hub import save_config_for_hf
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cmt  # noqa: E402
-import utils  # noqa: E402
-from checkpoints import replacing  # noqa: E402
-from options import Parser  # noqa: E402
-from weights import Weights, build_model, identify, read  # noqa: E402
+import _path
+import cmt
+import utils
+from checkpoints import atomic_write
+from options import Parser
+from weights import Weights, build_model, identify, read
+
+assert _path.ROOT  # importing _path puts the repository on sys.path
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def load(source: str, kinds: list[bool], name: str | None) -> dict[str, tuple[We
 
 
 def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         save(file)
     content = path.read_bytes()
     logger.info('wrote %s  %.1f MB  sha256 %s', path, len(content) / 1e6, hashlib.sha256(content).hexdigest())

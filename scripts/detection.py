@@ -50,23 +50,25 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpoints  # noqa: E402
-import processes  # noqa: E402
-import utils  # noqa: E402
-from datasets import build_loader  # noqa: E402
-from options import Parser, amount, count, number, parse_flags, path, positive, rate, share  # noqa: E402
-from precision import autocast_to, resolve_dtype  # noqa: E402
-from processes import TrainingFault, usage_errors  # noqa: E402
-from samplers import TrainSampler  # noqa: E402
-from sources import printable  # noqa: E402
-from utils import Progress  # noqa: E402
-from weights import build_model, create_cmt, find_checkpoint, identify, read_weights  # noqa: E402
+import _path
+import checkpoints
+import processes
+import utils
+from errors import TrainingFault, printable
+from loader import build_loader
+from options import Parser, amount, count, in_range, parse_flags, path, positive, rate, share
+from precision import autocast_to, resolve_dtype
+from processes import usage_errors
+from samplers import TrainSampler
+from utils import Progress
+from weights import build_model, create_cmt, find_checkpoint, identify, read_weights
+
+assert _path.ROOT  # importing _path puts the repository on sys.path
 
 logger = logging.getLogger(__name__)
 
 METRICS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')  # the first six of COCOeval.stats
-SHOWN = 0.4  # confidence of the detections in pictures
+SCORE_THRESHOLD = 0.4  # confidence of the detections in pictures
 # what follows from the data set if no flag says otherwise; the 1x schedule of COCO is for 16 images a step
 DEFAULTS = {
     'SHAPES': dict(data_path='data/shapes', backbone='cmt_ti', lr=2e-3, weight_decay=0.05, batch_size=8,
@@ -265,7 +267,7 @@ def write_shapes(folder: Path, train: int = 320, val: int = 64, size: int = 128,
                 annotations.append({'id': len(annotations) + 1, 'image_id': i, 'iscrowd': 0, **shape})
         content = {'images': images, 'annotations': annotations, 'categories': categories}
         (folder / 'annotations').mkdir(exist_ok=True)
-        with checkpoints.replacing(folder / 'annotations' / f'instances_{part}.json') as out:
+        with checkpoints.atomic_write(folder / 'annotations' / f'instances_{part}.json') as out:
             out.write(json.dumps(content).encode())
 
 
@@ -399,7 +401,7 @@ def draw(model: nn.Module, data: Detections, device: torch.device, images: int =
     cells = []
     for image, target in (data[i] for i in range(min(images, len(data)))):
         output = model([image.to(device).float() / 255])[0]
-        sure = output['scores'] > SHOWN
+        sure = output['scores'] > SCORE_THRESHOLD
         factor = min(width / image.shape[2], height / image.shape[1])
         size = [max(1, round(side * factor)) for side in image.shape[1:]]
         for found in target, {key: value[sure].cpu() for key, value in output.items()}:
@@ -482,7 +484,7 @@ def open_output(args: argparse.Namespace, epoch: int, source: str | None) -> che
     writer = checkpoints.RunWriter(folder)
     settings = {key.replace('_', '-'): value for key, value in vars(args).items()
                 if key not in ('config', 'resume', 'overwrite', 'eval') and value is not None}
-    checkpoints.start_run(
+    checkpoints.claim_folder(
         folder, epoch, source, replace=True, wandb_id=None,
         config=f'# detection.py {printable(shlex.join(sys.argv[1:]))}\n' + yaml.safe_dump(settings, sort_keys=False))
     return writer
@@ -520,9 +522,9 @@ def evaluate(
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             for kind, found in results.items():
-                with checkpoints.replacing(folder / f'detections_{kind}.json') as file:
+                with checkpoints.atomic_write(folder / f'detections_{kind}.json') as file:
                     file.write(json.dumps(found).encode())
-            with checkpoints.replacing(folder / 'detections.png') as file:
+            with checkpoints.atomic_write(folder / 'detections.png') as file:
                 draw(core, val, device).save(file, 'PNG')
     return processes.gather_from_ranks(scores)[0]
 
@@ -558,7 +560,7 @@ def get_args_parser() -> Parser:
     add('--fpn-channels', type=positive, help='width of the pyramid, a multiple of 8 (default: 256, for SHAPES 64)')
     add('--anchor-size', type=positive, help='side of the smallest anchors in pixels (default: 32, for SHAPES 16)')
     add('--proposals', type=positive, help='regions of an image for the second stage (default: 1000, for SHAPES 32)')
-    add('--input-size', type=number(int, 64), nargs=2, metavar=('SHORT', 'LONG'),
+    add('--input-size', type=in_range(int, 64), nargs=2, metavar=('SHORT', 'LONG'),
         help='images are resized to this short side, or to the long side if that is less (default: 800 1333; on a CPU '
         '256 427; for SHAPES 128 128)')
     add('--epochs', type=positive, default=12)
@@ -577,7 +579,7 @@ def get_args_parser() -> Parser:
     add('--device', choices=('cuda', 'cpu'), help='default: cuda if available, else cpu')
     add('--dist-url', default='env://', help='address at which the processes meet')
     add('--dist-timeout', type=rate, default=600, help='seconds that ranks wait for each other')
-    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0)
+    add('--seed', type=in_range(int, 0, 2 ** 32 - 1), default=0)
     for action in parser._actions:
         if action.default not in (None, False, '', argparse.SUPPRESS) and '(default:' not in (action.help or ''):
             action.help = f'{action.help or ""} (default: %(default)s)'.strip()
@@ -649,7 +651,8 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[s
     folder = Path(args.output_dir)
     if args.output_dir and not args.eval:
         checkpoints.check_output_dir(
-            folder, may_hold_run=args.overwrite or args.resume == 'auto' or checkpoints.lies_in(args.resume, folder))
+            folder, may_hold_run=args.overwrite or args.resume == 'auto'
+            or checkpoints.is_in_folder(args.resume, folder))
     source, checkpoint = find_checkpoint(args.resume, folder, fall_back=not args.eval)
     if args.eval and checkpoint is None:
         raise ValueError(f'no checkpoint in {folder}: --eval needs one')
@@ -665,7 +668,7 @@ def resume(
               for now, before in zip(optimizer.param_groups, saved['param_groups'])]
     optimizer.load_state_dict({**saved, 'param_groups': groups})
     logger.info('resuming at epoch %d', checkpoint['epoch'] + 1)
-    is_here = checkpoints.lies_in(source, args.output_dir)  # elsewhere, the best checkpoint is missing
+    is_here = checkpoints.is_in_folder(source, args.output_dir)  # elsewhere, the best checkpoint is missing
     return checkpoint['epoch'] + 1, checkpoint['best'] if is_here else -1.
 
 

@@ -4,8 +4,6 @@ Draw the block diagram of CMT that opens the README, as PNG or SVG. Channels, de
 from CMT-S itself. The card behind the diagram is opaque, so that pages may be white or black.
 """
 import argparse
-import sys
-from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,9 +12,11 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon
 from matplotlib.path import Path as Line
 from PIL.Image import DEFAULT_STRATEGY
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cmt import CMT, MODELS  # noqa: E402
-from options import Parser, output_file  # noqa: E402
+import _path
+from cmt import CMT, MODELS
+from options import Parser, output_file
+
+assert _path.ROOT  # importing _path puts the repository on sys.path
 
 WIDTH, HEIGHT = 850, 774  # pixels in the README, unit of all positions; the PNG has two pixels for one
 STYLE = {'font.family': 'DejaVu Sans', 'mathtext.fontset': 'stix', 'svg.hashsalt': 'cmt'}

@@ -16,7 +16,6 @@ import importlib.util
 import io
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +23,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cmt  # noqa: E402
-from checkpoints import replacing  # noqa: E402
-from options import Parser, output_file  # noqa: E402
-from weights import build_model, create_cmt, identify, read_weights  # noqa: E402
+import _path
+import cmt
+from checkpoints import atomic_write
+from options import Parser, output_file
+from weights import build_model, create_cmt, identify, read_weights
+
+assert _path.ROOT  # importing _path puts the repository on sys.path
 
 BATCHES = (1, 5)  # batch sizes whose logits are compared; the example input of the exporters has another
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
             name, classes = identify(weights)[0], weights.classes_for(model)
             origin = ' (EMA of the weights)' if weights.kind == 'model_ema' else ''
         content, worst = export(model, name, classes, args.output.suffix.lower(), args.fuse)
-        with replacing(args.output) as file:
+        with atomic_write(args.output) as file:
             file.write(content)
     except (ValueError, OSError) as error:
         parser.error(str(error))

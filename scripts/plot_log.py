@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -18,8 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from options import Parser, number, output_file  # noqa: E402
+import _path
+from options import Parser, in_range, output_file
+
+assert _path.ROOT  # importing _path puts the repository on sys.path
 
 # title, [(key in log.txt, label, line style)]
 PANELS = [
@@ -125,7 +126,7 @@ def get_args_parser() -> Parser:
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run, or its log.txt')
     parser.add_argument('-o', '--output', type=output_file, metavar='FILE',
                         help='the picture (default: curves.png beside the log, or in this folder for several runs)')
-    parser.add_argument('--watch', nargs='?', type=number(float, 0, 86400, above=True), const=10, metavar='SECONDS',
+    parser.add_argument('--watch', nargs='?', type=in_range(float, 0, 86400, above=True), const=10, metavar='SECONDS',
                         help='redraw when a log has changed, with a look every SECONDS (default: 10); Ctrl-C ends it')
     return parser
 

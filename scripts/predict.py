@@ -31,14 +31,16 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
 from torchvision.transforms.functional import to_pil_image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cmt  # noqa: E402
-from checkpoints import replacing  # noqa: E402
-from datasets import one_line  # noqa: E402
-from options import Parser, output_file, path, positive  # noqa: E402
-from sources import is_image, open_image, printable  # noqa: E402
-from transforms import build_transform  # noqa: E402
-from weights import build_model, create_cmt, read_weights  # noqa: E402
+import _path
+import cmt
+from checkpoints import atomic_write
+from errors import one_line, printable
+from options import Parser, output_file, path, positive
+from sources import is_image, open_image
+from transforms import build_transform
+from weights import build_model, create_cmt, read_weights
+
+assert _path.ROOT  # importing _path puts the repository on sys.path
 
 SHEET = 120  # images on a sheet at most
 INK, GREY = '#202124', '#70757a'
@@ -327,7 +329,7 @@ def write_picture(path: Path, entries: list[dict[str, Any]], model: str, count: 
         entry['name'] = printable(os.path.relpath(entry['name'], folder) if folder else entry['name'])
         entry['predictions'] = [{**answer, 'class': printable(answer['class'])} for answer in entry['predictions'][:5]]
     picture = draw_sheet(entries, title)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         picture.save(file, Image.registered_extensions()[path.suffix.lower()])
 
 

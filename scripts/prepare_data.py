@@ -25,25 +25,27 @@ import PIL
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import processes  # noqa: E402
-import utils  # noqa: E402
-from checkpoints import lock_file, replacing, sync_folder  # noqa: E402
-from datasets import UnreadableImage, build_loader, one_line, open_undivided  # noqa: E402
-from options import Parser, count, number, path, positive  # noqa: E402
-from processes import TrainingFault, UsageError  # noqa: E402
-from sources import (  # noqa: E402
+import _path
+import processes
+import utils
+from checkpoints import atomic_write, lock_file, sync_folder
+from datasets import open_unsplit
+from errors import TrainingFault, UnreadableImage, UsageError, one_line, printable
+from loader import build_loader
+from options import Parser, count, in_range, path, positive
+from sources import (
     DEVKIT,
     IGNORED,
     EncodedImages,
     TarImages,
     find_devkit,
-    find_part,
-    has_part,
+    has_split,
     key_of,
     open_image,
-    printable,
+    open_split,
 )
+
+assert _path.ROOT  # importing _path puts the repository on sys.path
 
 RECORD, LEFT_OUT = 'prepared.json', 'left_out.txt'
 JPEG_LIMIT = 65500  # pixels: the longest side that libjpeg writes
@@ -112,9 +114,9 @@ def open_parts(src: str) -> dict[str, EncodedImages]:
     Raises:
         ValueError: one part alone, beside folders or tars that nobody would read.
     """
-    parts = {part: find_part(src, part, None, None) for part in ('train', 'val') if has_part(src, part)}
+    parts = {part: open_split(src, part, None, None) for part in ('train', 'val') if has_split(src, part)}
     if not parts:
-        return {'train': open_undivided(src, None, None)}
+        return {'train': open_unsplit(src, None, None)}
     if os.path.isdir(src):
         read = {os.path.relpath(root, src).split('/')[0] for images in parts.values() for root in images.roots}
         left = sorted(entry.name for entry in os.scandir(src) if entry.name not in read
@@ -208,7 +210,7 @@ def read_left_out(folder: Path) -> dict[str, str]:
 
 
 def write(path: Path, data: bytes) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(data)
 
 
@@ -235,7 +237,7 @@ def write_part(folder: Path, part: str, images: EncodedImages, names: list[str],
     progress = utils.Progress(f'write {part}', len(names), len(names) - len(left), every=5000)
     for tar, indices in todo.items():
         left_out = {}
-        with replacing(tar) as file:
+        with atomic_write(tar) as file:
             with tarfile.open(fileobj=file, mode='w', format=tarfile.GNU_FORMAT) as out:
                 for i in indices:
                     data, source = next(encoded), printable(images.samples[i][0])
@@ -277,7 +279,7 @@ def verify_part(folder: Path, part: str, images: EncodedImages, names: list[str]
         raise UsageError(f'no image of class {min(missing)} can be decoded: remove the class from the source, and '
                          f'{folder} to start over')
     try:
-        written = find_part(str(folder), part, None, None)
+        written = open_split(str(folder), part, None, None)
         if kept != [(file[len(written.root(i)) + 1:], written.classes[label])
                     for i, (file, label) in enumerate(written.samples)]:
             raise TrainingFault(f'the images of {part} in {folder} are not those of the source, in its order')
@@ -300,7 +302,7 @@ def build_parser() -> Parser:
     parser.add_argument('--short-side', type=positive, default=320, metavar='PIXELS',
                         help='images whose short side is longer are made smaller, others are copied byte for byte '
                         '(default: 320)')
-    parser.add_argument('--quality', type=number(int, 1, 100), default=92, help='of the JPEGs (default: 92)')
+    parser.add_argument('--quality', type=in_range(int, 1, 100), default=92, help='of the JPEGs (default: 92)')
     parser.add_argument('--resize-val', action='store_true',
                         help='make validation images smaller too; without the flag they are copied byte for byte')
     parser.add_argument('--skip-damaged', action='store_true',

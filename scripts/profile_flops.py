@@ -7,9 +7,7 @@ profiled at its default input size. One variant, another size and a split by sta
     python scripts/profile_flops.py --json
 """
 import json
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,9 +15,11 @@ import torch
 import torch.nn as nn
 from torchprofile import profile_macs
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cmt  # noqa: E402
-from options import Parser  # noqa: E402
+import _path
+import cmt
+from options import Parser
+
+assert _path.ROOT  # importing _path puts the repository on sys.path
 
 ROW = '{:<17}{:>7}{:>15}{:>13}{:>15}{:>14}'
 PART_ROW = '{:<17}{:>15}{:>8}{:>13}{:>8}'

@@ -15,8 +15,9 @@ from timm.utils import random_seed
 from torchvision import datasets as tv_datasets
 
 import transforms
-from datasets import Digits, KeyedDataset, build_dataset, build_loader
+from datasets import Digits, build_dataset
 from fast_transforms import FastTransform
+from loader import SeededDataset, build_loader
 from samplers import TrainSampler
 from sources import ImageFolder
 from transforms import build_transform
@@ -144,7 +145,7 @@ def test_published_augmentation_survives_many_draws(strict_pillow, monkeypatch, 
 
 def test_augmentation_follows_from_the_key_alone(images):
     dataset = build_dataset('IMNET', True, images, 32, build_transform(True, 32))
-    keyed = KeyedDataset(dataset)
+    keyed = SeededDataset(dataset)
     first = keyed[3, 17][0]
     random_seed(99)
     keyed[4, 99]
@@ -159,7 +160,7 @@ def test_loaders_hand_out_batches_in_order(images):
     pairs = list(sampler)
     assert torch.cat([targets for _, targets in batches]).tolist() == [dataset.targets[index] for index, _ in pairs]
     assert all(x.shape == (8, 3, 32, 32) and x.dtype == torch.uint8 for x, _ in batches)
-    assert torch.equal(batches[1][0][2], KeyedDataset(dataset)[pairs[10]][0])
+    assert torch.equal(batches[1][0][2], SeededDataset(dataset)[pairs[10]][0])
 
 
 class Threads(ImageFolder):
@@ -228,7 +229,7 @@ def damage(folder, count, good=1, loader='reference'):
 
 @pytest.mark.parametrize('loader', ['reference', 'fast'])
 def test_a_damaged_training_image_is_named_and_the_next_one_taken(tmp_path, caplog, loader):
-    keyed = KeyedDataset(damage(tmp_path / 'a', 9, 2, loader))
+    keyed = SeededDataset(damage(tmp_path / 'a', 9, 2, loader))
     with caplog.at_level(logging.WARNING):
         image, _ = keyed[0, 5]
     assert torch.equal(image, keyed[9, 5][0])
@@ -237,7 +238,7 @@ def test_a_damaged_training_image_is_named_and_the_next_one_taken(tmp_path, capl
 
 
 def test_ten_damaged_training_images_in_a_row_are_a_fault(tmp_path):
-    keyed = KeyedDataset(damage(tmp_path / 'a', 10))
+    keyed = SeededDataset(damage(tmp_path / 'a', 10))
     with pytest.raises(RuntimeError, match=r'10 images in a row .*a/09\.png'):
         keyed[0, 5]
     assert keyed[1, 5][0].shape == (3, 32, 32)

@@ -14,9 +14,9 @@ import torch.nn as nn
 from PIL import Image
 
 import detection
+import errors
 import nano
 import plot_log
-import processes
 
 coco_mask = pytest.importorskip('pycocotools.mask')
 
@@ -306,7 +306,7 @@ def test_mistakes_are_one_line_before_long_work(shapes, tmp_path, monkeypatch):
         assert {path for path in tmp_path.rglob('*')} == before | {output}
 
     monkeypatch.setitem(sys.modules, 'pycocotools', None)
-    with pytest.raises(processes.UsageError, match='pip install pycocotools'):
+    with pytest.raises(errors.UsageError, match='pip install pycocotools'):
         detection.main(detection.parse_args([*SMALL, '--data-path', str(shapes)]))
 
 

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 import engine
 import nano
-from engine import Meters, Prepare, TrainingFault, TrainStep, check_faults, evaluate, train_one_epoch
+from engine import Meters, Preprocessor, TrainingFault, TrainStep, check_faults, evaluate, train_one_epoch
 from losses import build_criterion
 from precision import NativeScaler
 from utils import Progress
@@ -42,7 +42,7 @@ def sgd(net, lr=1.):
 
 def train_step(net, optimizer=None, criterion=None, prepare=None, scaler=None, autocast=FLOAT32, **kwargs):
     return TrainStep(
-        net, criterion or build_criterion(False, 0.1), optimizer or sgd(net), prepare or Prepare(CPU),
+        net, criterion or build_criterion(False, 0.1), optimizer or sgd(net), prepare or Preprocessor(CPU),
         scaler or NativeScaler('cpu', enabled=False), autocast, **kwargs)
 
 
@@ -65,7 +65,7 @@ def half_nan(criterion, at):
 @pytest.mark.parametrize('erasing', [None, RandomErasing(1., mode='pixel', device='cpu')])
 def test_both_memory_formats_are_normalised_to_the_same_bits(erasing):
     images, mean, std = torch.randint(256, (3, 3, 20, 28), dtype=torch.uint8), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    prepare, out = Prepare(CPU, mean=mean, std=std, erasing=erasing), []
+    prepare, out = Preprocessor(CPU, mean=mean, std=std, erasing=erasing), []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         random_seed(0)
         out.append(prepare(images.contiguous(memory_format=memory_format), torch.zeros(3))[0])
@@ -94,7 +94,7 @@ def test_order_of_a_step(monkeypatch):
     ema = ModelEmaV3(net)
     ema.update = noted('ema', ema.update)
     step = train_step(
-        net, prepare=noted('prepare', Prepare(CPU)), criterion=noted('loss', build_criterion(False)),
+        net, prepare=noted('prepare', Preprocessor(CPU)), criterion=noted('loss', build_criterion(False)),
         scaler=Scaler('cpu', enabled=False), ema=(ema, net), clip_grad=1.)
     step.prepare.device = CPU
     for i in range(2):
@@ -108,7 +108,7 @@ def test_draws_follow_from_seed_epoch_step_and_rank():
     def after(seed=1, epoch=2, step=3, rank=0, burn=0):
         net = model(drop_rate=0.5, drop_path_rate=0.5)
         torch.rand(burn)
-        prepare = Prepare(CPU, Mixup(0.8, 1., num_classes=5), RandomErasing(0.5, mode='pixel', device='cpu'))
+        prepare = Preprocessor(CPU, Mixup(0.8, 1., num_classes=5), RandomErasing(0.5, mode='pixel', device='cpu'))
         train_step(net, prepare=prepare, criterion=build_criterion(True), seed=seed, rank=rank)(
             [batch()], epoch, step, Meters(CPU))
         return weights(net)
@@ -160,7 +160,7 @@ def test_gradients_are_summed_over_ranks_in_the_last_backward_alone():
 
 @pytest.mark.parametrize('mode, value', [('norm', 0.05), ('value', 0.002), ('agc', 0.05)])
 def test_clipping(mode, value):
-    images, targets = Prepare(CPU)(*batch())
+    images, targets = Preprocessor(CPU)(*batch())
     net = model().eval()
     other, before = copy.deepcopy(net), weights(net)
     build_criterion(False, 0.1)(other(images), targets).backward()
@@ -201,7 +201,7 @@ def test_skipping_leaves_no_trace(opt, what):
         net = model()
         ema = ModelEmaV3(net, decay=0.9)
         optimizer = torch.optim.AdamW(net.parameters(), 1e-2, fused=True) if opt == 'fused' else sgd(net, 0.1)
-        prepare, calls = Prepare(CPU), []
+        prepare, calls = Preprocessor(CPU), []
 
         def poison(images, targets):
             images, targets = prepare(images, targets)
@@ -282,7 +282,7 @@ def test_no_step_waits_for_the_device(monkeypatch, kind):
     ema = ModelEmaV3(net)
     step = train_step(
         net, torch.optim.AdamW(net.parameters(), 1e-3, fused=True), build_criterion(True),
-        Prepare(CPU, Mixup(0.8, 1., num_classes=5), RandomErasing(1., mode='pixel', device='cpu')),
+        Preprocessor(CPU, Mixup(0.8, 1., num_classes=5), RandomErasing(1., mode='pixel', device='cpu')),
         NativeScaler('cpu', enabled=kind == 'float16'),
         functools.partial(torch.autocast, 'cpu', torch.float16, enabled=kind == 'float16'),
         ema=(ema, net), clip_grad=1., skip_nonfinite=kind == 'skip')
@@ -320,7 +320,7 @@ def test_scores_are_exact_for_uneven_batches_and_few_classes(classes):
     images = torch.arange(23, dtype=torch.uint8).view(23, 1, 1, 1).expand(23, 3, 2, 2)
     net = Fixed(logits).train()
     loader = [(images[i:i + 9], targets[i:i + 9]) for i in range(0, 23, 9)]
-    stats = evaluate(net, loader, Prepare(CPU, mean=(0.,) * 3, std=(1 / 255,) * 3), FLOAT32)
+    stats = evaluate(net, loader, Preprocessor(CPU, mean=(0.,) * 3, std=(1 / 255,) * 3), FLOAT32)
     ranks = [sorted(range(classes), key=lambda c, row=row: -row[c]) for row in logits.tolist()]
     hits = [[target in rank[:k] for rank, target in zip(ranks, targets.tolist())] for k in (1, 5)]
     assert stats['acc1'] == 100 * sum(hits[0]) / 23 and stats['acc5'] == 100 * sum(hits[1]) / 23

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import export
 import nano
-from engine import Prepare
+from engine import Preprocessor
 from transforms import build_transform
 
 
@@ -80,7 +80,7 @@ def test_the_snippet_of_the_docs_gives_the_logits_of_evaluation(checkpoint, tmp_
     snippet = re.search(r'^```python\n(import json.*?)^```', page.read_text(), re.DOTALL | re.MULTILINE)[1]
     names = {}
     exec(snippet.replace('photo.jpg', 'photo.png'), names)
-    x = Prepare(torch.device('cpu'))(build_transform(False, 64)(image)[None], torch.zeros(1))[0]
+    x = Preprocessor(torch.device('cpu'))(build_transform(False, 64)(image)[None], torch.zeros(1))[0]
     expected = reference(checkpoint, 'model_ema', x)[0]
     torch.testing.assert_close(torch.from_numpy(names['logits'][0]), expected, rtol=0, atol=1e-4)
 

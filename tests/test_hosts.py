@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+import errors
 import hosts
 import nano
 import processes
@@ -56,7 +57,7 @@ def wait_for(condition, seconds=200):
 def store_of(host_store, rank, world_size, timeout_s=20):
     client = dist.TCPStore('127.0.0.1', host_store.port, is_master=False)
     wait = processes.Wait(timeout_s, is_logged=False)
-    return processes.part_of_this_start(client, rank, world_size, wait)
+    return processes.launch_store(client, rank, world_size, wait)
 
 
 def start_of(host_store, world_size, order):
@@ -75,7 +76,7 @@ def start_of(host_store, world_size, order):
 
 def test_ranks_of_a_start_agree_whatever_earlier_starts_left():
     host_store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    with pytest.raises(processes.TrainingFault, match='ranks 1, 2 did not answer within 0.5 s'):  # dies while it waits
+    with pytest.raises(errors.TrainingFault, match='ranks 1, 2 did not answer within 0.5 s'):  # dies while it waits
         store_of(host_store, 0, 3, timeout_s=0.5)
     for number, (world_size, order) in enumerate(((3, (1, 2, 0)), (2, (1, 0)), (4, (3, 0, 2, 1)), (2, (0, 1)))):
         stores = start_of(host_store, world_size, order)
@@ -105,7 +106,7 @@ def test_runs_that_share_a_store_do_not_meet(monkeypatch):
 def test_a_process_of_an_earlier_start_does_not_join_one_of_another_size():
     host_store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
     old = threading.Thread(
-        target=lambda: pytest.raises(processes.TrainingFault, store_of, host_store, 1, 3, timeout_s=3))
+        target=lambda: pytest.raises(errors.TrainingFault, store_of, host_store, 1, 3, timeout_s=3))
     old.start()
     assert len(start_of(host_store, 2, (0, 1))) == 2
     old.join()

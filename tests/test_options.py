@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from timm.utils import distributed
 
+import launch
 import options
 from options import get_parser, parse_args, policy
 from transforms import build_transform
@@ -206,7 +207,7 @@ def environment(monkeypatch):
 @pytest.mark.parametrize('launcher', LAUNCHED)
 def test_ranks_are_those_that_timm_reads(environment, launcher):
     environment(**LAUNCHED[launcher])
-    assert options.read_launch()[1:4] == distributed.world_info_from_env()
+    assert launch.read_launch()[1:4] == distributed.world_info_from_env()
 
 
 @pytest.mark.parametrize('variables, found', [
@@ -223,8 +224,8 @@ def test_ranks_are_those_that_timm_reads(environment, launcher):
 ])
 def test_the_nearest_launcher_counts(environment, variables, found):
     environment(**variables)
-    assert options.read_launch() == found
-    assert options.tasks_without_srun() == (16 if found[3] == 1 else 1)
+    assert launch.read_launch() == found
+    assert launch.tasks_without_srun() == (16 if found[3] == 1 else 1)
 
 
 @pytest.mark.parametrize('nodes, host', [
@@ -233,10 +234,10 @@ def test_the_nearest_launcher_counts(environment, variables, found):
 def test_slurms_first_host_is_the_address(environment, nodes, host):
     step = dict(STEP, SLURM_JOB_ID=40123, SLURM_STEP_NODELIST=nodes, SLURM_JOB_NODELIST='other[1-9]')
     environment(**step)
-    assert options.set_master_address() == (host, 20000 + 40123 % 12000)
+    assert launch.set_master_address() == (host, 20000 + 40123 % 12000)
     assert (os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) == (host, '24123')
     environment(**step, MASTER_ADDR='mine')
-    assert options.set_master_address() == ('mine', 24123)
+    assert launch.set_master_address() == ('mine', 24123)
 
 
 def test_steps_side_by_side_have_ports_of_their_own(environment):
@@ -244,7 +245,7 @@ def test_steps_side_by_side_have_ports_of_their_own(environment):
     ports = []
     for job, step in [(40123, step) for step in range(10)] + [(job, 0) for job in range(40124, 40130)] + [(2 ** 31, 5)]:
         environment(**{**STEP, 'SLURM_STEP_ID': step}, SLURM_JOB_ID=job, SLURM_STEP_NODELIST='n1')
-        ports.append(options.set_master_address()[1])
+        ports.append(launch.set_master_address()[1])
     assert len(set(ports)) == len(ports) and all(20000 <= port < 32000 for port in ports)
 
 
@@ -253,23 +254,23 @@ def test_runs_have_the_launchers_name(environment):
     names = set()
     for more in ({'SLURM_JOB_ID': 77}, {'SLURM_JOB_ID': 77, 'SLURM_STEP_ID': 0}, {}):
         environment(**LAUNCHED['Open MPI'], **more)
-        names.add(options.run_name())
+        names.add(launch.run_name())
     environment(**STEP, SLURM_JOB_ID=77)
-    assert names == {''} and options.run_name() == '77.0'
+    assert names == {''} and launch.run_name() == '77.0'
     environment(**STEP, SLURM_JOB_ID=77, **LAUNCHED['torchrun'], TORCHELASTIC_RUN_ID='mine')
-    assert options.run_name() == 'mine'
+    assert launch.run_name() == 'mine'
 
 
 def test_mpirun_needs_an_address_for_several_hosts(environment):
     variables = LAUNCHED['Open MPI']
     environment(**variables, OMPI_COMM_WORLD_LOCAL_SIZE=5)
-    assert options.set_master_address() == ('127.0.0.1', 29500)
+    assert launch.set_master_address() == ('127.0.0.1', 29500)
     for more in ({}, {'OMPI_COMM_WORLD_LOCAL_SIZE': 4}):
         environment(**variables, **more)
         with pytest.raises(ValueError, match='mpirun -x MASTER_ADDR=HOST'):
-            options.set_master_address()
+            launch.set_master_address()
         environment(**variables, **more, MASTER_ADDR='n1')
-        assert options.set_master_address() == ('n1', 29500)
+        assert launch.set_master_address() == ('n1', 29500)
 
 
 @pytest.mark.parametrize('missing', ['RANK', 'MASTER_ADDR', 'MASTER_PORT'])
@@ -278,7 +279,7 @@ def test_half_of_a_launchers_variables_is_named(environment, missing):
     del variables[missing]
     environment(**variables)
     with pytest.raises(ValueError, match=f'WORLD_SIZE is 8, but {missing} is not set'):
-        options.set_master_address()
+        launch.set_master_address()
 
 
 # YAML
@@ -331,7 +332,7 @@ def test_a_tilde_without_a_home_is_no_folder(mistake):
 def test_variables_that_are_no_numbers_are_named(environment, capsys, name):
     environment(**{'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', name: 'two'})
     with pytest.raises(SystemExit) as stop:
-        options.read_launch()
+        launch.read_launch()
     assert stop.value.code == 2 and f"{name} is 'two' in the environment" in capsys.readouterr().err
 
 

@@ -85,6 +85,7 @@ def test_command_line(tmp_path):
 import runpy, sys
 sys.modules['torch'] = None  # an import of torch fails
 sys.argv = ['plot_log.py', 'run', '-o', 'out.PNG']
+sys.path.insert(0, {os.path.dirname(plot_log.__file__)!r})
 runpy.run_path({plot_log.__file__!r}, run_name='__main__')
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -95,7 +95,7 @@ def test_names_of_any_bytes_in_every_output(place, capsys):
         with pytest.raises(SystemExit):  # for the file that is no image
             predict.main(['named.pth', 'photos', flag])
         results[flag] = capsys.readouterr()
-        assert results[flag].err.count('\n') == 1 and r'photos/no\udcff\nimage.png (no image)' in results[flag].err
+        assert results[flag].err.count('\n') == 1 and r'photos/no\udcff\nimage.png (not an image)' in results[flag].err
     images = [answer['image'] for answer in json.loads(results['--json'].out)]
     assert len(images) == 6 and name in images
     assert r'photos/more/bad\udcff\nname.png' in results['--picture=sheet.png'].out

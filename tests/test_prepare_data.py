@@ -17,8 +17,8 @@ from test_sources import members, pack, publish_val
 import nano
 import prepare_data
 from datasets import build_dataset
-from processes import TrainingFault, UsageError
-from sources import find_part, open_image
+from errors import TrainingFault, UsageError
+from sources import open_image, open_split
 
 
 def run(*argv) -> None:
@@ -115,7 +115,7 @@ def test_samples_classes_and_order_are_those_of_the_source(images, form, tmp_pat
     src = FORMS[form](images, tmp_path / 'src', monkeypatch)
     run(src, tmp_path / 'dst', '--images-per-tar', 7, '--num-workers', 0)
     for part, count in (('train', 100), ('val', 27)):
-        source, made = (find_part(str(path), part, None, None) for path in (src, tmp_path / 'dst'))
+        source, made = (open_split(str(path), part, None, None) for path in (src, tmp_path / 'dst'))
         assert len(made) == count and made.classes == source.classes and made.targets == source.targets
         assert listed(made) == listed(source)
         assert [made.read(i) for i in range(count)] == [source.read(i) for i in range(count)]  # all are small
@@ -132,7 +132,7 @@ def test_a_folder_of_classes_keeps_its_split(photographs, tmp_path):
 
 def test_large_training_images_get_the_short_side(photographs, tmp_path):
     run(photographs, tmp_path / 'dst', '--short-side', 50, '--quality', 95)
-    source, made = (find_part(str(path), 'train', None, None) for path in (photographs, tmp_path / 'dst'))
+    source, made = (open_split(str(path), 'train', None, None) for path in (photographs, tmp_path / 'dst'))
     resized = 0
     for i in range(len(source)):
         before, after = source[i][0], made[i][0]
@@ -146,10 +146,10 @@ def test_large_training_images_get_the_short_side(photographs, tmp_path):
             expected = before.resize(after.size, Image.Resampling.LANCZOS)
             assert np.abs(np.asarray(expected, int) - np.asarray(after)).mean() < 2
     assert resized > 20
-    source, made = (find_part(str(path), 'val', None, None) for path in (photographs, tmp_path / 'dst'))
+    source, made = (open_split(str(path), 'val', None, None) for path in (photographs, tmp_path / 'dst'))
     assert [made.read(i) for i in range(6)] == [source.read(i) for i in range(6)]
     run(photographs, tmp_path / 'both', '--short-side', 50, '--resize-val')
-    made = find_part(str(tmp_path / 'both'), 'val', None, None)
+    made = open_split(str(tmp_path / 'both'), 'val', None, None)
     assert {min(made[i][0].size) for i in range(6)} == {50}
 
 
@@ -167,7 +167,7 @@ def test_images_of_any_kind_are_prepared_as_the_loaders_read_them(tmp_path):
         (tmp_path / 'src' / name[0]).mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / 'src' / name[0] / name, **options)
     run(tmp_path / 'src', tmp_path / 'dst', '--short-side', 30, '--quality', 100)
-    made = find_part(str(tmp_path / 'dst'), 'train', None, None)
+    made = open_split(str(tmp_path / 'dst'), 'train', None, None)
     assert {name for name, _ in listed(made)} == set(kinds)
     for i, (name, label) in enumerate(listed(made)):
         before, after = open_image((tmp_path / 'src' / label / name).read_bytes()), made[i][0]
@@ -241,15 +241,15 @@ def damaged(photographs, tmp_path):
 def test_damaged_images_stop_the_work_unless_they_may_be_left_out(damaged, workers, tmp_path, capsys):
     argv = damaged, tmp_path / 'dst', '--short-side', 40, '--images-per-tar', 4, '--num-workers', workers
     assert re.fullmatch(
-        r'cannot decode .*/train/a/03.\w+ \(no image; --skip-damaged leaves such images out\): mend the image; the '
+        r'cannot decode .*/train/a/03.\w+ \(not an image; --skip-damaged leaves such images out\): mend the image; the '
         'same command then resumes', fails(tmp_path / 'log', 2, *argv))
     assert not (tmp_path / 'dst').exists()
     run(*argv, '--skip-damaged')
     left_out = dict(line.split('\t') for line in (tmp_path / 'dst' / 'left_out.txt').read_text().splitlines())
     assert [Path(name).stem for name in left_out] == ['03', '04'] and 'truncated' in list(left_out.values())[1]
     assert capsys.readouterr().out.count('\nleft out: ') == 2
-    made = find_part(str(tmp_path / 'dst'), 'train', None, None)
-    source = find_part(str(damaged), 'train', None, None)
+    made = open_split(str(tmp_path / 'dst'), 'train', None, None)
+    source = open_split(str(damaged), 'train', None, None)
     assert listed(made) == [(name, label) for name, label in listed(source) if name[:2] not in ('03', '04')]
 
 
@@ -271,7 +271,7 @@ def test_an_image_that_is_mended_after_a_kill_is_not_left_out(damaged, photograp
     with pytest.raises(UsageError, match='leaves out 1 images .left_out.txt.: give --skip-damaged again, or remove it'):
         run(*argv)
     run(*argv, '--skip-damaged')
-    assert len(find_part(str(tmp_path / 'dst'), 'train', None, None)) == 60
+    assert len(open_split(str(tmp_path / 'dst'), 'train', None, None)) == 60
     assert not (tmp_path / 'dst' / 'left_out.txt').read_text()
 
 
@@ -299,7 +299,7 @@ def test_the_number_of_classes_of_shards_stays(photographs, tmp_path):
     members(tmp_path / 'train.tar', *(entry for i, file in enumerate(files) for entry in (
         (f'/abs/{i}{file.suffix}', file.read_bytes()), (f'/abs/{i}.cls', b'%d' % (2 * i)))))
     run(tmp_path / 'train.tar', tmp_path / 'dst')
-    assert find_part(str(tmp_path / 'dst'), 'train', None, None).targets == [0, 2, 4, 6]
+    assert open_split(str(tmp_path / 'dst'), 'train', None, None).targets == [0, 2, 4, 6]
 
 
 def test_what_nobody_would_read_is_named(photographs, tmp_path, capsys):
@@ -377,7 +377,8 @@ def test_what_the_disk_lost_is_noticed(photographs, tmp_path, monkeypatch):
     monkeypatch.undo()
     tar = tmp_path / 'dst.incomplete' / 'train-000003.tar'
     data = tar.read_bytes()
-    for damage, words in ((data[:len(data) // 2], 'copy it again'), (data[:512] + bytes(100) + data[612:], 'no image')):
+    zeros = data[:512] + bytes(100) + data[612:]
+    for damage, words in ((data[:len(data) // 2], 'copy it again'), (zeros, 'not an image')):
         tar.write_bytes(damage)
         with pytest.raises(TrainingFault, match=f'{words}.*, as written by this command: check the disk, remove that'):
             run(*argv)
@@ -465,4 +466,4 @@ def test_two_at_once_do_not_mix(photographs, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match='another run is writing to .*dst.incomplete'):
         run(*argv)
     nano.finish(first)
-    assert len(find_part(str(tmp_path / 'dst'), 'train', None, None)) == 60
+    assert len(open_split(str(tmp_path / 'dst'), 'train', None, None)) == 60

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import errors
 import nano
-import options
 import processes
+from launch import Launch
 
 
 def on_two_ranks(rank: int, path: str) -> None:
@@ -23,7 +24,7 @@ def on_two_ranks(rank: int, path: str) -> None:
     with processes.first_on_each_node():
         assert rank == 0 or Path(path, 'unpacked').exists()
         Path(path, 'unpacked').touch()
-    with pytest.raises(processes.UsageError, match='^--lr of rank 1$'):
+    with pytest.raises(errors.UsageError, match='^--lr of rank 1$'):
         with processes.usage_errors():
             if rank == 1:
                 raise ValueError('--lr of rank 1')
@@ -50,7 +51,7 @@ def test_ranks_agree(tmp_path):
 def test_a_process_has_its_own_gpu(devices, launch, found, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: devices)
-    launch = options.Launch(*launch)
+    launch = Launch(*launch)
     if found.startswith('cuda:'):
         assert processes.find_device('cuda', launch) == torch.device(found)
     else:

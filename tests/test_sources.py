@@ -16,10 +16,12 @@ from PIL import Image
 from torchvision.datasets import imagenet
 
 import nano
-from datasets import NamedErrors, UnreadableImage, build_dataset, build_loader
+from datasets import build_dataset
+from errors import UnreadableImage
 from fast_transforms import FastTransform
+from loader import ValidationDataset, build_loader
 from samplers import TrainSampler
-from sources import ImageFolder, Samples, TarImages, has_part, open_image, tar_index
+from sources import ImageFolder, Samples, TarImages, has_split, open_image, tar_index
 from transforms import build_transform
 
 
@@ -253,7 +255,7 @@ def test_tars_without_classes_or_beside_folders_are_refused(tmp_path):
     ('trainval.tar', None), ('valley.tar', None), ('my_train.tar', None), ('.train.tar', None)])
 def test_a_folders_tars_belong_to_the_part_that_their_names_begin_with(tmp_path, name, part):
     (tmp_path / name).touch()
-    assert [has_part(str(tmp_path), other) for other in ('train', 'val')] == [part == 'train', part == 'val']
+    assert [has_split(str(tmp_path), other) for other in ('train', 'val')] == [part == 'train', part == 'val']
 
 
 def test_validation_is_never_the_training_tar(images, tmp_path):
@@ -269,7 +271,7 @@ def test_validation_is_never_the_training_tar(images, tmp_path):
     with pytest.raises(ValueError, match='photos.tar has no validation images'):  # whose val.tar is not known
         build_dataset('IMNET', False, str(tmp_path / 'photos.tar'), 32)
     (tmp_path / 'train.tar').unlink()
-    assert not has_part(str(val), 'train') and len(build_dataset('IMNET', False, str(val), 32)) == 27
+    assert not has_split(str(val), 'train') and len(build_dataset('IMNET', False, str(val), 32)) == 27
     with pytest.raises(ValueError, match='validation set by its name'):
         build_dataset('IMNET', True, str(val), 32)
 
@@ -496,7 +498,7 @@ def test_grey_values_of_unknown_range_are_refused(tmp_path, mode, name):
     (tmp_path / 'a').mkdir()
     (tmp_path / 'a' / 'x.tif').write_bytes(grey16(300, 'tif', mode))
     with pytest.raises(UnreadableImage, match=f'cannot read .*x.tif .grey values of {name} from 300 to 7'):
-        NamedErrors(ImageFolder(tmp_path))[0]
+        ValidationDataset(ImageFolder(tmp_path))[0]
 
 
 def test_what_pillow_opens_is_taken_and_the_rest_is_counted(tmp_path, caplog):

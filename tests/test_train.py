@@ -21,8 +21,9 @@ import yaml
 from timm.utils import random_seed
 
 import checkpoints
-import datasets
 import engine
+import errors
+import loader
 import nano
 import optim
 import options
@@ -299,8 +300,8 @@ def test_resume_in_mid_epoch_loads_only_the_rest(flags, whole, tmp_path, monkeyp
     assert (saved['epoch'], saved['step'], saved['samples_seen']) == (1, 4, 64)
 
     loaded = []
-    get = datasets.KeyedDataset.__getitem__
-    monkeypatch.setattr(datasets.KeyedDataset, '__getitem__', lambda self, key: loaded.append(key) or get(self, key))
+    get = loader.SeededDataset.__getitem__
+    monkeypatch.setattr(loader.SeededDataset, '__getitem__', lambda self, key: loaded.append(key) or get(self, key))
     nano.train(run)
     assert len(loaded) == (2 + 6) * 16
     nano.assert_same_run(whole, tmp_path / 'run')
@@ -374,14 +375,14 @@ def test_elastic_restart_sees_each_sample_once(flags, tmp_path, monkeypatch):
     """One rank after two, in mid-epoch: the rest of the same order."""
     run = [*flags, '--no-repeated-aug', '--epochs', 1, '--output-dir', tmp_path / 'run', '--resume', 'auto']
     seen = tmp_path / 'seen.txt'
-    get = datasets.KeyedDataset.__getitem__
+    get = loader.SeededDataset.__getitem__
 
     def noted(self, key):
         with open(seen, 'a') as file:
             file.write(f'{key[0]}\n')
         return get(self, key)
 
-    monkeypatch.setattr(datasets.KeyedDataset, '__getitem__', noted)
+    monkeypatch.setattr(loader.SeededDataset, '__getitem__', noted)
 
     def stop_early(rank):
         patch = pytest.MonkeyPatch()
@@ -415,7 +416,7 @@ def test_a_signal_saves_and_stops_within_a_step(flags, whole, tmp_path, monkeypa
     nano.assert_same_run(whole, tmp_path / 'run')
 
 
-@pytest.mark.parametrize('where', ['start_processes', 'build_data', 'build_run'])
+@pytest.mark.parametrize('where', ['setup_process', 'build_data', 'build_run'])
 def test_a_warning_during_the_set_up_is_kept_for_the_first_step(flags, whole, tmp_path, where):
     """SLURM's SIGUSR1. SIGTERM ends a run that has nothing to save, as torchrun's restarts need."""
     def warned(rank, number=signal.SIGUSR1):
@@ -469,7 +470,7 @@ def signal_group(number):
     loaders = multiprocessing.active_children()
     subprocess.run(['kill', '-s', str(int(number)), '--', str(-os.getpgid(0))], start_new_session=True, check=True)
     time.sleep(0.5)
-    assert len(loaders) == 4 and all(loader.is_alive() for loader in loaders), loaders
+    assert len(loaders) == 4 and all(worker.is_alive() for worker in loaders), loaders
 
 
 def test_a_signal_to_the_whole_group_spares_the_loaders_until_the_end(flags, whole, tmp_path):
@@ -483,14 +484,14 @@ def test_a_signal_to_the_whole_group_spares_the_loaders_until_the_end(flags, who
 
 def test_a_signal_while_loaders_start_spares_them(flags, whole, tmp_path, monkeypatch):
     """torch's loader processes end by any SIGTERM until worker_init_fn is called: till then it has to wait."""
-    def slow_start(worker, start=datasets._leave_signals_to_the_run):
+    def slow_start(worker, start=loader._leave_signals_to_the_run):
         if worker == 1:
             os.kill(os.getppid(), signal.SIGUSR2)  # signals of its own process would be its own
             time.sleep(1)
         start(worker)
 
     def before(rank):
-        monkeypatch.setattr(datasets, '_leave_signals_to_the_run', slow_start)
+        monkeypatch.setattr(loader, '_leave_signals_to_the_run', slow_start)
         signal.signal(signal.SIGUSR2, lambda *_: subprocess.Popen(
             ['kill', '-s', 'TERM', '--', str(-os.getpgid(0))], start_new_session=True))
 
@@ -541,7 +542,7 @@ def children_of(process):
 
 def poison(monkeypatch, number, what, rank=0):
     """A NaN in the loss or the input of one step."""
-    prepare, calls = engine.Prepare.__call__, []
+    prepare, calls = engine.Preprocessor.__call__, []
 
     def patched(self, images, targets):
         images, targets = prepare(self, images, targets)
@@ -552,7 +553,7 @@ def poison(monkeypatch, number, what, rank=0):
             (images if what == 'input' else targets)[1:3] = float('nan')
         return images, targets
 
-    monkeypatch.setattr(engine.Prepare, '__call__', patched)
+    monkeypatch.setattr(engine.Preprocessor, '__call__', patched)
 
 
 @pytest.mark.parametrize('what', ['input', 'loss'])
@@ -601,8 +602,8 @@ def test_a_corrupt_validation_image_is_named(flags, images, tmp_path):
         output = tmp_path / f'{workers}{status}.txt'
         nano.finish(nano.start([*run, '--num-workers', workers, *more], output=output), status=status)
         text = output.read_text()
-        assert re.search(r'^train\.py: error: cannot read validation image .*val/class_1/bad\.png \(no image\)', text,
-                         re.MULTILINE) and 'Traceback' not in text
+        line = r'^train\.py: error: cannot read validation image .*val/class_1/bad\.png \(not an image\)'
+        assert re.search(line, text, re.MULTILINE) and 'Traceback' not in text
         if not more:  # the epoch is done once
             assert nano.read(tmp_path / 'run')['step'] == 6
             assert ('resuming at epoch 0, step 6' in text) == (workers == 2)
@@ -651,7 +652,7 @@ def test_factored_moments_of_linear_layers_are_refused(tmp_path):
 
 
 def test_a_run_that_is_killed_while_loaders_start_leaves_none_behind(flags, tmp_path):
-    def slow_start(worker, start=datasets._leave_signals_to_the_run):
+    def slow_start(worker, start=loader._leave_signals_to_the_run):
         if worker == 1:
             (tmp_path / 'pid').write_text(str(os.getpid()))
             os.kill(os.getppid(), signal.SIGKILL)
@@ -659,10 +660,10 @@ def test_a_run_that_is_killed_while_loaders_start_leaves_none_behind(flags, tmp_
         start(worker)
 
     run = [*flags, '--num-workers', 2]
-    nano.finish(nano.start(run, before=lambda rank: setattr(datasets, '_leave_signals_to_the_run', slow_start)),
+    nano.finish(nano.start(run, before=lambda rank: setattr(loader, '_leave_signals_to_the_run', slow_start)),
                 status=-signal.SIGKILL)
-    loader, until = Path('/proc') / (tmp_path / 'pid').read_text(), time.monotonic() + 20
-    while loader.exists() and 'State:\tZ' not in (loader / 'status').read_text():  # Z: nobody waits for it
+    worker, until = Path('/proc') / (tmp_path / 'pid').read_text(), time.monotonic() + 20
+    while worker.exists() and 'State:\tZ' not in (worker / 'status').read_text():  # Z: nobody waits for it
         assert time.monotonic() < until
         time.sleep(0.1)
 
@@ -789,7 +790,7 @@ def test_an_old_run_stays_until_nothing_can_fail_any_more(flags, images, tmp_pat
     elif fault == 'disk':
         monkeypatch.setattr(os, 'fsync', nano.full_disk)
     else:
-        monkeypatch.setattr(checkpoints, 'replacing', nano.full_disk)
+        monkeypatch.setattr(checkpoints, 'atomic_write', nano.full_disk)
     nano.finish(nano.start([*run, '--overwrite'], output=output), status=1 if fault == 'images' else 2)
     assert output.read_text().count('train.py: error: ') == 1 and 'Traceback' not in output.read_text()
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -917,7 +918,7 @@ def test_classes_that_a_checkpoint_lacks_are_an_error(flags, whole, renamed, tmp
     data = renamed(class_0='class_0', dog='class_1', class_2='class_2')
     monkeypatch.chdir(tmp_path)
     run = [*flags, '--data-path', data, *(whole / 'checkpoint_last.pth' if x == 'CKPT' else x for x in change)]
-    with pytest.raises(processes.UsageError, match='classes that the training set, the checkpoint .* lacks: dog$'):
+    with pytest.raises(errors.UsageError, match='classes that the training set, the checkpoint .* lacks: dog$'):
         nano.train(run)
     assert not Path('new').exists()
     nano.train([*flags, '--data-path', data, '--finetune', whole / 'checkpoint_last.pth', '--epochs', 1])
@@ -926,7 +927,7 @@ def test_classes_that_a_checkpoint_lacks_are_an_error(flags, whole, renamed, tmp
 def test_other_classes_of_a_data_set_without_folders_are_an_error(flags, whole):
     run = [*flags, '--data-set', 'DIGITS', '--eval', '--resume', whole / 'checkpoint_last.pth']
     words = 'trained on other classes .class_0, .* than these data have .0, 1, 2'
-    with pytest.raises(processes.UsageError, match=words):
+    with pytest.raises(errors.UsageError, match=words):
         nano.train(run)
 
 
@@ -935,7 +936,7 @@ def test_one_class_is_refused_for_training(flags, images, tmp_path):
         (tmp_path / part).mkdir()
         (tmp_path / part / 'images').symlink_to(images / part)
     words = 'has one class, images, which contains the folders class_0, class_1, '
-    with pytest.raises(processes.UsageError, match=words):
+    with pytest.raises(errors.UsageError, match=words):
         nano.train([*flags, '--data-path', tmp_path])
 
 
@@ -988,7 +989,7 @@ def test_too_few_open_files_are_one_line_and_cost_no_epoch(flags, images, tmp_pa
     (0, 0, None), (10 ** 9, 2, None)])
 def test_little_shared_memory_is_said_before_training(flags, tmp_path, monkeypatch, free, workers, words):
     found = os.statvfs(tmp_path)
-    monkeypatch.setattr(datasets, 'SHARED_MEMORY', tmp_path / 'shm')
+    monkeypatch.setattr(loader, 'SHARED_MEMORY', tmp_path / 'shm')
     (tmp_path / 'shm').mkdir()
     monkeypatch.setattr(os, 'statvfs', lambda path: types.SimpleNamespace(f_bavail=free // 4096, f_frsize=4096) if
                         path == tmp_path / 'shm' else found)
@@ -996,7 +997,7 @@ def test_little_shared_memory_is_said_before_training(flags, tmp_path, monkeypat
     if words is None:
         nano.train(run)
     else:
-        with pytest.raises(processes.UsageError, match=words):
+        with pytest.raises(errors.UsageError, match=words):
             nano.train(run)
 
 
@@ -1009,10 +1010,10 @@ def test_shared_memory_is_for_two_batches_a_process_and_the_one_in_use(monkeypat
     ready = train.images_in_shared_memory(options.parse_args(
         ['--batch-size', str(batch), '--num-workers', str(workers)]), images, 0)
     if fits:
-        datasets.check_shared_memory(ready, 224, workers)
+        loader.check_shared_memory(ready, 224, workers)
     else:
         with pytest.raises(ValueError, match='free, but loader processes need'):
-            datasets.check_shared_memory(ready, 224, workers)
+            loader.check_shared_memory(ready, 224, workers)
 
 
 @pytest.mark.parametrize('closed_pipe', [False, True])  # torch may see either first
@@ -1043,7 +1044,7 @@ def test_names_of_any_bytes_and_lines_go_through_a_run(flags, images, tmp_path):
     output, run = tmp_path / 'out.txt', [*flags, '--no-repeated-aug', '--data-path', data]
     nano.finish(nano.start([*run, '--output-dir', folder], output=output))
     log = output.read_text()
-    assert r'/d\udcff\n\u2028/train/class_0/bad\udcff\nname.png (no image)' in log and 'Logging error' not in log
+    assert r'/d\udcff\n\u2028/train/class_0/bad\udcff\nname.png (not an image)' in log and 'Logging error' not in log
     again = ['--config', f'{folder}/config.yaml', '--resume', 'auto', '--epochs', 4]
     nano.finish(nano.start(again, output=output))
     assert Path(folder, 'config.yaml').read_text().startswith('# train.py --config ')
@@ -1054,7 +1055,7 @@ def test_names_of_any_bytes_and_lines_go_through_a_run(flags, images, tmp_path):
         output.unlink()
         nano.finish(nano.start([*again, '--epochs', 5, '--num-workers', workers], output=output), status=1)
         error = re.search('^train.py: error: (.*)', output.read_text(), re.M)[1]
-        assert r'/d\udcff\n\u2028/val/class_0/bad\udcff\nname.png (no image)' in error
+        assert r'/d\udcff\n\u2028/val/class_0/bad\udcff\nname.png (not an image)' in error
 
 
 def test_a_run_that_goes_on_elsewhere_takes_its_best_checkpoint_along(flags, whole, tmp_path):
@@ -1090,7 +1091,7 @@ def test_one_class_of_many_is_refused_for_training(flags, images, tmp_path):
     for part in ('train', 'val'):
         shutil.copytree(images / part / 'class_1', tmp_path / part / 'class_1')
     (tmp_path / 'map.txt').write_text('class_0\nclass_1\n')
-    with pytest.raises(processes.UsageError, match='has one class, class_1'):
+    with pytest.raises(errors.UsageError, match='has one class, class_1'):
         nano.train([*flags, '--data-path', tmp_path, '--class-map', tmp_path / 'map.txt'])
 
 
@@ -1103,6 +1104,6 @@ def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(flags, whole, tmp_p
             raise PermissionError(13, 'Permission denied', str(path))
         return read(path, *args, **kwargs)
     monkeypatch.setattr(torch, 'load', load)
-    with pytest.raises(processes.UsageError, match='Permission denied'):
+    with pytest.raises(errors.UsageError, match='Permission denied'):
         nano.train([*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto'])
     assert (tmp_path / 'run' / 'checkpoint_last.pth').read_bytes() == before

@@ -19,8 +19,8 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.utils import random_seed
 
 import fast_transforms
-from datasets import KeyedDataset
 from fast_transforms import FastTransform, decode_jpeg, jpeg_size
+from loader import SeededDataset
 from sources import ImageFolder, open_image
 from transforms import build_transform
 
@@ -277,7 +277,7 @@ def test_the_draws_are_those_of_commit_9777bd7(size, name, loader, monkeypatch, 
     transform = build_transform(True, size, **options)
     if loader != 'reference':
         transform = FastTransform(transform)
-    dataset = KeyedDataset(ImageFolder(tmp_path, transform))
+    dataset = SeededDataset(ImageFolder(tmp_path, transform))
     boxes, _, names = watch(monkeypatch)
     rows = DRAWS[f'{size} {name}']
     for key, (digest, box, operations, *means) in zip(itertools.product(range(2), SEEDS), rows, strict=True):

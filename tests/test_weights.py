@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import cmt
 import convert_checkpoint
+import mindspore
 import nano
 import train
 import weights
@@ -208,7 +209,7 @@ def write_mindspore(path, tensors, packed=False, slices=1, crc=False):
 def test_mindspore_files_of_other_sizes(tmp_path, sizes, img_size, layout):
     tensors = mindcv_tensors(*sizes)
     write_mindspore(tmp_path / 'a.ckpt', tensors, **layout)
-    read = weights.read_mindspore(tmp_path / 'a.ckpt')
+    read = mindspore.read(tmp_path / 'a.ckpt')
     assert {name: value.numpy().tobytes() for name, value in read.items()} == \
         {name: value.tobytes() for name, value in tensors.items()}
     model = build(tmp_path / 'a.ckpt', img_size=img_size)
@@ -242,7 +243,7 @@ def test_damaged_mindspore_files(tmp_path):
         weights.read_file(path)
     path.write_bytes(b'\xff' * 1_000_000)  # refused at once
     with pytest.raises(ValueError, match='not of MindSpore'):
-        weights.read_mindspore(path)
+        mindspore.read(path)
 
 
 # files of every origin

@@ -1,0 +1,35 @@
+"""Errors that reach the user as one line instead of a traceback, and how an exception becomes one line."""
+
+
+class UsageError(ValueError):
+    """Report a mistake in flags, data or files. It is raised on every rank; exit status 2."""
+
+
+class TrainingFault(RuntimeError):
+    """Report that training cannot continue. The last checkpoint is good; exit status 1."""
+
+
+class UnreadableImage(RuntimeError):
+    """Report an image that the run cannot continue without."""
+
+    @property
+    def line(self) -> str:
+        """Return the message alone; a DataLoader worker prepends its traceback."""
+        return str(self).strip().splitlines()[-1].removeprefix('errors.UnreadableImage: ')
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a message; torch appends C++ frames."""
+    return str(error).strip().split('\n', 1)[0] or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Return the whole message on one line."""
+    if type(error).__name__ == 'UnidentifiedImageError':  # Pillow's own message names an object in memory
+        return 'not an image'
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Escape characters of a file name that would break a line or that no encoding has."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)

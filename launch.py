@@ -1,0 +1,102 @@
+"""Who started this process: the environment of torchrun, mpirun and srun. Imports no torch."""
+import os
+import re
+import sys
+from typing import NamedTuple
+
+
+class Launch(NamedTuple):
+    """Hold who started this process, and its place among the processes that were started."""
+    launcher: str | None = None  # torchrun, mpirun or srun
+    local_rank: int = 0
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 0  # 0 if unknown
+
+
+def read_launch() -> Launch:
+    """Read the variables of the launcher nearest to this process.
+
+    timm.utils.distributed.world_info_from_env imports torch, mixes the variables of launchers that start each other,
+    and takes a SLURM job for tasks that srun started.
+    """
+    def number(name: str, default: int = 0) -> int:
+        value = os.environ.get(name, default)
+        try:
+            return int(value)
+        except ValueError:
+            sys.stderr.write(f'error: {name} is {value!r} in the environment, not a whole number: unset it\n')
+            raise SystemExit(2) from None
+
+    def by_environment() -> Launch:
+        return Launch('torchrun', number('LOCAL_RANK'), number('RANK'), number('WORLD_SIZE', 1),
+                      number('LOCAL_WORLD_SIZE'))
+
+    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
+        return by_environment()
+    if 'OMPI_COMM_WORLD_SIZE' in os.environ:  # Open MPI
+        return Launch('mpirun', number('OMPI_COMM_WORLD_LOCAL_RANK'), number('OMPI_COMM_WORLD_RANK'),
+                      number('OMPI_COMM_WORLD_SIZE'), number('OMPI_COMM_WORLD_LOCAL_SIZE'))
+    has_step = 'SLURM_STEP_ID' in os.environ  # batch scripts and shells of salloc have SLURM's other variables
+    # srun --mpi=pmi2 sets PMI_SIZE as well, but not MPI_LOCALRANKID
+    if 'MPI_LOCALRANKID' in os.environ or 'PMI_SIZE' in os.environ and not has_step:  # Intel MPI, MPICH; HPE's PALS
+        return Launch('mpirun', number('MPI_LOCALRANKID', number('PMI_LOCAL_RANK')), number('PMI_RANK'),
+                      number('PMI_SIZE', 1), number('MPI_LOCALNRANKS', number('PMI_LOCAL_SIZE')))
+    if has_step:  # the shell of an interactive step has the job's SLURM_NTASKS
+        return Launch('srun', number('SLURM_LOCALID'), number('SLURM_PROCID'),
+                      number('SLURM_STEP_NUM_TASKS', number('SLURM_NTASKS', 1)))
+    # scripts set some of torchrun's variables for srun and mpirun, which know the rest
+    return by_environment() if {'LOCAL_RANK', 'RANK', 'WORLD_SIZE'} & set(os.environ) else Launch()
+
+
+def has_agent_store() -> bool:
+    """Return whether torchrun itself serves the store at MASTER_ADDR and MASTER_PORT."""
+    return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+
+
+def run_name() -> str:
+    """Return the launcher's name of this run: torchrun's --rdzv-id, or SLURM's job and step."""
+    step = '.'.join(os.environ[name] for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID')) \
+        if read_launch().launcher == 'srun' else ''
+    return os.environ.get('TORCHELASTIC_RUN_ID', step)
+
+
+def tasks_without_srun() -> int:
+    """Return the number of tasks of a SLURM job that runs one process without srun; else 1."""
+    return int(os.environ.get('SLURM_NTASKS', 1)) if read_launch().world_size == 1 else 1
+
+
+def set_master_address() -> tuple[str, int]:
+    """Set MASTER_ADDR and MASTER_PORT if the launcher left them out, and return host and port.
+
+    Under srun this is the first host of the step. The port follows from job and step, so that steps side by side do
+    not meet. The kernel uses ports from 32768 for outgoing connections. Under mpirun the address is this host.
+
+    Raises:
+        ValueError: the address cannot be known.
+    """
+    launch = read_launch()
+    if launch.launcher == 'mpirun':
+        if 'MASTER_ADDR' not in os.environ and launch.local_world_size != launch.world_size:
+            raise ValueError('mpirun started processes on several hosts: name the host of rank 0 by '
+                             'mpirun -x MASTER_ADDR=HOST (Open MPI) or -genv MASTER_ADDR HOST (Intel MPI, MPICH)')
+        os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+        os.environ.setdefault('MASTER_PORT', '29500')
+    if launch.launcher == 'srun':
+        os.environ.setdefault('MASTER_ADDR', first_host(os.environ['SLURM_STEP_NODELIST']))
+        job, step = int(os.environ['SLURM_JOB_ID']), int(os.environ['SLURM_STEP_ID'])
+        os.environ.setdefault('MASTER_PORT', str(20000 + (job + 1009 * step) % 12000))
+    for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT')[launch.launcher != 'torchrun':]:
+        if name not in os.environ:
+            raise ValueError(
+                f'WORLD_SIZE is {launch.world_size}, but {name} is not set: use a launcher such as torchrun')
+    return os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a SLURM node list such as node[08-15,20],gpu3.
+
+    `scontrol show hostnames` lists them too, but containers often lack scontrol.
+    """
+    first = re.match(r'(?:[^,[]|\[[^]]*\])+', nodes)[0]
+    return re.sub(r'\[([^],-]+)[^]]*\]', r'\1', first)

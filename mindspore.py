@@ -1,0 +1,96 @@
+"""Read MindSpore checkpoint files (.ckpt) without MindSpore."""
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+DTYPES = {
+    'Float16': torch.float16, 'Float32': torch.float32, 'Float64': torch.float64, 'BFloat16': torch.bfloat16,
+    'Int8': torch.int8, 'Int16': torch.int16, 'Int32': torch.int32, 'Int64': torch.int64, 'UInt8': torch.uint8,
+    'Bool': torch.bool}
+CRC_TAIL = 17  # bytes: b'crc_num', then the CRC-32 of all before it as 10 bytes, big-endian
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """Return the protobuf number at offset `at`, and the offset after it."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at, value, shift = at + 1, value | (byte & 0x7f) << shift, shift + 7
+        if shift > 70:
+            raise ValueError('not of MindSpore')
+        if byte < 0x80:
+            return value, at
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield (number, value) of each field of a protobuf message: wire types 0 (number) and 2 (bytes)."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        value, at = _varint(data, at)
+        if key & 7 == 2:
+            if at + value > len(data):
+                raise ValueError('it ends too early')
+            value, at = data[at:at + value], at + value
+        elif key & 7 != 0:
+            raise ValueError('not of MindSpore')
+        yield key >> 3, value
+
+
+def _tensor(message: memoryview) -> tuple[list[int], str, bytes | memoryview]:
+    """Return (dims, type, content) of a Tensor message; dims are packed or not."""
+    dims, kind, content = [], 'Float32', b''
+    for number, item in _fields(message):
+        if number == 1 and isinstance(item, int):
+            dims.append(item)
+        elif number == 1:
+            at = 0
+            while at < len(item):
+                dim, at = _varint(item, at)
+                dims.append(dim)
+        elif number == 2:
+            kind = bytes(item).decode()
+        elif number == 3:
+            content = item
+    return dims, kind, content
+
+
+def read(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a MindSpore checkpoint, under MindSpore's names, without MindSpore.
+
+    The format is protobuf: Checkpoint{repeated Value value=1}, Value{string tag=1; Tensor tensor=2},
+    Tensor{repeated int64 dims=1; string tensor_type=2; bytes tensor_content=3}. Several Values of one tag are the parts
+    of a large tensor.
+
+    Raises:
+        ValueError: a truncated file, a wrong checksum, or another format.
+    """
+    data = Path(path).read_bytes()
+    if data[-CRC_TAIL:-10] == b'crc_num':
+        if zlib.crc32(data[:-CRC_TAIL]) != int.from_bytes(data[-10:], 'big'):
+            raise ValueError(f'{path} is damaged: its checksum is wrong')
+        data = data[:-CRC_TAIL]
+    parts: dict[str, tuple[list[int], str, bytearray]] = {}
+    try:
+        for _, value in _fields(memoryview(data)):
+            entry = dict(_fields(value))
+            name = bytes(entry[1]).decode()
+            dims, kind, content = _tensor(entry[2])
+            parts.setdefault(name, (dims, kind, bytearray()))[2].extend(content)
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError):
+        raise ValueError('it ends too early or is not of MindSpore') from None
+    if not parts:
+        raise ValueError('it is empty')
+    tensors = {}
+    for name, (dims, kind, content) in parts.items():
+        if kind not in DTYPES:
+            raise ValueError(f'{name} is of type {kind}')
+        dtype = DTYPES[kind]
+        shape = [] if dims == [0] else dims  # MindSpore writes a scalar with dims [0]
+        if len(content) != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f'{name} has {len(content)} bytes for shape {tuple(shape)}')
+        tensors[name] = torch.frombuffer(content, dtype=dtype).reshape(shape)
+    return tensors
