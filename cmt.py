@@ -4,12 +4,11 @@
     model = timm.create_model('cmt_s', pretrained=True)
 
 Paper: Guo et al., https://arxiv.org/abs/2107.06263 (CVPR 2022). The order of operations is that of the released
-weights. Every block takes and returns a map (B, C, H, W) in channels-last memory, and every module that holds weights
-is torch's or timm's own.
+weights. Every block takes and returns a feature map (B, C, H, W) in channels-last memory. Every module that holds
+weights comes from torch or timm.
 """
 import argparse
 import contextlib
-import logging
 import math
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
@@ -34,48 +33,35 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ['CMT', 'MODELS', 'checkpoint_filter_fn', 'to_released']
 
-_logger = logging.getLogger(__name__)
-
 # Released checkpoints hold their training arguments. This lets torch.load(weights_only=True), and with it timm's
 # pretrained=True, read them. Unpickling a Namespace runs nothing.
 torch.serialization.add_safe_globals([argparse.Namespace])
 
-STRIDE = 32  # of the last stage: 2 in the stem and in each of four patch aggregations
 
-
-def _size_fault(shape: List[int], img_size: Tuple[int, int], dynamic: bool, in_chans: int) -> str:
-    """Return the reason why check_image_size refuses images of `shape`, and the way out."""
-    needed = f'images must be (B, {in_chans}, H, W), not ({", ".join([str(size) for size in shape])})'
-    if len(shape) != 4:
-        return needed
-    height, width = shape[2], shape[3]
-    if shape[1] != in_chans and (width <= 4 or width == in_chans):
-        return f'{needed}: channels come second, as in x.permute(0, 3, 1, 2)'
-    fault = f'image size {height}x{width}: ' + (
-        '' if dynamic else f'this model was built for {img_size[0]}x{img_size[1]}; ')
+def check_multiples(height: int, width: int) -> Tuple[int, int]:
+    """Return height and width, or raise ValueError if they are not multiples of 32."""
     near_h, near_w = max(32, (height + 16) // 32 * 32), max(32, (width + 16) // 32 * 32)
     if height != near_h or width != near_w:
-        return f'{fault}height and width must be multiples of 32 (nearest: {near_h}x{near_w})'
-    return f'{fault}build it with img_size=({height}, {width}) or dynamic_img_size=True (any multiples of 32)'
+        raise ValueError(f'image size {height}x{width}: use multiples of 32 (nearest: {near_h}x{near_w})')
+    return height, width
 
 
-@register_notrace_function  # a branch on a shape breaks torch.fx; one opaque call is checked in traced models too
+@register_notrace_function  # A branch on a shape breaks torch.fx. As one opaque call, the check stays in traced models.
 @torch.fx.wrap
 def check_image_size(x: torch.Tensor, img_size: Tuple[int, int], dynamic: bool, in_chans: int = 3) -> torch.Tensor:
     """Check the size of images (B, in_chans, H, W) and return them unchanged; the convolution checks `in_chans`.
 
     Raises:
-        ValueError: other than four dimensions; `dynamic` and a height or width that is no multiple of 32, or else
-            another size than `img_size`.
+        ValueError: not four dimensions, channels last, or not `img_size` (if `dynamic`, multiples of 32).
     """
-    if x.dim() == 4:
-        height, width = x.shape[2], x.shape[3]
-        if dynamic:
-            if height % 32 == 0 and width % 32 == 0 and height >= 32 and width >= 32:
-                return x
-        elif height == img_size[0] and width == img_size[1]:
-            return x
-    raise ValueError(_size_fault(x.shape, img_size, dynamic, in_chans))
+    if x.dim() != 4 or x.shape[1] != in_chans and x.shape[3] == in_chans:
+        shape = ', '.join([str(size) for size in x.shape])
+        raise ValueError(f'images must be (B, {in_chans}, H, W), not ({shape}): move the channels by permute')
+    height, width = check_multiples(x.shape[2], x.shape[3])
+    if not dynamic and (height != img_size[0] or width != img_size[1]):
+        raise ValueError(f'image size {height}x{width}: this model was built for {img_size[0]}x{img_size[1]}; build it '
+                         f'with img_size=({height}, {width}) or dynamic_img_size=True (any multiples of 32)')
+    return x
 
 
 @register_notrace_function
@@ -85,12 +71,12 @@ def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio
 
     Args:
         bias: (heads, H, W, H / sr_ratio, W / sr_ratio).
-        height, width: query grid to return, multiples of `sr_ratio`.
+        height, width: query grid of the result, multiples of `sr_ratio`.
         sr_ratio: K/V reduction of the stage.
 
     Returns:
-        (heads, height, width, height / sr_ratio, width / sr_ratio), in the dtype of `bias`; `bias` itself if it has
-        that shape.
+        (heads, height, width, height / sr_ratio, width / sr_ratio), in the dtype of `bias`; `bias` itself if it already
+        has that shape.
     """
     heads, old_h, old_w, old_kh, old_kw = bias.shape
     if old_h == height and old_w == width:
@@ -104,17 +90,17 @@ def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio
     return x.reshape(heads, height, width, kh, kw).to(bias.dtype).contiguous()
 
 
-@register_notrace_function  # decided at each call, in a traced model too
+@register_notrace_function  # A traced model must decide at each call.
 @torch.fx.wrap
 def detach_without_grad(bias: torch.Tensor) -> torch.Tensor:
     """Return `bias`, detached while gradients are off.
 
-    Hooks on a block's inputs (torch's FLOP counter) fail on a view that requires grad then, and on a Parameter in
-    inference mode. Traces and exports may be trained, also if they were made without gradients: they keep `bias`.
+    With gradients off, hooks on a block's inputs (torch's FLOP counter) fail on a view that requires grad, and in
+    inference mode on a Parameter. Traced and exported models keep `bias`, since they may be trained later.
     """
     if torch.is_grad_enabled() or torch.jit.is_tracing():
         return bias
-    if not torch.jit.is_scripting():  # TorchScript does not read is_exporting
+    if not torch.jit.is_scripting():  # TorchScript cannot compile is_exporting.
         if torch.compiler.is_exporting():
             return bias
     return bias.detach()
@@ -122,22 +108,22 @@ def detach_without_grad(bias: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _copied_buffers(module: nn.Module):
-    """Let `module` update copies of its buffers, so that BatchNorm does not count a recomputed batch again."""
-    kept = [(m, dict(m._buffers)) for m in module.modules()]
-    for m, buffers in kept:
+    """Let `module` update copies of its buffers, so that BatchNorm does not count a recomputed batch twice."""
+    originals = [(m, dict(m._buffers)) for m in module.modules()]
+    for m, buffers in originals:
         m._buffers.update({name: b.clone() for name, b in buffers.items() if b is not None})
     try:
         yield
     finally:
-        for m, buffers in kept:
+        for m, buffers in originals:
             m._buffers.update(buffers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the paper's blocks, in its order
+# The paper's blocks, in its order.
 
 class GELU(nn.GELU):
-    """GELU on the (B, H, W, C) view of a map: on a CPU half the time of GELU on (B, C, H, W)."""
+    """GELU on the (B, H, W, C) view of a map, which takes half the time of (B, C, H, W) on a CPU."""
 
     def forward(self, x):
         return F.gelu(x.permute(0, 2, 3, 1), approximate=self.approximate).permute(0, 3, 1, 2)
@@ -164,7 +150,7 @@ class Stem(nn.Module):
 
     def forward(self, x):
         x = check_image_size(x, self.img_size, self.dynamic_img_size, self.in_chans)
-        # channels-last memory from here on; torch.func refuses contiguous(memory_format=torch.channels_last)
+        # Maps are channels-last from here on. torch.func refuses contiguous(memory_format=torch.channels_last).
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         x = self.norm1(self.act(self.conv1(x)))
         x = self.norm2(self.act(self.conv2(x)))
@@ -263,8 +249,7 @@ class LMHSA(nn.Module):
 class IRFFN(nn.Module):
     """Inverted residual feed-forward network: Conv(F(Conv(X))), F(X) = DWConv(X) + X (paper eq. 4)."""
 
-    def __init__(
-            self, dim: int, hidden_dim: int, drop: float = 0., gelu: str = 'none', device=None, dtype=None):
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0., gelu: str = 'none', device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.expand = nn.Conv2d(dim, hidden_dim, 1, **dd)
@@ -349,8 +334,7 @@ class CMTStage(nn.Module):
             for rate in drop_path])
 
     def _apply(self, fn, recurse=True):
-        # Module.to(memory_format=torch.channels_last) asks for that format of every tensor of four or five dimensions,
-        # and torch refuses it to five: `fn` gets the position bias as a matrix
+        # Module.to(memory_format=torch.channels_last) fails on tensors of five dimensions: pass the bias as a matrix.
         return super()._apply(lambda t: fn(t.flatten(1)).view(t.shape) if t.ndim == 5 else fn(t), recurse)
 
     def forward(self, x):
@@ -369,15 +353,15 @@ class CMTStage(nn.Module):
 
     @torch.jit.ignore
     def _checkpointed(self, block: CMTBlock, x: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-        # timm's checkpoint would count a batch twice in BatchNorm
-        if torch.compiler.is_compiling():  # takes no context_fn, and updates buffers once by itself
-            return checkpoint(block, x, bias, use_reentrant=False)
-        return checkpoint(
-            block, x, bias, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _copied_buffers(block)))
+        # timm's checkpoint() would count a batch twice in BatchNorm.
+        # Under torch.compile, torch's own takes no context_fn, and updates buffers only once.
+        context = {} if torch.compiler.is_compiling() else dict(
+            context_fn=lambda: (contextlib.nullcontext(), _copied_buffers(block)))
+        return checkpoint(block, x, bias, use_reentrant=False, **context)
 
 
 class HeadProjection(nn.Module):
-    """1x1 convolution to the width of the classifier, BatchNorm, SiLU; as released, before the pooling."""
+    """1x1 convolution to the width of the classifier, BatchNorm, SiLU; before the pooling, as released."""
 
     def __init__(self, dim: int, num_features: int, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
@@ -419,14 +403,13 @@ class CMT(nn.Module):
         dynamic_img_size: accept any multiples of 32 call by call, resampling the position bias.
 
     Raises:
-        ValueError: a size that is no multiple of 32, or not the one that the model was built for; another `act_layer`.
+        ValueError: a size that is not a multiple of 32 or that the model was not built for, or an unknown `act_layer`.
     """
 
     def __init__(
             self,
             img_size: Union[int, Tuple[int, int]] = 224,
-            in_chans: int = 3,
-            num_classes: int = 1000,
+            in_chans: int = 3, num_classes: int = 1000,
             global_pool: str = 'avg',
             stem_chs: int = 32,
             embed_dims: Tuple[int, ...] = (64, 128, 256, 512),
@@ -435,23 +418,18 @@ class CMT(nn.Module):
             sr_ratios: Tuple[int, ...] = (8, 4, 2, 1),
             mlp_ratios: Tuple[float, ...] = (4., 4., 4., 4.),
             num_features: int = 1280,
-            qkv_bias: bool = True,
-            position_bias: bool = True,
-            act_layer: str = 'gelu',
-            norm_eps: Optional[float] = None,
-            drop_rate: float = 0.,
-            proj_drop_rate: float = 0.,
-            attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            dynamic_img_size: bool = False,
-            device=None,
-            dtype=None,
+            qkv_bias: bool = True, position_bias: bool = True,
+            act_layer: str = 'gelu', norm_eps: Optional[float] = None,
+            drop_rate: float = 0., proj_drop_rate: float = 0., attn_drop_rate: float = 0., drop_path_rate: float = 0.,
+            dynamic_img_size: bool = False, device=None, dtype=None,
     ):
+        model_args = {k: v for k, v in locals().items() if k not in ('self', 'device', 'dtype', '__class__')}
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.img_size = self._checked_size(img_size)
+        self.img_size = check_multiples(*to_2tuple(img_size))
+        self.model_args = dict(model_args, img_size=self.img_size)  # Kept up to date, for checkpoints.
         self.dynamic_img_size = dynamic_img_size
         self.feature_info = []
         if act_layer not in ('gelu', 'gelu_tanh'):
@@ -482,19 +460,12 @@ class CMT(nn.Module):
         self.apply(self._init_weights)
 
     @staticmethod
-    def _checked_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
-        height, width = to_2tuple(img_size)
-        if min(height, width) < STRIDE or height % STRIDE or width % STRIDE:
-            raise ValueError(_size_fault([1, 3, height, width], (height, width), True, 3))
-        return height, width
-
-    @staticmethod
     def _init_weights(m: nn.Module) -> None:
-        # convolutions: Kaiming normal on fan-out, undivided by groups; linear layers: 0.02, as released
+        # As released: Kaiming normal on fan-out, not divided by groups, for convolutions; std 0.02 for linear layers.
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
         elif isinstance(m, nn.Linear):
-            # at 5 std: with the default bounds, +-2, float32 rounds one draw in 2^24 to -2, a hundred std away
+            # Truncated at 5 std. With the default bounds of 2, float32 rounds one draw in 2^24 to -2, a hundred std.
             trunc_normal_(m.weight, std=.02, a=-.1, b=.1)
         elif isinstance(m, CMTStage) and m.position_bias is not None:
             nn.init.normal_(m.position_bias)
@@ -523,7 +494,7 @@ class CMT(nn.Module):
     @torch.jit.ignore
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
         """Set another input size, resampling the position bias of each stage."""
-        self.img_size = self.stem.img_size = self._checked_size(img_size)
+        self.img_size = self.stem.img_size = self.model_args['img_size'] = check_multiples(*to_2tuple(img_size))
         for stage, info in zip(self.stages, self.feature_info):
             bias = stage.position_bias
             if bias is None:
@@ -537,9 +508,9 @@ class CMT(nn.Module):
     def fuse(self) -> 'CMT':
         """Return a copy for inference, in eval mode, with a state dict of fewer names.
 
-        BatchNorm after the spatial reduction, around the IRFFN's projection and in the head is folded, and the LPU's
-        residual. BatchNorm before padded convolutions stays, and FrozenBatchNorm2d everywhere. Children do it
-        (`reparameterize`), as timm's tools expect.
+        This folds BatchNorm after the spatial reduction, around the IRFFN's projection and in the head, and the LPU's
+        residual. BatchNorm before padded convolutions stays, and so does FrozenBatchNorm2d. The work is done by the
+        children's `reparameterize`, as timm's tools expect.
         """
         return reparameterize_model(self).eval().requires_grad_(False)
 
@@ -552,6 +523,7 @@ class CMT(nn.Module):
         self.num_classes = num_classes
         if global_pool is None:
             global_pool = self.global_pool.pool_type
+        self.model_args.update(num_classes=num_classes, global_pool=global_pool)
         self.global_pool, self.head = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self))
         self._init_weights(self.head)
@@ -568,7 +540,7 @@ class CMT(nn.Module):
         Args:
             x: images (B, in_chans, H, W).
             indices: number of last stages, indices of stages, or None for all.
-            norm: not used, the stages end without a norm.
+            norm: ignored, since the stages end without a norm.
             stop_early: stop after the last of `indices`.
             output_fmt: 'NCHW'.
             intermediates_only: return the maps alone.
@@ -580,7 +552,7 @@ class CMT(nn.Module):
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         x = self.stem(x)
-        if torch.jit.is_scripting() or not stop_early:  # a Sequential can't be sliced in TorchScript
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential.
             stages = self.stages
         else:
             stages = self.stages[:max_index + 1]
@@ -590,13 +562,13 @@ class CMT(nn.Module):
                 intermediates.append(x)
         if intermediates_only:
             return intermediates
-        if torch.jit.is_scripting() or len(stages) == len(self.stages):  # the head reads the last stage only
+        if torch.jit.is_scripting() or len(stages) == len(self.stages):  # The head reads only the last stage.
             x = self.head_proj(x)
         return x, intermediates
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
-        """Remove the stages after the last of `indices`, and the head, whose input is the last stage."""
+        """Remove the stages after the last of `indices`, and the head, which reads the last stage."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = prune_head or prune_norm or max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
@@ -617,8 +589,7 @@ class CMT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-# name in this file -> released name, <i> for the letter of stage i. checkpoint_filter_fn and to_released join and split
-# K and V.
+# (pattern of a name in this file, released name), where <i> is the letter of stage i.
 _RELEASED_NAMES = (
     (r'^stem\.(conv|norm)(\d)\.', r'stem_\1\2.'),
     (r'^stages\.(\d)\.aggregation\.', r'patch_embed_<\1>.'),
@@ -631,156 +602,72 @@ _RELEASED_NAMES = (
     (r'\.irffn\.project\.', r'.mlp.conv2.0.'), (r'\.irffn\.norm3\.', r'.mlp.conv2.1.'),
     (r'^head_proj\.proj\.', r'_fc.'), (r'^head_proj\.norm\.', r'_bn.'),
 )
-# MindSpore's name -> torch's
-_MINDSPORE_NAMES = {
-    'gamma': 'weight', 'beta': 'bias', 'moving_mean': 'running_mean', 'moving_variance': 'running_var'}
 
 
-def _released_name(name: str) -> str:
+def released_name(name: str) -> str:
     for pattern, replacement in _RELEASED_NAMES:
         name = re.sub(pattern, replacement, name)
     return re.sub(r'<(\d)>', lambda m: 'abcd'[int(m[1])], name)
 
 
-def _torch_name(name: str) -> str:
-    """Map MindSpore's names to torch's."""
-    path, _, last = name.rpartition('.')
-    return f'{path}.{_MINDSPORE_NAMES.get(last, last)}' if path else last
-
-
-# Keys of checkpoints, in order of preference
-WEIGHT_KEYS = 'model', 'state_dict', 'model_state_dict', 'net', 'network', 'weights', 'params', 'module'
-EMA_KEYS = 'model_ema', 'state_dict_ema', 'ema', 'ema_state_dict', 'params_ema'
-# components that DDP and AveragedModel, torch.compile, FSDP and activation checkpointing add anywhere in a name
-_MARKS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
-# a prefix stands before both of these; names of a CMT begin with one of the components
-_ANCHORS = r'stem[._]conv1\.weight', r'(?:stages\.0\.blocks\.0\.lmhsa|blocks_a\.0\.attn)\.q\.weight'
-_COMPONENTS = re.compile(r'(stem|stages|head_proj|head|(stem|patch_embed|relative_pos|blocks)_\w+|_fc|_bn)(\.|$)')
-
-
-def find_weights(checkpoint: Dict[str, Any], use_ema: bool = False) -> Tuple[Dict[str, Any], str]:
-    """Return the state dict in a checkpoint, its EMA first if `use_ema`, and its key; '' for the checkpoint itself."""
-    for key in EMA_KEYS + WEIGHT_KEYS if use_ema else WEIGHT_KEYS + EMA_KEYS:
-        if isinstance(checkpoint.get(key), dict):
-            state, inner = find_weights(checkpoint[key], use_ema)
-            if any(isinstance(value, torch.Tensor) for value in state.values()):
-                return state, inner if inner in EMA_KEYS else key
-    return checkpoint, ''
-
-
-def unwrapped_name(name: str) -> str:
-    """Remove the components that wrappers add to a name."""
-    return '.'.join(part for part in name.split('.') if part not in _MARKS)
-
-
-def plain_weights(state_dict: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], List[str]]:
-    """Remove a prefix, wrappers' components and tensors of other modules from the state dict of a CMT.
-
-    A state dict of another model loses wrappers' components only.
-
-    Returns:
-        Tensors by name, and notes on what was removed.
-
-    Raises:
-        ValueError: the weights of two models.
-    """
-    tensors, others, notes = {}, [], []
-    for name, value in state_dict.items():
-        plain = unwrapped_name(str(name))
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            others.append(str(name))
-        elif plain in tensors:
-            first = next(other for other in state_dict if unwrapped_name(str(other)) == plain)
-            raise ValueError(f'{first} and {name} are of two models: save the weights of one of them')
-        else:
-            tensors[plain] = value
-    found = [{m[1] or '' for m in map(re.compile(rf'(.*\.)?{anchor}').fullmatch, tensors) if m} for anchor in _ANCHORS]
-    prefixes = sorted(found[0] & found[1])
-    if len(prefixes) > 1:
-        names = ' and '.join(prefix or '(none)' for prefix in prefixes)
-        raise ValueError(f'the prefixes {names} are of {len(prefixes)} models: save the weights of one of them')
-    for prefix in prefixes:
-        kept = {name for name in tensors if name.startswith(prefix) and _COMPONENTS.match(name, len(prefix))}
-        others += [name for name in tensors if name not in kept]
-        tensors = {name[len(prefix):]: value for name, value in tensors.items() if name in kept}
-        notes += [f'prefix {prefix} removed'] if prefix else []
-    if others:
-        notes.append(f'{len(others)} other{"s" * (len(others) > 1)} left out: '
-                     + ', '.join([*others[:3], *['...'] * (len(others) > 3)]))
-    return tensors, notes
-
-
-def _query_grid(num_queries: int, num_keys: int, stage: CMTStage) -> Tuple[int, int]:
-    """Return the query grid of a released table (heads, N, N_kv): the model's if N is the same, else a square."""
+def _with_grids(table: torch.Tensor, stage: CMTStage) -> torch.Tensor:
+    """Spell out the grids of a released table (heads, N, N_kv): the model's if N is the same, else squares."""
     height, width = stage.position_bias.shape[1:3]
-    if height * width != num_queries:
-        height = width = math.isqrt(num_queries)
-    if height * width != num_queries or num_keys * stage.sr_ratio ** 2 != num_queries:
+    if height * width != table.shape[1]:
+        height = width = math.isqrt(table.shape[1])
+    if height * width != table.shape[1] or table.shape[2] * stage.sr_ratio ** 2 != table.shape[1]:
         raise ValueError(
-            f'position bias of {num_queries} x {num_keys} entries is of no square input: build the model at the size '
-            'that it was trained at (img_size=), load it, then call set_input_size')
-    return height, width
+            f'a position bias of {table.shape[1]} x {table.shape[2]} entries does not belong to a square input: build '
+            'the model at its training size (img_size=), load it, then call set_input_size')
+    return table.reshape(-1, height, width, height // stage.sr_ratio, width // stage.sr_ratio)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, torch.Tensor]:
-    """Map weights to the names and sizes of `model`.
+    """Map weights to the names and sizes of `model`, as timm's `pretrained=True` needs.
 
     Args:
-        state_dict: tensors under released, MindCV's or this project's names, also with one prefix and with wrappers'
-            names; or a checkpoint that holds them under one of WEIGHT_KEYS or EMA_KEYS.
+        state_dict: tensors under released or this project's names, or a checkpoint with them under 'model'.
         model: the model to load them into; position biases of another size are resampled to its own.
 
     Returns:
-        A state dict for `model.load_state_dict`. The classifier may be missing, and names in a part that `model` does
-        not have are kept: strict loading reports both.
+        A state dict for `model.load_state_dict`. The classifier may be missing, and so may stages that `model` lacks.
 
     Raises:
-        ValueError: tensors missing, left over or of two models; a position bias whose grid does not follow from its
-            shape.
+        ValueError: tensors are missing or left over, or the grid of a position bias does not follow from its shape.
     """
-    state_dict, notes = plain_weights(find_weights(state_dict)[0])
-    state_dict, wanted = to_model(state_dict, model), model.state_dict()
-    faults = [f'{name} missing' for name in wanted
+    state_dict = to_model(state_dict.get('model', state_dict), model)
+    names = model.state_dict()
+    # With a new head timm loads non-strictly, so missing or extra blocks would go unnoticed.
+    errors = [f'{name} missing' for name in names
               if name not in state_dict and not name.startswith('head.') and not name.endswith('.num_batches_tracked')]
-    # timm is not strict if the head is new: further blocks, or biases of a model without, would be left out in silence
-    parts = {tuple(name.split('.')[:2]) for name in wanted}
-    faults += [f'{name} left over' for name in state_dict if name not in wanted and tuple(name.split('.')[:2]) in parts]
-    if faults:
-        shown = '; '.join([*faults[:8], *['...'] * (len(faults) > 8), *notes])
-        raise ValueError(f'these weights do not fit the model: {len(faults)} tensors differ ({shown})')
-    if notes:
-        _logger.warning('weights: %s', '; '.join(notes))
+    modules = {tuple(name.split('.')[:2]) for name in names}
+    errors += [f'{name} left over' for name in state_dict
+               if name not in names and tuple(name.split('.')[:2]) in modules]
+    if errors:
+        raise ValueError(f'the weights do not fit the model: {len(errors)} tensors differ ({"; ".join(errors[:8])})')
     return state_dict
 
 
 def to_model(state_dict: Dict[str, torch.Tensor], model: CMT) -> Dict[str, torch.Tensor]:
-    """Map plain weights to the names and sizes of `model`, contiguous; unknown names are kept.
+    """Map weights to the names and sizes of `model`, contiguous; unknown names are kept.
 
     Raises:
-        ValueError: a position bias whose grid does not follow from its shape.
+        ValueError: the grid of a position bias does not follow from its shape.
     """
-    is_mindspore = any(name.endswith('.moving_mean') for name in state_dict)
-    state_dict = {_torch_name(name): value.contiguous() for name, value in state_dict.items()}
-    for name, target in model.state_dict().items():
-        released = _released_name(name)
+    state_dict = {name: value.contiguous() for name, value in state_dict.items()}
+    for name in model.state_dict():
+        released = released_name(name)
         halves = [released.replace('.kv.', half) for half in ('.k.', '.v.')]
         if '.kv.' in released and all(half in state_dict for half in halves):
             state_dict[name] = torch.cat([state_dict.pop(half) for half in halves])
         elif released in state_dict and name not in state_dict:
             state_dict[name] = state_dict.pop(released)
-        elif is_mindspore and name.endswith('.num_batches_tracked'):  # MindSpore has no such count
-            state_dict[name] = torch.zeros_like(target, device='cpu')
-        value = state_dict.get(name)
-        if value is not None and value.ndim == 2 and target.ndim == 4:  # older files have linear layers
-            state_dict[name] = value[:, :, None, None]
     for i, stage in enumerate(model.stages):
         bias = state_dict.get(f'stages.{i}.position_bias')
         if bias is not None and stage.position_bias is not None:
             if bias.ndim not in (3, 5):
                 raise ValueError(f'a position bias has 3 or 5 dimensions, not {bias.ndim}')
-            if bias.ndim == 3:
-                height, width = _query_grid(bias.shape[1], bias.shape[2], stage)
-                bias = bias.reshape(-1, height, width, height // stage.sr_ratio, width // stage.sr_ratio)
+            bias = _with_grids(bias, stage) if bias.ndim == 3 else bias
             height, width = stage.position_bias.shape[1:3]
             state_dict[f'stages.{i}.position_bias'] = resample_position_bias(bias, height, width, stage.sr_ratio)
     return state_dict
@@ -790,15 +677,15 @@ def to_released(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Map weights under this project's names and shapes to those of the authors' code; K and V are copies.
 
     Raises:
-        ValueError: weights without position bias (MindCV's), which the authors' code has no model for.
+        ValueError: the weights have no position bias (MindCV's form), and the authors' code has no such model.
     """
     if not any(name.endswith('.position_bias') for name in state_dict):
-        raise ValueError("these weights have no position bias (MindCV's form): the authors' code can't hold them")
+        raise ValueError("weights without position bias (MindCV's form) do not fit the authors' code")
     out = {}
     for name, value in state_dict.items():
-        released = _released_name(name)
+        released = released_name(name)
         if '.attn.kv.' in released:
-            k, v = value.chunk(2)  # two views of one tensor: torch.save writes it twice, huggingface_hub refuses it
+            k, v = value.chunk(2)  # Copied below: huggingface_hub refuses two views of one tensor.
             out[released.replace('.kv.', '.k.')], out[released.replace('.kv.', '.v.')] = k.clone(), v.clone()
         elif released.startswith('relative_pos_'):
             out[released] = value.flatten(3).flatten(1, 2)
@@ -810,9 +697,9 @@ def to_released(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
 class Variant(NamedTuple):
     """Describe a published model."""
     img_size: int  # pixels
-    model_args: Dict[str, Any]  # of CMT, besides what all variants share (paper table 1)
+    model_args: Dict[str, Any]  # arguments of CMT that the variants do not share (paper table 1)
     released_file: str
-    paper_gmacs: float  # multiply-adds of an image, 1e9: the paper's FLOPs (table 2)
+    paper_gmacs: float  # 1e9 multiply-adds an image, called FLOPs in the paper (table 2)
     paper_top1: float  # on ImageNet-1k, %
 
 
@@ -835,7 +722,7 @@ MODELS = {
 def _cfg(url: str = '', size: int = 224, **kwargs) -> Dict[str, Any]:
     return {
         'url': url,
-        'num_classes': 1000, 'input_size': (3, size, size), 'pool_size': (size // STRIDE, size // STRIDE),
+        'num_classes': 1000, 'input_size': (3, size, size), 'pool_size': (size // 32, size // 32),
         'crop_pct': 0.875, 'interpolation': 'bicubic', 'fixed_input_size': True,
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.conv1', 'classifier': 'head',
@@ -844,13 +731,13 @@ def _cfg(url: str = '', size: int = 224, **kwargs) -> Dict[str, Any]:
     }
 
 
-_RELEASE = 'https://github.com/ggjy/CMT.pytorch/releases/download/release-v1/'
 default_cfgs = generate_default_cfgs({
-    f'{name}.in1k': _cfg(_RELEASE + variant.released_file, variant.img_size) for name, variant in MODELS.items()})
+    f'{name}.in1k': _cfg(f'https://github.com/ggjy/CMT.pytorch/releases/download/release-v1/{variant.released_file}',
+                         variant.img_size) for name, variant in MODELS.items()})
 
 
 def _create_cmt(variant: str, pretrained: bool, **kwargs) -> CMT:
-    torch.serialization.add_safe_globals([argparse.Namespace])  # again: timm's load_checkpoint forbids it afterwards
+    torch.serialization.add_safe_globals([argparse.Namespace])  # Again, since timm's load_checkpoint removes it.
     if kwargs.get('dynamic_img_size', False):
         kwargs['pretrained_cfg_overlay'] = dict(kwargs.get('pretrained_cfg_overlay') or {}, fixed_input_size=False)
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -887,6 +774,5 @@ def cmt_b(pretrained: bool = False, **kwargs) -> CMT:
     return _create_cmt('cmt_b', pretrained, **kwargs)
 
 
-# MindCV's names
 ALIASES = {'cmt_tiny': 'cmt_ti', 'cmt_xsmall': 'cmt_xs', 'cmt_small': 'cmt_s', 'cmt_base': 'cmt_b'}
 register_model_deprecations(__name__, ALIASES)

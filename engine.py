@@ -1,4 +1,4 @@
-"""Prepare batches, train on them for a step and an epoch, evaluate on them."""
+"""What happens to a batch: preprocess it, train on it, evaluate on it."""
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,18 +15,18 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 from errors import TrainingFault
 from precision import ApexScaler, NativeScaler
-from processes import get_rank, get_world_size, reduce_
+from processes import all_reduce_, get_rank, get_world_size
 from utils import Progress
 
-OVERFLOWS_IN_A_ROW = 50  # if the loss scale is halved so many times in a row, the loss is at fault, not the scale
+MAX_OVERFLOWS = 50  # When so many halvings in a row do not help, the loss is at fault, not its scale.
 
 
 class Preprocessor:
-    """Move a uint8 batch to the device, normalise it, erase and mix.
+    """Move a uint8 batch to the device, normalize it, erase and mix.
 
     Args:
-        device: where the model is.
-        mixup: timm's Mixup, whose targets are soft.
+        device: device of the model.
+        mixup: timm's Mixup, which makes soft targets.
         erasing: timm's RandomErasing on this device.
         mean, std: per channel, of images in [0, 1].
     """
@@ -46,51 +46,51 @@ class Preprocessor:
         self.std = torch.tensor(std, device=device) * 255
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prepare (B, 3, H, W) uint8 images and (B,) class indices.
+        """Preprocess uint8 images (B, 3, H, W) and class indices (B,).
 
         Returns:
             Images (B, 3, H, W), float32, in channels-last memory; targets (B,), or (B, classes) after mixup.
         """
         images = images.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
-        images = self.normalise(images)
+        images = self.normalize(images)
         if self.erasing is not None:
             images = self.erasing(images)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         return images, targets
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Return (image - mean) / std of uint8 images on the device, as float32."""
         B, C, H, W = images.shape
-        # a row of W pixels at a time: over the channels of each pixel, the innermost loop would have three steps
+        # Normalize rows of W pixels. Over the channels of a pixel, the innermost loop would have three steps.
         rows = images.permute(0, 2, 3, 1).reshape(B, H, W * C)
         mean, std = self.mean.repeat(W), self.std.repeat(W)
         out = torch.empty_like(rows, dtype=torch.float32)
-        # on a CPU image by image, since one fits its cache
-        for source, result in zip(rows, out) if images.device.type == 'cpu' else [(rows, out)]:
-            result.copy_(source).sub_(mean).div_(std)
+        # On a CPU, one image fits the cache.
+        for uint8, result in zip(rows, out) if images.device.type == 'cpu' else [(rows, out)]:
+            result.copy_(uint8).sub_(mean).div_(std)
         return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class Meters:
-    """Keep the running sums of an epoch on the device: reading them is a host sync, adding is not."""
+    """Keep the running sums of an epoch on the device, so that only reading them is a host sync."""
     NAMES = ('loss', 'samples', 'skipped', 'skipped_in_a_row', 'overflows', 'overflows_in_a_row')
-    PER_RANK = 2  # the first two are each rank's own sums, the others are equal on all ranks
+    PER_RANK = 2  # The first two differ between ranks, the others are equal.
 
     def __init__(self, device: torch.device, saved: list[list[float]] | None = None):
-        """Start at 0, or from an earlier result of of_all_ranks(), also if the number of ranks has changed."""
+        """Start at 0, or from an earlier result of gather(), even if the number of ranks has changed."""
         self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         if saved:
             if len(saved) == get_world_size():
-                own = saved[get_rank()]
+                sums = saved[get_rank()]
             else:
                 totals = [sum(values) * (get_rank() == 0) for values in zip(*saved)]
-                own = totals[:self.PER_RANK] + saved[0][self.PER_RANK:]
-            self.sums.copy_(torch.tensor(own, dtype=torch.float64))
+                sums = totals[:self.PER_RANK] + saved[0][self.PER_RANK:]
+            self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
 
     def add(self, loss: torch.Tensor, samples: int, skipped: torch.Tensor, overflowed: torch.Tensor) -> None:
-        """Add an update: mean loss over `samples`, and 1. or 0. for a skip and an overflow."""
+        """Add an optimizer step: mean loss over `samples`, and 1. or 0. for a skip and an overflow."""
         self.sums[0] += torch.where(skipped > 0, 0., loss.double() * samples)
         self.sums[1] += samples * (1 - skipped)
         for i, flag in ((2, skipped), (4, overflowed)):
@@ -103,44 +103,44 @@ class Meters:
 
     def total(self) -> dict[str, float]:
         """Return the sums over all ranks; a host sync."""
-        saved = self.of_all_ranks()
-        sums = [sum(values) for values in zip(*saved)]
-        return dict(zip(self.NAMES, sums[:self.PER_RANK] + saved[0][self.PER_RANK:]))
+        ranks = self.gather()
+        sums = [sum(values) for values in zip(*ranks)]
+        return dict(zip(self.NAMES, sums[:self.PER_RANK] + ranks[0][self.PER_RANK:]))
 
-    def of_all_ranks(self) -> list[list[float]]:
+    def gather(self) -> list[list[float]]:
         """Return the sums of each rank, in the order of ranks; a host sync."""
         if not dist.is_initialized():
             return [self.sums.tolist()]
-        parts = [torch.empty_like(self.sums) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, self.sums)
-        return [part.tolist() for part in parts]
+        ranks = [torch.empty_like(self.sums) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, self.sums)
+        return [sums.tolist() for sums in ranks]
 
 
 @dataclass
 class TrainStep:
-    """Update the weights once, from one or several batches.
+    """Do one optimizer step, with one or several batches.
 
-    The order: prepare the batch on the device, forward under autocast, loss, backward, unscale, agree on finiteness
-    over all ranks, clip, optimizer, EMA. Nothing in it waits for the device.
+    The order: preprocess the batch on the device, forward under autocast, loss, backward, unscale, agree on finiteness
+    over all ranks, clip, optimizer, EMA. Nothing here waits for the device.
 
     Attributes:
         model: with or without DistributedDataParallel or compilation around it.
         criterion: loss of outputs and targets, and of the teacher's logits (B, classes) if there is a teacher.
         optimizer: a fused one can skip a step without a host sync.
-        prepare: moves, normalises, erases and mixes a batch.
+        preprocess: moves, normalizes, erases and mixes a batch.
         scaler: NativeScaler or ApexScaler.
         autocast: makes the context of the forward pass.
-        ema: timm's ModelEmaV3 and the module whose weights it averages.
+        ema: timm's ModelEmaV3 and the module with the weights to average.
         clip_grad, clip_mode: arguments of timm's dispatch_clip_grad.
-        skip_nonfinite: skip updates whose loss or gradient is not finite, and their BatchNorm statistics.
+        skip_nonfinite: skip steps with a loss or gradient that is not finite, and their BatchNorm statistics.
         seed, rank: the draws of a step follow from (seed, epoch, step, rank).
-        teacher: model whose logits `criterion` compares with.
+        teacher: model that gives `criterion` its logits.
         frozen: modules that stay in eval mode.
     """
     model: nn.Module
     criterion: Callable
     optimizer: torch.optim.Optimizer
-    prepare: Preprocessor
+    preprocess: Preprocessor
     scaler: NativeScaler | ApexScaler
     autocast: Callable
     ema: tuple[ModelEmaV3, nn.Module] | None = None
@@ -160,10 +160,10 @@ class TrainStep:
         random_seed(int(np.random.SeedSequence((self.seed, epoch, step, self.rank)).generate_state(1)[0]))
         before = torch.cat([b.flatten() for b in self.statistics]) if self.statistics else None
 
-        loss = torch.zeros((), device=self.prepare.device)
+        loss = torch.zeros((), device=self.preprocess.device)
         for i, (images, targets) in enumerate(batches):
             last = i == len(batches) - 1
-            images, targets = self.prepare(images, targets)
+            images, targets = self.preprocess(images, targets)
             with contextlib.nullcontext() if last or not hasattr(self.model, 'no_sync') else self.model.no_sync():
                 with self.autocast():
                     teacher_logits = [] if self.teacher is None else [self.teacher(images)]
@@ -174,8 +174,8 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         parameters = self.scaler.parameters(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        # gradients are equal on all ranks here, losses are not
-        bad_loss = reduce_((~torch.isfinite(loss)).float(), dist.ReduceOp.MAX)
+        # Gradients are equal on all ranks here, losses are not.
+        bad_loss = all_reduce_((~torch.isfinite(loss)).float(), dist.ReduceOp.MAX)
         bad_norm = (~torch.isfinite(norm)).float()
         skips_overflows = self.scaler.skips_overflows
         bad = bad_loss if skips_overflows else torch.maximum(bad_loss, bad_norm)
@@ -202,11 +202,11 @@ class TrainStep:
         if self.scaler.skips_overflows or not self.skip_nonfinite:
             self.scaler.step(self.optimizer)
         elif getattr(self.optimizer, '_step_supports_amp_scaling', False):
-            # GradScaler's protocol by which a fused optimizer skips a step, decided on the device
+            # As with GradScaler, a fused optimizer skips a step on the device if found_inf is set.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
             self.optimizer.step()
             del self.optimizer.grad_scale, self.optimizer.found_inf
-        elif not bad.item():  # this is a host sync: other optimizers cannot skip a step on the device
+        elif not bad.item():  # This is a host sync. Other optimizers cannot skip a step on the device.
             self.optimizer.step()
 
 
@@ -220,21 +220,21 @@ def train_one_epoch(
         meters: Meters,
         progress: Progress,
         check_every: int = 1,
-        skips_in_a_row: int = 0,
+        max_skips: int = 0,
 ) -> Iterator[int]:
-    """Train for the rest of an epoch, yielding the number of updates done in the epoch after each.
+    """Train for the rest of an epoch, and yield the number of steps done in the epoch after each optimizer step.
 
     Args:
-        train_step: the update.
+        train_step: the optimizer step.
         loader: batches from the epoch's position on.
-        epoch: number of the epoch.
-        first_step: updates done in the epoch before.
-        updates: updates to do.
-        accum_steps: batches of an update.
+        epoch: index of the epoch.
+        first_step: steps of the epoch that are already done.
+        updates: steps to do.
+        accum_steps: batches of a step.
         meters: running sums to add to.
         progress: bar or lines for a person.
-        check_every: updates between two readings of the meters, each a host sync.
-        skips_in_a_row: updates in a row that may be skipped for a loss or gradient that is not finite.
+        check_every: steps between two readings of the meters, each a host sync.
+        max_skips: consecutive steps that may be skipped because a loss or gradient is not finite.
 
     Raises:
         TrainingFault: on all ranks, if losses or gradients are not finite.
@@ -247,15 +247,15 @@ def train_one_epoch(
     for step in range(first_step, first_step + updates):
         asked = time.monotonic()
         group = list(islice(batches, accum_steps))
-        if step > first_step:  # before the first one, loaders start
+        if step > first_step:  # Before the first step, workers start.
             progress.waited += time.monotonic() - asked
         train_step(group, epoch, step, meters)
         images += sum(len(targets) for _, targets in group)
 
         figures = None
         if (step + 1) % check_every == 0 or progress.due():
-            now = meters.read()  # this is a host sync
-            check_faults(now, epoch, step, skips_in_a_row)
+            now = meters.read()  # This is a host sync.
+            check_faults(now, epoch, step, max_skips)
             if progress.due():
                 rate = images * get_world_size() / (time.monotonic() - began)
                 figures = {
@@ -264,53 +264,53 @@ def train_one_epoch(
                     'images/s': f'{rate:.0f}',
                 }
                 if progress.wait_share() >= 0.1:
-                    figures['waits for data'] = f'{progress.wait_share():.0%}'
+                    figures['waiting for data'] = f'{progress.wait_share():.0%}'
         progress.step(figures)
         yield step + 1
 
 
-def check_faults(sums: dict[str, float], epoch: int, step: int, skips_in_a_row: int) -> None:
-    """Raise TrainingFault if updates were skipped or overflowed more often than allowed."""
+def check_faults(sums: dict[str, float], epoch: int, step: int, max_skips: int) -> None:
+    """Raise TrainingFault if steps were skipped or overflowed more often than allowed."""
     where = f'epoch {epoch}, step {step}'
-    if sums['skipped_in_a_row'] > skips_in_a_row or (sums['skipped'] and not skips_in_a_row):
+    if sums['skipped_in_a_row'] > max_skips or (sums['skipped'] and not max_skips):
         raise TrainingFault(
             f'{where}: loss or gradient is not finite'
-            + (f', {sums["skipped_in_a_row"]:.0f} updates in a row' if skips_in_a_row else
+            + (f', {sums["skipped_in_a_row"]:.0f} steps in a row' if max_skips else
                '; a lower --lr, --clip-grad 1 or --on-nonfinite skip may help'))
-    if sums['overflows_in_a_row'] > OVERFLOWS_IN_A_ROW:
-        raise TrainingFault(f'{where}: gradients overflowed {OVERFLOWS_IN_A_ROW} times in a row under loss scaling')
+    if sums['overflows_in_a_row'] > MAX_OVERFLOWS:
+        raise TrainingFault(f'{where}: gradients overflowed {MAX_OVERFLOWS} times in a row under loss scaling')
 
 
 @torch.inference_mode()
 def evaluate(
         model: nn.Module,
         loader: Iterable,
-        prepare: Preprocessor,
+        preprocess: Preprocessor,
         autocast: Callable,
         progress: Progress | None = None,
 ) -> dict[str, float]:
     """Evaluate `model` on the shares of all ranks.
 
-    timm's accuracy() returns percentages of a batch; these are counts, exact over batches and ranks.
+    timm's accuracy() returns percentages of a batch. These are counts, exact over batches and ranks.
 
     Returns:
         acc1, acc5 (%; top-5 counts all classes where there are fewer), loss (mean cross-entropy), count (images).
     """
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=prepare.device)  # correct, among the first 5, loss, images
+    totals = torch.zeros(4, dtype=torch.float64, device=preprocess.device)  # correct, in the top 5, loss, images
     for images, targets in loader:
-        images, targets = prepare(images, targets)
+        images, targets = preprocess(images, targets)
         with autocast():
             outputs = model(images)
         outputs = outputs.float()
-        best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
-        totals[0] += best[:, 0].sum()
-        totals[1] += best.any(dim=1).sum()
+        is_target = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
+        totals[0] += is_target[:, 0].sum()
+        totals[1] += is_target.any(dim=1).sum()
         totals[2] += nn.functional.cross_entropy(outputs, targets, reduction='sum')
         totals[3] += len(targets)
         if progress is not None:
             progress.step()
-    correct, in_five, loss, count = reduce_(totals).tolist()
+    correct, in_five, loss, count = all_reduce_(totals).tolist()
     return {'acc1': 100 * correct / count, 'acc5': 100 * in_five / count, 'loss': loss / count, 'count': int(count)}
 
 

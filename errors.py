@@ -2,11 +2,14 @@
 
 
 class UsageError(ValueError):
-    """Report a mistake in flags, data or files. It is raised on every rank; exit status 2."""
+    """Report a mistake in flags, data or files, found by a check; processes.usage_errors brings it to all ranks.
+
+    One line, exit status 2.
+    """
 
 
 class TrainingFault(RuntimeError):
-    """Report that training cannot continue. The last checkpoint is good; exit status 1."""
+    """Report on all ranks that training cannot continue. The last checkpoint is good. One line, exit status 1."""
 
 
 class UnreadableImage(RuntimeError):

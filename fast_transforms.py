@@ -1,4 +1,4 @@
-"""Transform a training image by libjpeg-turbo, torch and OpenCV.
+"""Transform training images by libjpeg-turbo, torch and OpenCV.
 
 The draws are those of transforms.build_transform: under the same seed both loaders crop, flip and augment alike.
 """
@@ -7,7 +7,6 @@ import functools
 import math
 import random
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import timm.data.auto_augment as auto_augment
@@ -17,26 +16,62 @@ from PIL import Image
 from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation, str_to_pil_interp
 from torchvision import transforms as tv_transforms
 
+from errors import UsageError
 from sources import open_image
 
 try:
     import cv2
     import simplejpeg
-    cv2.setNumThreads(0)  # a loader process has one core, and OpenCV's threads do not survive a fork
+    cv2.setNumThreads(0)  # A worker has one core, and OpenCV's threads do not survive a fork.
     HAS_FAST = True
 except ImportError:
     HAS_FAST = False
 
 
-class Plan(NamedTuple):
-    """Describe the decoding and the crop of one image.
+class Jpeg:
+    """Hold a JPEG file and its pixels at the scale decoded last, which the copies of repeated augmentation share.
 
-    The crop is drawn before decoding, since its size decides the scale of the decoder.
+    Args:
+        data: bytes of the file.
+        size: (width, height) in pixels.
     """
-    image: bytes | Image.Image  # bytes of a JPEG for libjpeg-turbo, or an image that Pillow has opened
-    scale: int = 1  # the JPEG is decoded at 1 / scale of its size
-    box: tuple[int, int, int, int] | None = None  # top, left, height, width of the crop in the full-size image
-    mode: str = ''  # interpolation of the crop: 'bicubic' or 'bilinear'
+
+    def __init__(self, data: bytes, size: tuple[int, int]):
+        self.data = data
+        self.size = size
+        self.scale, self.pixels = 0, None
+
+    def decode(self, scale: int = 1) -> np.ndarray:
+        """Return the pixels at 1 / scale of the size: (ceil(H / scale), ceil(W / scale), 3) uint8.
+
+        If libjpeg-turbo fails or warns, Pillow decodes the file: a damaged one then gives the pixels or the error of
+        the reference loader.
+
+        Raises:
+            OSError: Pillow cannot read the file either.
+        """
+        if self.scale != scale:
+            width, height = (-(-side // scale) for side in self.size)
+            try:
+                # Left out: the fast inverse DCT darkens images by 0.8 gray levels for 4 % of the decoder's time, and
+                # the fast upsampling of colors changes pixels by a gray level and saves nothing.
+                pixels = simplejpeg.decode_jpeg(self.data, 'RGB', min_height=height, min_width=width)
+            except ValueError:
+                image = open_image(self.data)
+                pixels = np.array(image.reduce(scale) if scale > 1 else image)
+            self.scale, self.pixels = scale, pixels
+        return self.pixels
+
+
+def open_jpeg(data: bytes) -> Jpeg | Image.Image:
+    """Open an image file: as Jpeg if libjpeg-turbo may decode it, else by Pillow."""
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # not a JPEG, a damaged header, or sampling factors that libjpeg-turbo's API refuses
+        return open_image(data)
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # Pillow refuses larger images.
+    is_supported = colors in ('Gray', 'YCbCr', 'RGB') and width * height <= limit
+    return Jpeg(data, (width, height)) if is_supported else open_image(data)
 
 
 class FastTransform:
@@ -49,107 +84,54 @@ class FastTransform:
         transform: returned by transforms.build_transform(is_train=True); it is copied.
 
     Raises:
-        ValueError: if simplejpeg or OpenCV is not installed.
+        UsageError: simplejpeg or OpenCV is not installed.
     """
-    takes_bytes = True  # sources.EncodedImages then passes the bytes of a file
+
+    open_image = staticmethod(open_jpeg)  # sources.EncodedImages opens files by it.
 
     def __init__(self, transform: tv_transforms.Compose):
         if not HAS_FAST:
-            raise ValueError(
+            raise UsageError(
                 '--loader fast needs simplejpeg and opencv-python-headless: pip install -r requirements.txt')
         steps = copy.deepcopy(transform.transforms)
         self.crop = steps.pop(0) if isinstance(steps[0], RandomResizedCropAndInterpolation) else None
         self.steps = [_fast_step(step) for step in steps
                       if not isinstance(step, (MaybePILToTensor, tv_transforms.PILToTensor))]
-        self.last = (None, 0, None)  # encoded, scale, decoded: copies of repeated augmentation follow each other
 
-    def __call__(self, image: bytes | Image.Image) -> torch.Tensor:
+    def __call__(self, image: Jpeg | Image.Image) -> torch.Tensor:
         """Return a uint8 tensor (3, H, W) in channels-last memory."""
-        plan = self.plan(image)
-        return self.augment(self.resize(self.decode(plan), plan))
-
-    def plan(self, image: bytes | Image.Image) -> Plan:
-        """Read the header, draw the crop and its interpolation, and choose the scale of the decoder."""
-        size = jpeg_size(image)
-        is_jpeg = size is not None
-        if not is_jpeg:
-            image = open_image(image)
-            size = image.size
-        if self.crop is None:
-            return Plan(image)
-        blank = torch.empty(1).expand(1, *size[::-1])  # get_params reads nothing but the size of its image
-        box = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
-        modes = self.crop.interpolation
-        mode = random.choice(modes) if isinstance(modes, (list, tuple)) else modes
-        # Below 1.5x the target size the difference is visible (1.5 grey levels).
-        least = 1.5 * max(self.crop.size)
-        scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(box[2:]) >= s * least) if is_jpeg else 1
-        return Plan(image, scale, box, mode.value)
-
-    def decode(self, plan: Plan) -> np.ndarray:
-        """Return the whole image at 1 / plan.scale of its size, (H, W, 3) uint8."""
-        if isinstance(plan.image, Image.Image):
-            return np.array(plan.image)
-        if self.last[0] is not plan.image or self.last[1] != plan.scale:
-            self.last = plan.image, plan.scale, decode_jpeg(plan.image, plan.scale)
-        return self.last[2]
-
-    def resize(self, pixels: np.ndarray, plan: Plan) -> np.ndarray:
-        """Return the crop of a decoded image at the input size."""
-        if plan.box is None:
-            return pixels
-        if plan.scale > 1:  # the border of a crop may lie inside a pixel: only Pillow can resize such a box
-            top, left, height, width = (value / plan.scale for value in plan.box)
-            return np.array(Image.fromarray(pixels).resize(
-                self.crop.size[::-1], str_to_pil_interp(plan.mode), box=(left, top, left + width, top + height)))
-        top, left, height, width = plan.box
-        if not (height and width):  # an image of one or two pixels; Pillow returns black
-            return np.zeros((*self.crop.size, 3), np.uint8)
-        # Equals Pillow to 0.005 grey levels, in a quarter of its time if the memory is channels-last.
-        x = torch.from_numpy(pixels[top:top + height, left:left + width])[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
-        x = F.interpolate(x, size=self.crop.size, mode=plan.mode, antialias=True, align_corners=False)
-        return x.permute(0, 2, 3, 1)[0].numpy()  # (H, W, 3)
-
-    def augment(self, pixels: np.ndarray) -> torch.Tensor:
-        """Apply the steps after the crop: (H, W, 3) array to (3, H, W) tensor."""
+        pixels = self._crop(image) if self.crop else _decode(image)
         for step in self.steps:
             pixels = step(pixels)
         return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
 
+    def _crop(self, image: Jpeg | Image.Image) -> np.ndarray:
+        """Draw a crop, and return it at the input size, (H, W, 3)."""
+        blank = torch.empty(1).expand(1, *image.size[::-1])  # get_params reads nothing but the size of its image.
+        box = top, left, height, width = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
+        modes = self.crop.interpolation
+        mode = (random.choice(modes) if isinstance(modes, (list, tuple)) else modes).value
+        # Below 1.5x the target size the difference is visible (1.5 gray levels).
+        least = 1.5 * max(self.crop.size)
+        scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(height, width) >= s * least)
+        if scale > 1 and isinstance(image, Jpeg):  # The border of a crop may be inside a pixel, as Pillow alone allows.
+            top, left, height, width = (value / scale for value in box)
+            return np.array(Image.fromarray(image.decode(scale)).resize(
+                self.crop.size[::-1], str_to_pil_interp(mode), box=(left, top, left + width, top + height)))
+        if not (height and width):  # an image of one or two pixels; Pillow returns black
+            return np.zeros((*self.crop.size, 3), np.uint8)
+        # This equals Pillow to 0.005 gray levels, in a quarter of its time if the memory is channels-last.
+        x = torch.from_numpy(_decode(image)[top:top + height, left:left + width])[None].permute(0, 3, 1, 2)
+        x = F.interpolate(x, size=self.crop.size, mode=mode, antialias=True, align_corners=False)  # (1, 3, H, W)
+        return x.permute(0, 2, 3, 1)[0].numpy()
 
-def jpeg_size(image: bytes | Image.Image) -> tuple[int, int] | None:
-    """Return (width, height) of a JPEG that libjpeg-turbo may decode, None for everything else."""
-    if not isinstance(image, bytes):
-        return None
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-    except ValueError:  # no JPEG, a damaged header, or sampling factors that libjpeg-turbo's API refuses
-        return None
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # Pillow refuses larger images
-    return (width, height) if colours in ('Gray', 'YCbCr', 'RGB') and width * height <= limit else None
 
-
-def decode_jpeg(data: bytes, scale: int = 1) -> np.ndarray:
-    """Decode a JPEG at 1 / scale of its size: (ceil(H / scale), ceil(W / scale), 3) uint8.
-
-    Pillow decodes the image again if libjpeg-turbo fails or warns: a damaged file then gives the pixels or the error of
-    the reference loader.
-
-    Raises:
-        OSError: if Pillow cannot read the image either.
-    """
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        # Left out: the fast inverse DCT darkens images by 0.8 grey levels for 4 % of the decoder's time, and the fast
-        # upsampling of colours changes pixels by a grey level and saves nothing.
-        return simplejpeg.decode_jpeg(data, 'RGB', min_height=-(-height // scale), min_width=-(-width // scale))
-    except ValueError:
-        image = open_image(data)
-        return np.array(image.reduce(scale) if scale > 1 else image)
+def _decode(image: Jpeg | Image.Image) -> np.ndarray:
+    return image.decode() if isinstance(image, Jpeg) else np.array(image)
 
 
 def _fast_step(step: Callable) -> Callable:
-    """Return timm's `step` on arrays, in a form that can be sent to a loader process."""
+    """Return timm's `step` on arrays, in a form that can be sent to a worker."""
     if isinstance(step, tv_transforms.RandomHorizontalFlip):
         return functools.partial(_flip, step.p)
     if isinstance(step, auto_augment.RandAugment):
@@ -181,13 +163,13 @@ LEVELS = np.arange(256)
 
 
 def _apply_table(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Map grey levels by a table (256,) or (256, 3), truncated to whole levels."""
+    """Map gray levels by a table (256,) or (256, 3), truncated to whole levels."""
     table = np.clip(table, 0, 255).astype(np.uint8)
     return cv2.LUT(image, table if table.ndim == 1 else table[None])
 
 
 def _histograms(image: np.ndarray) -> np.ndarray:
-    """Count the grey levels of each channel: (3, 256)."""
+    """Count the gray levels of each channel: (3, 256)."""
     return np.stack([cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)]).astype(np.int64)
 
 
@@ -235,7 +217,7 @@ def brightness(image, factor, **_):
     return _apply_table(image, np.float32(factor) * LEVELS.astype(np.float32))
 
 
-TRUNCATE = -0.499  # added to a result, turns OpenCV's rounding into Pillow's truncation
+TRUNCATE = -0.499  # turns OpenCV's rounding into Pillow's truncation when it is added to a result
 
 
 def color(image, factor, **_):
@@ -274,7 +256,7 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray, fillcolor: tuple[int, ...
     else:
         rows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=1)[np.arange(height), starts]
         rows, weights = torch.from_numpy(rows).float(), torch.from_numpy(np.stack(weights))[:, :, None]
-        out = torch.full((height, width * channels), 1e-3)  # weights that sum to 1 - 1e-7 must not cost a grey level
+        out = torch.full((height, width * channels), 1e-3)  # weights that sum to 1 - 1e-7 must not cost a gray level
         for i, weight in enumerate(weights):
             out.addcmul_(rows[:, i * channels:(width + i) * channels], weight)
         out = out.clamp_(0, 255).to(torch.uint8).numpy().reshape(height, width, channels)
@@ -307,20 +289,12 @@ def shear_y(image, factor, fillcolor, resample):
     return _shift_columns(image, factor * (np.arange(image.shape[1]) + 0.5), fillcolor, resample)
 
 
-def translate_x_abs(image, pixels, fillcolor, resample):
-    return _shift_rows(image, np.full(image.shape[0], float(pixels)), fillcolor, resample)
+def translate_x_rel(image, pct, fillcolor, resample):
+    return _shift_rows(image, np.full(image.shape[0], pct * image.shape[1]), fillcolor, resample)
 
 
-def translate_y_abs(image, pixels, fillcolor, resample):
-    return _shift_columns(image, np.full(image.shape[1], float(pixels)), fillcolor, resample)
-
-
-def translate_x_rel(image, pct, **kwargs):
-    return translate_x_abs(image, pct * image.shape[1], **kwargs)
-
-
-def translate_y_rel(image, pct, **kwargs):
-    return translate_y_abs(image, pct * image.shape[0], **kwargs)
+def translate_y_rel(image, pct, fillcolor, resample):
+    return _shift_columns(image, np.full(image.shape[1], pct * image.shape[0]), fillcolor, resample)
 
 
 def rotate(image, degrees, fillcolor, resample):
@@ -328,7 +302,7 @@ def rotate(image, degrees, fillcolor, resample):
     resample = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
     height, width = image.shape[:2]
     flags = cv2.INTER_CUBIC if resample == Image.Resampling.BICUBIC else cv2.INTER_LINEAR
-    # OpenCV places pixel centres at whole numbers.
+    # OpenCV places pixel centers at whole numbers.
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.)
     return cv2.warpAffine(image, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_CONSTANT,
                           borderValue=fillcolor)
@@ -336,4 +310,4 @@ def rotate(image, degrees, fillcolor, resample):
 
 FAST_OPS = {function.__name__: function for function in (
     auto_contrast, equalize, invert, solarize, solarize_add, posterize, contrast, brightness, color, sharpness,
-    shear_x, shear_y, translate_x_abs, translate_y_abs, translate_x_rel, translate_y_rel, rotate)}
+    shear_x, shear_y, translate_x_rel, translate_y_rel, rotate)}

@@ -3,7 +3,7 @@
     import torch
     model = torch.hub.load('path/to/this/folder', 'cmt_s', source='local', pretrained=True)
 
-Every entry point accepts the arguments of timm.create_model: num_classes, img_size, in_chans, features_only, ...
+Every entry point takes the arguments of timm.create_model: num_classes, img_size, in_chans, features_only, ...
 """
 import timm as _timm
 

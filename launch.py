@@ -4,9 +4,11 @@ import re
 import sys
 from typing import NamedTuple
 
+from errors import UsageError
+
 
 class Launch(NamedTuple):
-    """Hold who started this process, and its place among the processes that were started."""
+    """Describe who started this process, and its place among the processes of this launch."""
     launcher: str | None = None  # torchrun, mpirun or srun
     local_rank: int = 0
     rank: int = 0
@@ -17,10 +19,10 @@ class Launch(NamedTuple):
 def read_launch() -> Launch:
     """Read the variables of the launcher nearest to this process.
 
-    timm.utils.distributed.world_info_from_env imports torch, mixes the variables of launchers that start each other,
-    and takes a SLURM job for tasks that srun started.
+    timm.utils.distributed.world_info_from_env imports torch, mixes the variables of nested launchers, and takes a SLURM
+    job for tasks that srun started.
     """
-    def number(name: str, default: int = 0) -> int:
+    def integer(name: str, default: int = 0) -> int:
         value = os.environ.get(name, default)
         try:
             return int(value)
@@ -29,23 +31,22 @@ def read_launch() -> Launch:
             raise SystemExit(2) from None
 
     def by_environment() -> Launch:
-        return Launch('torchrun', number('LOCAL_RANK'), number('RANK'), number('WORLD_SIZE', 1),
-                      number('LOCAL_WORLD_SIZE'))
+        return Launch('torchrun', integer('LOCAL_RANK'), integer('RANK'), integer('WORLD_SIZE', 1),
+                      integer('LOCAL_WORLD_SIZE'))
 
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
         return by_environment()
     if 'OMPI_COMM_WORLD_SIZE' in os.environ:  # Open MPI
-        return Launch('mpirun', number('OMPI_COMM_WORLD_LOCAL_RANK'), number('OMPI_COMM_WORLD_RANK'),
-                      number('OMPI_COMM_WORLD_SIZE'), number('OMPI_COMM_WORLD_LOCAL_SIZE'))
-    has_step = 'SLURM_STEP_ID' in os.environ  # batch scripts and shells of salloc have SLURM's other variables
-    # srun --mpi=pmi2 sets PMI_SIZE as well, but not MPI_LOCALRANKID
-    if 'MPI_LOCALRANKID' in os.environ or 'PMI_SIZE' in os.environ and not has_step:  # Intel MPI, MPICH; HPE's PALS
-        return Launch('mpirun', number('MPI_LOCALRANKID', number('PMI_LOCAL_RANK')), number('PMI_RANK'),
-                      number('PMI_SIZE', 1), number('MPI_LOCALNRANKS', number('PMI_LOCAL_SIZE')))
-    if has_step:  # the shell of an interactive step has the job's SLURM_NTASKS
-        return Launch('srun', number('SLURM_LOCALID'), number('SLURM_PROCID'),
-                      number('SLURM_STEP_NUM_TASKS', number('SLURM_NTASKS', 1)))
-    # scripts set some of torchrun's variables for srun and mpirun, which know the rest
+        return Launch('mpirun', integer('OMPI_COMM_WORLD_LOCAL_RANK'), integer('OMPI_COMM_WORLD_RANK'),
+                      integer('OMPI_COMM_WORLD_SIZE'), integer('OMPI_COMM_WORLD_LOCAL_SIZE'))
+    if 'MPI_LOCALRANKID' in os.environ:  # MPICH, and Intel MPI, which is based on it
+        return Launch('mpirun', integer('MPI_LOCALRANKID'), integer('PMI_RANK'), integer('PMI_SIZE', 1),
+                      integer('MPI_LOCALNRANKS'))
+    if 'SLURM_STEP_ID' in os.environ:  # Batch scripts and shells of salloc have SLURM's other variables too.
+        # The shell of an interactive step has the job's SLURM_NTASKS.
+        return Launch('srun', integer('SLURM_LOCALID'), integer('SLURM_PROCID'),
+                      integer('SLURM_STEP_NUM_TASKS', integer('SLURM_NTASKS', 1)))
+    # Scripts set some of torchrun's variables for srun and mpirun, which know the rest.
     return by_environment() if {'LOCAL_RANK', 'RANK', 'WORLD_SIZE'} & set(os.environ) else Launch()
 
 
@@ -69,17 +70,17 @@ def tasks_without_srun() -> int:
 def set_master_address() -> tuple[str, int]:
     """Set MASTER_ADDR and MASTER_PORT if the launcher left them out, and return host and port.
 
-    Under srun this is the first host of the step. The port follows from job and step, so that steps side by side do
-    not meet. The kernel uses ports from 32768 for outgoing connections. Under mpirun the address is this host.
+    Under srun this is the first host of the step. The port follows from job and step, so that concurrent steps do not
+    meet, and is below 32768, where the kernel's ports for outgoing connections begin. Under mpirun it is this host.
 
     Raises:
-        ValueError: the address cannot be known.
+        UsageError: the address cannot be known.
     """
     launch = read_launch()
     if launch.launcher == 'mpirun':
         if 'MASTER_ADDR' not in os.environ and launch.local_world_size != launch.world_size:
-            raise ValueError('mpirun started processes on several hosts: name the host of rank 0 by '
-                             'mpirun -x MASTER_ADDR=HOST (Open MPI) or -genv MASTER_ADDR HOST (Intel MPI, MPICH)')
+            raise UsageError('mpirun started processes on several hosts: name the host of rank 0 by '
+                             'mpirun -x MASTER_ADDR=HOST (Open MPI) or -genv MASTER_ADDR HOST (MPICH)')
         os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
         os.environ.setdefault('MASTER_PORT', '29500')
     if launch.launcher == 'srun':
@@ -88,7 +89,7 @@ def set_master_address() -> tuple[str, int]:
         os.environ.setdefault('MASTER_PORT', str(20000 + (job + 1009 * step) % 12000))
     for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT')[launch.launcher != 'torchrun':]:
         if name not in os.environ:
-            raise ValueError(
+            raise UsageError(
                 f'WORLD_SIZE is {launch.world_size}, but {name} is not set: use a launcher such as torchrun')
     return os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
 

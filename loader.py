@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from errors import UnreadableImage, one_line, printable
+from errors import UnreadableImage, UsageError, one_line, printable
 from samplers import TrainSampler, eval_indices
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,9 @@ SHARED_MEMORY = Path('/dev/shm')  # Linux
 class SeededDataset(Dataset):
     """Read training samples by (index, seed): the seed alone determines a sample's augmentation.
 
-    timm and torchvision draw from `random`, NumPy and torch, so all three are seeded for each sample. torch is seeded
-    on the CPU alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An unreadable image is
-    reported and the next image is read instead.
+    timm and torchvision draw from `random`, NumPy and torch, so each sample seeds all three. torch is seeded on the CPU
+    alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An unreadable image is logged, and the
+    next image is read instead.
 
     Raises:
         UnreadableImage: ten unreadable images in a row.
@@ -56,7 +56,7 @@ class SeededDataset(Dataset):
             current = (index + attempt) % len(self)
             try:
                 return self.dataset[current]
-            except Exception as error:  # Pillow's plugins raise exceptions of any type on damaged files
+            except Exception as error:  # Pillow's plugins raise any type of exception on damaged files.
                 name = image_name(self.dataset, current)
                 logger.warning('cannot read %s (%s): taking the next image instead', name, one_line(error))
         raise UnreadableImage(
@@ -104,11 +104,11 @@ def _signals_blocked():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Loader(DataLoader):
-    """Protect the processes of torch's DataLoader from signals that the run itself did not send.
+class SignalSafeLoader(DataLoader):
+    """Protect the workers of torch's DataLoader from signals that the run did not send.
 
-    Ctrl-C, SLURM and `timeout` signal every process of a group, but a run that saves its state still needs its loader.
-    Any SIGTERM before `worker_init_fn` would end a process of torch's, so signals are blocked before the fork.
+    Ctrl-C, SLURM and `timeout` signal every process of a group, but a run that saves its state still needs its workers.
+    A SIGTERM before `worker_init_fn` would end a worker, so signals are blocked before the fork.
     """
     started = None
 
@@ -118,8 +118,8 @@ class _Loader(DataLoader):
         self.started = itertools.chain(list(itertools.islice(batches, 1)), batches)
 
     def stop(self) -> None:
-        """End the loader processes; the next iteration starts others."""
-        with _signals_blocked():  # Python ignores a KeyboardInterrupt in __del__
+        """End the workers; the next iteration starts others."""
+        with _signals_blocked():  # Python ignores a KeyboardInterrupt in __del__.
             self.started = self._iterator = None
 
     def __iter__(self):
@@ -131,22 +131,22 @@ class _Loader(DataLoader):
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ignore signals in a loader process, but for SIGTERM from the run."""
-    if not multiprocessing.parent_process().is_alive():  # torch looks for a parent that dies later
+    """Ignore signals in a worker, except SIGTERM from the run."""
+    run = multiprocessing.parent_process()  # os.getppid() would be the forkserver.
+    if not run.is_alive():  # torch looks only for a parent that dies later.
         os._exit(1)
-    if not hasattr(signal, 'sigwaitinfo'):  # macOS does not report the sender of a signal
-        for number in _SIGNALS - {signal.SIGTERM}:
-            signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, 'sigwaitinfo'):  # macOS does not report the sender of a signal.
+        for ignored in _SIGNALS - {signal.SIGTERM}:
+            signal.signal(ignored, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a forkserver's processes do not inherit the run's mask
-    run = multiprocessing.parent_process()  # os.getppid() would be the forkserver
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # A forkserver's processes do not inherit the run's mask.
 
     def wait() -> None:
         while True:
             received = signal.sigtimedwait(_SIGNALS, 2)
             if received is None:
-                if not run.is_alive():  # torch looks too, but then waits for a pipe that nobody empties any more
+                if not run.is_alive():  # torch looks too, but then waits for a pipe that nobody empties.
                     os._exit(1)
             elif received.si_signo == signal.SIGTERM and received.si_pid == run.pid:
                 os._exit(0)
@@ -155,11 +155,10 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack samples to uint8 images (B, 3, H, W) and class indices (B,).
+    """Stack samples to uint8 images (B, 3, H, W) in their own memory format, and class indices (B,).
 
-    Images keep their memory format.
-    torch's default_collate writes a batch to shared memory. timm's fast_collate writes to the heap of the loader
-    process: the batch is copied once more, and the heap grows without end by the holes that batches leave.
+    torch's default_collate writes a batch to shared memory. timm's fast_collate writes to the worker's heap: the batch
+    is copied once more, and the holes that batches leave make the heap grow without end.
     """
     images, targets = zip(*samples)
     if images[0].is_contiguous():
@@ -167,70 +166,60 @@ def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torc
     return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), torch.tensor(targets)
 
 
-def check_shared_memory(images: int, size: int, num_workers: int) -> None:
-    """Check that batches of loader processes fit into shared memory.
+def check_shared_memory(size: int, num_workers: int, processes: int, *splits: tuple[int, int]) -> None:
+    """Check that the workers' batches fit into shared memory.
 
-    torch reports a shortage by 25 lines of traceback, or ends the loader process by SIGBUS.
+    torch reports a shortage by 25 lines of traceback, or SIGBUS ends the worker.
 
     Args:
-        images: number of images in all batches that are ready at a time on this host.
         size: height and width of the images (pixels).
-        num_workers: loader processes; 0 needs no shared memory.
+        num_workers: workers of each process; 0 needs no shared memory.
+        processes: training processes on this host.
+        splits: batch size and length of each data set; only one of them has batches in memory at a time.
 
     Raises:
-        ValueError: shared memory that is too small, or cannot be written to.
+        UsageError: shared memory that is too small, or cannot be written to.
     """
     if not num_workers or not SHARED_MEMORY.is_dir():
         return
     if not os.access(SHARED_MEMORY, os.W_OK):
-        raise ValueError(f'{SHARED_MEMORY} cannot be written to, and loader processes need it: use --num-workers 0')
-    found, needed = os.statvfs(SHARED_MEMORY), images * 3 * size ** 2
-    free = found.f_bavail * found.f_frsize
+        raise UsageError(f'{SHARED_MEMORY} cannot be written to, and workers need it: use --num-workers 0')
+    batches = (PREFETCH * num_workers + 1) * processes  # the prefetched ones and the one in use
+    images = max(min(batches * batch_size, length) for batch_size, length in splits)
+    usage, needed = os.statvfs(SHARED_MEMORY), images * 3 * size ** 2
+    free = usage.f_bavail * usage.f_frsize
     if needed > free:
-        raise ValueError(
-            f'{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but loader processes need {needed / 1e6:.0f} MB: use fewer '
+        raise UsageError(
+            f'{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but workers need {needed / 1e6:.0f} MB: use fewer '
             f'--num-workers (0 needs none), or give docker --shm-size={math.ceil(needed / 2 ** 30)}g or --ipc=host')
 
 
 def build_loader(
-        dataset: Dataset,
-        batch_size: int,
-        *,
-        sampler: TrainSampler | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        timeout: float = 0,
-        collate_fn: Callable = collate,
-) -> DataLoader:
+        dataset: Dataset, batch_size: int, *, sampler: TrainSampler | None = None, rank: int = 0, world_size: int = 1,
+        num_workers: int = 0, pin_memory: bool = False, timeout: float = 0, collate_fn: Callable = collate
+) -> SignalSafeLoader:
     """Build a loader: for training with a sampler, else for validation.
 
     Args:
-        dataset: samples, for `collate` uint8 images (3, H, W) and class indices.
-        batch_size: images of this rank a batch.
-        sampler: order and seeds of training; without a sampler, this rank's share of the data set in order.
+        dataset: samples; for `collate`, uint8 images (3, H, W) and class indices.
+        batch_size: images in a batch of this rank.
+        sampler: order and seeds of training; None for this rank's share of the data set in order.
         rank, world_size: this process, and the number of processes that share the data set.
-        num_workers: loader processes; 0 loads in this process.
+        num_workers: 0 loads in this process.
         pin_memory: copy batches to page-locked memory.
-        timeout: seconds to wait for a batch of a loader process; 0 waits for ever.
-        collate_fn: makes a batch of samples.
+        timeout: seconds to wait for a worker's batch; 0 for no limit.
+        collate_fn: makes a batch from a list of samples.
     """
     if sampler is None:
         dataset, order = ValidationDataset(dataset), eval_indices(len(dataset), rank, world_size)
     else:
         dataset, order = SeededDataset(dataset), sampler
-    warnings.filterwarnings('ignore', 'This DataLoader will create')  # train.py reports waiting, with advice
-    return _Loader(
-        dataset,
-        batch_size,
-        sampler=order,
-        num_workers=num_workers,
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # train.py reports waiting, with advice.
+    return SignalSafeLoader(
+        dataset, batch_size, sampler=order, num_workers=num_workers, pin_memory=pin_memory, collate_fn=collate_fn,
         worker_init_fn=_leave_signals_to_the_run,
-        pin_memory=pin_memory,
-        collate_fn=collate_fn,
         timeout=timeout if num_workers else 0,
         prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # the loader draws a base seed, not from the global generator
+        generator=torch.Generator(),  # The loader draws a base seed; the global generator must not change.
     )

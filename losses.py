@@ -1,4 +1,4 @@
-"""Compute training losses: smoothing, soft targets, distillation."""
+"""Training losses: label smoothing, soft targets, distillation."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ def build_criterion(soft_targets: bool, smoothing: float = 0.) -> nn.Module:
     """Build the training loss.
 
     Args:
-        soft_targets: whether targets are (B, classes) distributions. Mixup and CutMix make these, already smoothed.
+        soft_targets: whether targets are distributions (B, classes), which mixup and CutMix make, already smoothed.
         smoothing: label smoothing of class indices (B,).
     """
     if soft_targets:
@@ -29,14 +29,13 @@ class DistillationLoss(nn.Module):
         criterion: loss of outputs and targets.
         kind: 'hard' for cross-entropy against the teacher's decision. 'soft' for tau^2 times the KL divergence from
             the teacher's distribution to the model's, both at temperature tau, mean over batch and classes as in DeiT.
-        alpha: weight of the distillation term. With K classes the soft term is 1 / K of an image's divergence, so that
-            both terms weigh the same at alpha = K / (K + 1).
+        alpha: weight of the distillation term. With K classes the soft term is 1 / K of an image's divergence, so both
+            terms weigh the same at alpha = K / (K + 1).
         tau: temperature.
     """
 
     def __init__(self, criterion: nn.Module, kind: str, alpha: float, tau: float = 1.):
         super().__init__()
-        assert kind in ('soft', 'hard')
         self.criterion = criterion
         self.kind = kind
         self.alpha = alpha
@@ -57,7 +56,7 @@ class Teacher(nn.Module):
     """Run a trained model on another model's batches, in eval mode and without gradients.
 
     Args:
-        model: timm model. The model's cfg gives the normalisation, and the image size if the model has no img_size.
+        model: timm model. Its cfg gives the normalization, and the image size if the model has no img_size.
     """
 
     def __init__(self, model: nn.Module):
@@ -65,10 +64,10 @@ class Teacher(nn.Module):
         config = resolve_model_data_config(model)
         size = getattr(model, 'img_size', None) or config['input_size'][-2:]
         self.size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        mean, std, own_mean, own_std = (torch.tensor(value).view(1, -1, 1, 1) for value in (
+        mean, std, its_mean, its_std = (torch.tensor(value).view(1, -1, 1, 1) for value in (
             IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, config['mean'], config['std']))
-        self.register_buffer('scale', std / own_std)
-        self.register_buffer('shift', (mean - own_mean) / own_std)
+        self.register_buffer('scale', std / its_std)
+        self.register_buffer('shift', (mean - its_mean) / its_std)
         self.model = model.requires_grad_(False)
         self.train(False)
 
@@ -78,7 +77,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute logits (B, classes) of images (B, 3, H, W) of any size, normalised as engine.Preprocessor does."""
+        """Compute logits (B, classes) of images (B, 3, H, W) of any size, normalized as by engine.Preprocessor."""
         if tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, size=self.size, mode='bicubic', align_corners=False, antialias=True)
         return self.model(images * self.scale + self.shift)

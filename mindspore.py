@@ -1,4 +1,4 @@
-"""Read MindSpore checkpoint files (.ckpt) without MindSpore."""
+"""Read MindSpore checkpoint files (.ckpt) without MindSpore, and rename their tensors as in torch."""
 import math
 import zlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ DTYPES = {
     'Float16': torch.float16, 'Float32': torch.float32, 'Float64': torch.float64, 'BFloat16': torch.bfloat16,
     'Int8': torch.int8, 'Int16': torch.int16, 'Int32': torch.int32, 'Int64': torch.int64, 'UInt8': torch.uint8,
     'Bool': torch.bool}
-CRC_TAIL = 17  # bytes: b'crc_num', then the CRC-32 of all before it as 10 bytes, big-endian
+CRC_TAIL = 17  # bytes: b'crc_num', then the CRC-32 of everything before it as 10 bytes, big-endian
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
@@ -20,7 +20,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         byte = data[at]
         at, value, shift = at + 1, value | (byte & 0x7f) << shift, shift + 7
         if shift > 70:
-            raise ValueError('not of MindSpore')
+            raise ValueError('not a MindSpore file')
         if byte < 0x80:
             return value, at
 
@@ -33,10 +33,10 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         value, at = _varint(data, at)
         if key & 7 == 2:
             if at + value > len(data):
-                raise ValueError('it ends too early')
+                raise ValueError('it is truncated')
             value, at = data[at:at + value], at + value
         elif key & 7 != 0:
-            raise ValueError('not of MindSpore')
+            raise ValueError('not a MindSpore file')
         yield key >> 3, value
 
 
@@ -58,11 +58,23 @@ def _tensor(message: memoryview) -> tuple[list[int], str, bytes | memoryview]:
     return dims, kind, content
 
 
+def to_torch(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename MindSpore's parameters as in torch, and add the batch counts of BatchNorm, which MindSpore lacks."""
+    names = {'gamma': 'weight', 'beta': 'bias', 'moving_mean': 'running_mean', 'moving_variance': 'running_var'}
+    out = {}
+    for name, value in tensors.items():
+        module, _, last = name.rpartition('.')
+        out[f'{module}.{names.get(last, last)}' if module else last] = value
+        if last == 'moving_mean':
+            out[f'{module}.num_batches_tracked'] = torch.tensor(0)
+    return out
+
+
 def read(path: str | Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a MindSpore checkpoint, under MindSpore's names, without MindSpore.
 
     The format is protobuf: Checkpoint{repeated Value value=1}, Value{string tag=1; Tensor tensor=2},
-    Tensor{repeated int64 dims=1; string tensor_type=2; bytes tensor_content=3}. Several Values of one tag are the parts
+    Tensor{repeated int64 dims=1; string tensor_type=2; bytes tensor_content=3}. Several Values with one tag are slices
     of a large tensor.
 
     Raises:
@@ -73,19 +85,19 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
         if zlib.crc32(data[:-CRC_TAIL]) != int.from_bytes(data[-10:], 'big'):
             raise ValueError(f'{path} is damaged: its checksum is wrong')
         data = data[:-CRC_TAIL]
-    parts: dict[str, tuple[list[int], str, bytearray]] = {}
+    slices: dict[str, tuple[list[int], str, bytearray]] = {}
     try:
         for _, value in _fields(memoryview(data)):
             entry = dict(_fields(value))
             name = bytes(entry[1]).decode()
             dims, kind, content = _tensor(entry[2])
-            parts.setdefault(name, (dims, kind, bytearray()))[2].extend(content)
+            slices.setdefault(name, (dims, kind, bytearray()))[2].extend(content)
     except (IndexError, KeyError, TypeError, UnicodeDecodeError):
-        raise ValueError('it ends too early or is not of MindSpore') from None
-    if not parts:
+        raise ValueError('it is truncated or not a MindSpore file') from None
+    if not slices:
         raise ValueError('it is empty')
     tensors = {}
-    for name, (dims, kind, content) in parts.items():
+    for name, (dims, kind, content) in slices.items():
         if kind not in DTYPES:
             raise ValueError(f'{name} is of type {kind}')
         dtype = DTYPES[kind]

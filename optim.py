@@ -7,6 +7,8 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
+from errors import UsageError
+
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Build timm's optimizer of --opt."""
@@ -14,14 +16,14 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
     if args.opt_betas:
         settings['betas'] = tuple(args.opt_betas)
     if args.opt in ('adamw', 'adam'):
-        settings['fused'] = True  # only a fused one can skip a step without a host sync
+        settings['fused'] = True  # Only a fused optimizer can skip a step without a host sync.
     return create_optimizer_v2(
         model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum,
         layer_decay=args.layer_decay, **settings)
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
-    """Build timm's scheduler; return it and the number of epochs with the cool-down."""
+    """Build timm's scheduler; return it and the number of epochs, including the cool-down."""
     noise = args.lr_noise[0] if args.lr_noise and len(args.lr_noise) == 1 else args.lr_noise
     return create_scheduler_v2(
         optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
@@ -30,6 +32,24 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
         warmup_prefix=args.warmup_prefix, noise=noise,
         noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed,
         step_on_epochs=not args.sched_on_updates, updates_per_epoch=updates_per_epoch)
+
+
+def schedule_warnings(args: argparse.Namespace, lr: float, updates: int) -> list[str]:
+    """Return warnings about settings that do not fit a run of `updates` optimizer steps at learning rate `lr`."""
+    warnings = []
+    if args.warmup_epochs >= args.epochs and not args.warmup_prefix:
+        warnings.append(f'the warm-up of {args.warmup_epochs} epochs is as long as the training: the learning rate '
+                        f'never reaches {lr:g}. Use --warmup-epochs {args.epochs // 20}.')
+    if lr < args.min_lr:
+        warnings.append(f'the learning rate {lr:g} is below --min-lr {args.min_lr:g}, so it rises towards the end. '
+                        f'Use --min-lr {lr / 100:.2g}.')
+    initial = args.model_ema_decay ** updates  # share of the initial weights in the EMA at the end
+    if args.model_ema and initial > 0.05:
+        decay = f'--model-ema-decay {1 - 10 / updates:.4g} or ' if updates >= 20 else ''
+        warnings.append(f'EMA decay {args.model_ema_decay:g} is too slow for {updates} updates: {initial:.0%} of the '
+                        'EMA would still be initial weights, in evaluation, prediction and export too. '
+                        f'Use {decay}--no-model-ema.')
+    return warnings
 
 
 def position_schedule(scheduler, epoch: int, updates: int) -> None:
@@ -43,37 +63,23 @@ def position_schedule(scheduler, epoch: int, updates: int) -> None:
         scheduler.step_update(updates)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, source: str) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, file: str) -> None:
     """Load moments and counts; learning rates and weight decays stay as the command line sets them."""
     if not isinstance(state, dict):
-        raise ValueError(f'{source} holds no optimizer: start from it by --finetune')
-    counts = ('params', 'step', 'lookahead_step')  # some optimizers of timm keep these among the settings
+        raise UsageError(f'{file} contains no optimizer state: start from its weights by --finetune')
+    counts = ('params', 'step', 'lookahead_step')  # Some of timm's optimizers keep these in their param groups.
     settings = [{k: v for k, v in group.items() if k not in counts} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
-        raise ValueError(f'the optimizer state in {source} is of another model or optimizer ({error})') from None
-    moments = getattr(optimizer, '_base_optimizer', optimizer).state  # timm's Lookahead has no state of its own
+        raise UsageError(f'the optimizer state in {file} belongs to another model or optimizer ({error})') from None
+    moments = getattr(optimizer, '_base_optimizer', optimizer).state  # timm's Lookahead keeps it there.
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
         for p in group['params']:
-            for key, moment in moments[p].items():
-                if isinstance(moment, torch.Tensor) and moment.ndim > 0:
-                    moments[p][key] = _fit_moment(moment, p, source)
-
-
-def _fit_moment(moment: torch.Tensor, p: torch.Tensor, source: str) -> torch.Tensor:
-    """Return a moment in the shape that belongs to the parameter `p`; torch does not compare shapes.
-
-    Older checkpoints store 1x1 convolutions as linear layers, whose moments have two dimensions. A factored moment has
-    axes of 1, or one axis less than `p`.
-    """
-    if p.shape == (*moment.shape, 1, 1):
-        return moment.view(p.shape)
-    if moment.ndim == p.ndim and any(a not in (1, b) for a, b in zip(moment.shape, p.shape)):
-        raise ValueError(f'the optimizer state in {source} is of another --input-size: use that '
-                         'of the run, another --output-dir, or --overwrite')
-    if p.ndim == 4 and moment.ndim < 3:
-        raise ValueError(f'the factored moments in {source}, an older file, are of linear layers, which are 1x1 '
-                         'convolutions now: start from it by --finetune')
-    return moment
+            for moment in moments[p].values():
+                # torch does not compare shapes. A factored moment has axes of 1, or fewer axes than `p`.
+                if isinstance(moment, torch.Tensor) and moment.ndim == p.ndim and any(
+                        a not in (1, b) for a, b in zip(moment.shape, p.shape)):
+                    raise UsageError(f'the optimizer state in {file} belongs to another --input-size: use that of the '
+                                     'run, another --output-dir, or --overwrite')

@@ -1,6 +1,6 @@
-"""Define the flags of train.py, check them, read YAML defaults and the ranks of launchers.
+"""Define the flags of train.py, check them, and read YAML defaults.
 
-Nothing here imports torch, NumPy or timm: --help, a mistake and a plot need a tenth of a second instead of seconds.
+Nothing here imports torch, NumPy or timm, so --help and mistakes need a tenth of a second instead of seconds.
 """
 import argparse
 import difflib
@@ -20,9 +20,6 @@ DATA_SETS = ('IMNET', 'CIFAR10', 'CIFAR100', 'CARS', 'FLOWERS102', 'PETS', 'INAT
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 DTYPES = ('float32', 'bfloat16', 'float16')
 
-NO_CACHE = 'the page cache keeps files that were read, and tars of small files are read without seeks'
-NO_KERNELS = 'its Triton kernels never ran on a GPU (commit 9777bd7 contains them); use --compile'
-
 
 # Parser and argument types
 
@@ -36,16 +33,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class Refused(argparse.Action):
-    """Refuse a flag and give the reason.
+    """Refuse a flag. `reason` says why it is not supported, and names the alternative."""
 
-    Args:
-        reason: why the flag is not supported, and the alternative.
-        ignored: values that a --config file may still contain: null, and the default of a flag that was removed.
-    """
-
-    def __init__(self, option_strings, dest, reason: str, ignored: tuple = (None,)):
+    def __init__(self, option_strings, dest, reason: str):
         self.reason = reason
-        self.ignored = ignored
         super().__init__(option_strings, argparse.SUPPRESS, nargs='*', help=argparse.SUPPRESS)
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -67,15 +58,15 @@ def in_range(kind: type, low: float, high: float = float('inf'), above: bool = F
 
 
 count, positive = in_range(int, 0), in_range(int, 1)
-amount, rate, share = in_range(float, 0), in_range(float, 0, above=True), in_range(float, 0, 1)
+non_negative, positive_float, fraction = in_range(float, 0), in_range(float, 0, above=True), in_range(float, 0, 1)
 
 
 def path(text: str) -> str:
-    """Replace ~ by the home folder: the shell leaves it as it is in --flag=~/folder and in YAML."""
-    found = os.path.expanduser(text)
-    if found.startswith('~'):
+    """Replace ~ by the home folder, which the shell does not do in --flag=~/folder and in YAML."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith('~'):
         raise argparse.ArgumentTypeError(f"'{text}': there is no such home folder (./~ is a folder of that name)")
-    return found
+    return expanded
 
 
 def data_set(name: str) -> str:
@@ -83,17 +74,6 @@ def data_set(name: str) -> str:
     if name not in DATA_SETS and not name.startswith(('torch/', 'wds/')):
         raise argparse.ArgumentTypeError(
             f"invalid choice: '{name}' (choose from {', '.join(DATA_SETS)}, torch/NAME, wds/NAME)")
-    return name
-
-
-def policy(name: str) -> str:
-    """Check the name of a policy of timm.data.auto_augment, whose own checks are assertions: -O removes them."""
-    number = r'\d+(\.\d*)?'
-    if not re.fullmatch(rf'(?i:none)?|rand(-(m|n|inc|mmax)\d+|-(p|mstd){number}|-t\w+)*|'
-                        rf'augmix(-[mwdb]\d+|-(a|mstd){number})*|(v0r?|originalr?|3a)(-mstd{number})*', name):
-        raise argparse.ArgumentTypeError(
-            f"'{name}' is no policy of timm: give one such as rand-m9-mstd0.5-inc1, augmix-m5-w4, original-mstd0.5, "
-            'v0, 3a, or none')
     return name
 
 
@@ -111,11 +91,8 @@ def output_file(text: str) -> Path:
     return path
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Build the parser of train.py, with all flags in kebab-case."""
-    parser = Parser(prog='train.py', description='Train and evaluate CMT.', allow_abbrev=False)
-    toggle = argparse.BooleanOptionalAction
-
+def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) -> None:
+    """Add the flags that train.py and detection.py share, in the group 'run'."""
     g = parser.add_argument_group('run')
     g.add_argument('--config', type=path, metavar='YAML',
                    help='file of "flag: value" lines with defaults; flags on the command line override them')
@@ -124,28 +101,41 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--resume', type=path, default='', metavar='CKPT',
                    help='checkpoint to resume, or to evaluate with --eval; '
                    "'auto': the newest good checkpoint in --output-dir, if any")
+    g.add_argument('--overwrite', action='store_true', help='replace the run in --output-dir')
+    g.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume and stop')
+    g.add_argument('--print-freq', type=positive, default=10, help='steps between two lines with loss and speed')
+    g.add_argument('--seed', type=in_range(int, 0, 2 ** 32 - 1), default=seed)
+    g.add_argument('--num-workers', type=count, default=num_workers, help='data loading workers of each process')
+    g.add_argument('--device', choices=('cuda', 'cpu'), help='default: cuda if available, else cpu')
+    g.add_argument('--dist-url', default='env://', help='rendezvous address')
+    g.add_argument('--dist-timeout', type=positive_float, default=600, help='seconds that ranks wait for each other')
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the parser of train.py, with all flags in kebab-case."""
+    parser = Parser(prog='train.py', description='Train and evaluate CMT.', allow_abbrev=False)
+    toggle = argparse.BooleanOptionalAction
+
+    add_run_flags(parser, seed=3407, num_workers=4)
+    g = parser.add_argument_group('training')
     g.add_argument('--finetune', type=path, default='', metavar='FILE|NAME',
                    help='weights to start from, of any input size and classes (other classes get a new head): a file, '
                    'or the name of a CMT of timm or of the Hugging Face hub; a checkpoint found by --resume takes '
                    'precedence')
-    g.add_argument('--overwrite', action='store_true', help='replace the run in --output-dir')
-    g.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume and stop')
     g.add_argument('--throughput', action='store_true', help='measure images/s of the forward pass and stop')
-    g.add_argument('--seed', type=in_range(int, 0, 2 ** 32 - 1), default=3407)
     g.add_argument('--start-epoch', type=count, default=0, help='epoch to start at when no checkpoint sets the epoch')
     g.add_argument('--epochs', type=positive, default=300, help='epochs to train, without --cooldown-epochs')
-    g.add_argument('--test-freq', type=positive, default=20, help='validate in every epoch that this number divides')
-    g.add_argument('--test-epoch', type=int, default=260, help='validate in every epoch after this epoch')
-    g.add_argument('--print-freq', type=positive, default=10, help='steps between two lines with loss and speed')
+    g.add_argument('--test-freq', type=positive, default=20, help='validate every N epochs', metavar='N')
+    g.add_argument('--test-epoch', type=int, default=260, help='validate after every epoch past this one')
     g.add_argument('--save-every-steps', type=count, default=0,
                    help='steps between checkpoints within an epoch; 0 for none')
-    g.add_argument('--save-every-minutes', type=amount, default=0,
+    g.add_argument('--save-every-minutes', type=non_negative, default=0,
                    help='minutes between checkpoints within an epoch; 0 for none')
     g.add_argument('--stopped-file', type=lambda path: str(output_file(path)), metavar='FILE',
-                   help='file to create if a signal stops training before the last epoch, for job scripts that start '
-                   'the run again; needs --output-dir')
+                   help='file to create if a signal stops training before the last epoch, for job scripts that '
+                   'requeue the run')
     g.add_argument('--keep-checkpoints', type=count, default=0,
-                   help='number of recent epochs whose checkpoints are kept under their own names')
+                   help='number of recent epochs to keep as checkpoint_EEEE.pth')
     g.add_argument('--log-tensorboard', action=toggle, default=False, help="write each epoch's figures for TensorBoard")
     g.add_argument('--log-wandb', action=toggle, default=False, help="send each epoch's figures to Weights & Biases")
     g.add_argument('--profile', type=count, default=0, metavar='N',
@@ -160,13 +150,12 @@ def get_parser() -> argparse.ArgumentParser:
                    'the JSON files; others: folder of the data set, or to download the data set to')
     g.add_argument('--class-map', type=path, metavar='FILE',
                    help='IMNET: class folders in the order of their index, one a line')
-    g.add_argument('--val-split', type=share, metavar='FRACTION',
+    g.add_argument('--val-split', type=fraction, metavar='FRACTION',
                    help='IMNET without val/: share of each class to hold out, the same images in every run')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
                    help='INAT: the rank of the taxonomy to classify by')
     g.add_argument('--input-size', type=positive, default=224, help='height and width in pixels, a multiple of 32')
     g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
-    g.add_argument('--num-workers', type=count, default=4, help='loader processes for each training process')
     g.add_argument('--loader', choices=('fast', 'reference'),
                    help='decode and augment training images by libjpeg-turbo, torch and OpenCV (fast) or by Pillow '
                    '(reference), with the same draws (default: fast if simplejpeg and OpenCV are installed)')
@@ -175,36 +164,36 @@ def get_parser() -> argparse.ArgumentParser:
                    help='draw a third of the images in each epoch, three augmented copies of each image')
 
     g = parser.add_argument_group('augmentation')
-    g.add_argument('--color-jitter', type=amount, default=0.4, help='strength of colour jitter, used with --aa none')
-    g.add_argument('--aa', type=policy, default='rand-m9-mstd0.5-inc1',
+    g.add_argument('--color-jitter', type=non_negative, default=0.4, help='strength, used with --aa none')
+    g.add_argument('--aa', default='rand-m9-mstd0.5-inc1',
                    help="timm's name of a RandAugment or AutoAugment policy; none for no policy")
     g.add_argument('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'))
-    g.add_argument('--hflip', type=share, default=0.5, help='probability of a horizontal flip')
-    g.add_argument('--scale', type=share, nargs=2, help='range of the random crop\'s area (default: 0.08 1)')
-    g.add_argument('--ratio', type=rate, nargs=2, help='range of the random crop\'s aspect ratio (default: 3/4 4/3)')
-    g.add_argument('--reprob', type=share, default=0.25, help='probability of random erasing')
+    g.add_argument('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
+    g.add_argument('--scale', type=fraction, nargs=2, help='range of the random crop\'s area (default: 0.08 1)')
+    g.add_argument('--ratio', type=positive_float, nargs=2, help="range of the crop's aspect ratio (default: 3/4 4/3)")
+    g.add_argument('--reprob', type=fraction, default=0.25, help='probability of random erasing')
     g.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'),
-                   help='fill of random erasing: zeros, one colour, or noise in each pixel')
+                   help='fill of random erasing: zeros, one color, or noise in each pixel')
     g.add_argument('--recount', type=positive, default=1, help='largest number of rectangles of random erasing')
-    g.add_argument('--mixup', type=amount, default=0.8, help='alpha of mixup; 0 turns mixup off')
-    g.add_argument('--cutmix', type=amount, default=1.0, help='alpha of CutMix; 0 turns CutMix off')
-    g.add_argument('--cutmix-minmax', type=share, nargs=2,
+    g.add_argument('--mixup', type=non_negative, default=0.8, help='alpha of mixup; 0 turns mixup off')
+    g.add_argument('--cutmix', type=non_negative, default=1.0, help='alpha of CutMix; 0 turns CutMix off')
+    g.add_argument('--cutmix-minmax', type=fraction, nargs=2,
                    help='range of the CutMix box\'s sides as shares of the image; turns CutMix on')
-    g.add_argument('--mixup-prob', type=share, default=1.0, help='probability of mixup or CutMix')
-    g.add_argument('--mixup-switch-prob', type=share, default=0.5,
+    g.add_argument('--mixup-prob', type=fraction, default=1.0, help='probability of mixup or CutMix')
+    g.add_argument('--mixup-switch-prob', type=fraction, default=0.5,
                    help='probability of CutMix instead of mixup when both are on')
     g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'),
                    help='draw mixup and CutMix once for each batch, pair or image')
-    g.add_argument('--smoothing', type=share, default=0.1, help='label smoothing')
+    g.add_argument('--smoothing', type=fraction, default=0.1, help='label smoothing')
 
     g = parser.add_argument_group('model')
     g.add_argument('--model', default='cmt_s',
                    help="cmt_ti, cmt_xs, cmt_s or cmt_b (default: cmt_s, or the checkpoint's model)")
     g.add_argument('--freeze-stages', type=in_range(int, 0, 4), default=0, metavar='N',
                    help='leave the weights of the stem and of the first N stages unchanged')
-    g.add_argument('--drop', type=share, default=0.0, help='dropout in LMHSA and IRFFN')
-    g.add_argument('--head-drop', type=share, help="dropout before the classifier (default: the model's)")
-    g.add_argument('--drop-path', type=share, default=0.1,
+    g.add_argument('--drop', type=fraction, default=0.0, help='dropout in LMHSA and IRFFN')
+    g.add_argument('--head-drop', type=fraction, help="dropout before the classifier (default: the model's)")
+    g.add_argument('--drop-path', type=fraction, default=0.1,
                    help='drop-path rate of the last block; the rates rise linearly from 0')
     g.add_argument('--grad-checkpointing', action=toggle, default=False,
                    help='recompute activations in the backward pass: less memory, more time')
@@ -213,9 +202,9 @@ def get_parser() -> argparse.ArgumentParser:
                    help='compute BatchNorm statistics over the batches of all ranks (CUDA only)')
     g.add_argument('--dist-bn', default='broadcast', choices=('broadcast', 'reduce'),
                    help="BatchNorm statistics before evaluation: rank 0's, or the mean of all ranks; after reduce, a "
-                   'run resumed within an epoch ends with other bits')
+                   'run that is resumed within an epoch is no longer bit-identical')
     g.add_argument('--model-ema', action=toggle, default=True, help='keep an EMA of the weights')
-    g.add_argument('--model-ema-decay', type=share, default=0.99996, help='decay of the EMA in each update')
+    g.add_argument('--model-ema-decay', type=fraction, default=0.99996, help='decay of the EMA in each optimizer step')
     g.add_argument('--model-ema-force-cpu', action=toggle, default=False, help='keep the EMA in host memory')
 
     g = parser.add_argument_group('distillation')
@@ -224,44 +213,44 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--teacher-model', help='teacher, a model of timm or of the Hugging Face hub; pretrained weights '
                    'are used unless --teacher-path is given')
     g.add_argument('--teacher-path', type=path, metavar='FILE', help="file of the teacher's weights")
-    g.add_argument('--distillation-alpha', type=share, default=0.5,
-                   help="weight of the teacher's part in the loss; with --distillation-type soft and K classes both "
-                   "parts weigh the same at K / (K + 1), 0.91 for 10 classes, because DeiT's code divides by K")
-    g.add_argument('--distillation-tau', type=rate, default=1.0, help='temperature of soft distillation')
+    g.add_argument('--distillation-alpha', type=fraction, default=0.5,
+                   help="weight of the distillation loss; with --distillation-type soft and K classes both losses "
+                   "weigh the same at K / (K + 1), 0.91 for 10 classes, because DeiT's code divides by K")
+    g.add_argument('--distillation-tau', type=positive_float, default=1.0, help='temperature of soft distillation')
 
     g = parser.add_argument_group('optimizer')
     g.add_argument('--opt', default='adamw', help="name of one of timm's optimizers")
-    g.add_argument('--opt-eps', type=rate, default=1e-8, help='epsilon of the optimizer')
-    g.add_argument('--opt-betas', type=share, nargs='+', help="two betas (default: the optimizer's)")
-    g.add_argument('--momentum', type=share, default=0.9, help='momentum of SGD and its relatives')
-    g.add_argument('--weight-decay', type=amount, default=0.05,
+    g.add_argument('--opt-eps', type=positive_float, default=1e-8, help='epsilon of the optimizer')
+    g.add_argument('--opt-betas', type=fraction, nargs='+', help="two betas (default: the optimizer's)")
+    g.add_argument('--momentum', type=fraction, default=0.9, help='momentum of SGD and its relatives')
+    g.add_argument('--weight-decay', type=non_negative, default=0.05,
                    help='decay of all weights except biases and one-dimensional parameters')
-    g.add_argument('--layer-decay', type=share, help='factor of the learning rate from each layer to the layer below')
-    g.add_argument('--clip-grad', type=rate, help='largest gradient for --clip-mode (default: no clipping)')
+    g.add_argument('--layer-decay', type=fraction, help='factor of the learning rate from layer to layer, downwards')
+    g.add_argument('--clip-grad', type=positive_float, help='largest gradient for --clip-mode (default: no clipping)')
     g.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'),
                    help='clip the norm of all gradients, each value, or each gradient relative to its weight (AGC)')
-    g.add_argument('--accum-steps', type=positive, default=1, help='batches for each update')
+    g.add_argument('--accum-steps', type=positive, default=1, help='batches for each optimizer step')
     g.add_argument('--on-nonfinite', default='stop', choices=('stop', 'skip'),
-                   help='stop the run, or skip the update, if a loss or gradient is not finite')
+                   help='stop the run, or skip the optimizer step, if a loss or gradient is not finite')
     g.add_argument('--max-skips', type=positive, default=10,
-                   help='consecutive updates that --on-nonfinite skip may skip before the run stops')
+                   help='consecutive optimizer steps that --on-nonfinite skip may skip before the run stops')
 
     g = parser.add_argument_group('schedule')
     g.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly'))
     g.add_argument('--sched-on-updates', action=toggle, default=False,
-                   help='change the learning rate after each update instead of each epoch')
-    g.add_argument('--lr', type=rate, default=5e-4,
-                   help='learning rate for a global batch of 512, scaled in proportion to the global batch')
+                   help='change the learning rate after each optimizer step instead of each epoch')
+    g.add_argument('--lr', type=positive_float, default=5e-4,
+                   help='learning rate for a global batch of 512, scaled linearly with the global batch')
     g.add_argument('--lr-noise', type=float, nargs='+', help='shares of the run at which noise starts and ends')
     g.add_argument('--lr-noise-pct', type=float, default=0.67, help='limit of the noise as a share of the rate')
     g.add_argument('--lr-noise-std', type=float, default=1.0, help='standard deviation of the noise')
-    g.add_argument('--warmup-lr', type=amount, default=1e-6, help='learning rate at the start of the warm-up')
-    g.add_argument('--min-lr', type=amount, default=1e-5, help='learning rate at the end, not scaled')
+    g.add_argument('--warmup-lr', type=non_negative, default=1e-6, help='learning rate at the start of the warm-up')
+    g.add_argument('--min-lr', type=non_negative, default=1e-5, help='learning rate at the end, not scaled')
     g.add_argument('--warmup-epochs', type=count, default=5)
-    g.add_argument('--warmup-prefix', action=toggle, default=False, help='warm up before the --epochs, not in them')
+    g.add_argument('--warmup-prefix', action=toggle, default=False, help='warm up before the --epochs, not within them')
     g.add_argument('--cooldown-epochs', type=count, default=10, help='epochs at --min-lr after the --epochs')
-    g.add_argument('--decay-epochs', type=rate, default=30, help='epochs between decays of --sched step')
-    g.add_argument('--decay-rate', '--dr', type=amount, default=0.1,
+    g.add_argument('--decay-epochs', type=positive_float, default=30, help='epochs between decays of --sched step')
+    g.add_argument('--decay-rate', '--dr', type=non_negative, default=0.1,
                    help='factor of each decay of --sched step and multistep; power of --sched poly')
 
     g = parser.add_argument_group('precision and processes')
@@ -271,9 +260,6 @@ def get_parser() -> argparse.ArgumentParser:
                    help="train with NVIDIA's apex.amp, or if apex.amp is missing with torch's autocast to "
                    'float16 (bfloat16 on a CPU)')
     g.add_argument('--apex-opt-level', default='O1', choices=('O0', 'O1', 'O2', 'O3'))
-    g.add_argument('--device', choices=('cuda', 'cpu'), help='default: cuda if available, else cpu')
-    g.add_argument('--dist-url', default='env://', help='address at which the processes meet')
-    g.add_argument('--dist-timeout', type=rate, default=600, help='seconds that ranks wait for each other')
     g.add_argument('--world-size', type=positive, help='expected number of processes, checked against the launcher')
     g.add_argument('--local-rank', type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
 
@@ -285,38 +271,36 @@ def get_parser() -> argparse.ArgumentParser:
         '--patience-epochs': 'it belongs to the plateau schedule, whose state a restart cannot repeat',
         '--resplit': 'it needs augmentation splits, which no recipe uses',
         '--init-method': 'use --dist-url',
-        '--debug': 'it left out a FLOPs count, which scripts/profile_flops.py now makes apart from training',
-        # of DeiT and ConvNeXt
-        '--dist-eval': 'the evaluation is always shared by all processes, and exact',
-        '--nb-classes': 'the number of classes is that of the data',
-        '--learning-rate': 'use --lr',
+        '--debug': 'it skipped a FLOPs count, which scripts/profile_flops.py now does',
+        # DeiT and ConvNeXt
+        '--dist-eval': 'all processes always share the evaluation, and it is exact',
+        '--nb-classes': 'the number of classes comes from the data',
         '--unscale-lr': '--lr is for a global batch of 512',
         '--update-freq': 'use --accum-steps',
         '--auto-resume': 'use --resume auto',
-        '--use-amp': 'use --amp-dtype',
-        '--eval-data-path': '--data-path contains train and val',
-        '--eval-crop-ratio': 'evaluation crops the middle 0.875 of the short side',
-        '--warmup-steps': 'use --warmup-epochs',
     }.items():
         parser.add_argument(flag, action=Refused, reason=reason)
-    # flags of commit 9777bd7, whose config.yaml contains their defaults
-    parser.add_argument('--cache', action=Refused, reason=NO_CACHE, ignored=(None, 'none'))
-    parser.add_argument('--cache-dir', '--cache-size', action=Refused, reason=NO_CACHE)
-    parser.add_argument('--kernels', '--no-kernels', action=Refused, reason=NO_KERNELS, ignored=(None, False))
-    for action in parser._actions:  # ArgumentDefaultsHelpFormatter leaves out flags without a help text
+    return add_defaults(parser)
+
+
+def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add default values to the help texts; ArgumentDefaultsHelpFormatter skips flags without a help text."""
+    for action in parser._actions:
         if action.default not in (None, False, '', argparse.SUPPRESS) and '(default:' not in (action.help or ''):
             action.help = f'{action.help or ""} (default: %(default)s)'.strip()
     return parser
 
 
 def similar_flag(parser: argparse.ArgumentParser, arg: str) -> str:
-    """Return the flag of the most similar name as a question, such as ' (--epochs?)', or '' if none is similar."""
-    return ''.join(f' ({flag}?)' for flag in difflib.get_close_matches(
-        arg.split('=')[0], parser._option_string_actions, 1))
+    """Return a hint at the flag with the most similar name, such as ' (--epochs?)', or '' if none is similar."""
+    for flag in difflib.get_close_matches(arg.split('=')[0], parser._option_string_actions, 1):
+        action = parser._option_string_actions[flag]
+        return f' ({flag} is not supported: {action.reason})' if isinstance(action, Refused) else f' ({flag}?)'
+    return ''
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
-    """Parse flags, spelt with - or _, over the defaults of --config.
+    """Parse flags, spelled with - or _, over the defaults of --config.
 
     Returns:
         The arguments, and the flags that were given by the file or the command line.
@@ -328,9 +312,13 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     args, unknown = parser.parse_known_args(from_config + argv)
     if unknown:
         parser.error(f'unrecognized arguments: {" ".join(unknown)}{similar_flag(parser, unknown[0])}')
-    moved = '' if any(arg.split('=')[0] == '--output-dir' for arg in argv) else find_moved_run(args)
-    if moved:
-        parser.error(moved)
+    folder = Path(args.config or '').parent
+    if args.config and not args.output_dir and ((folder / '.lock').exists() or any(folder.glob('checkpoint_*.pth'))):
+        args.output_dir = str(folder)  # the config.yaml of a run, in its folder
+    if args.eval and not args.resume:
+        parser.error('--eval needs --resume CKPT')
+    if args.resume == 'auto' and not args.output_dir:
+        parser.error('--resume auto needs --output-dir')
     return args, {arg.split('=')[0] for arg in from_config + argv if arg.startswith('--')}
 
 
@@ -339,7 +327,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = get_parser()
     args, given = parse_flags(parser, argv)
     if (args.resume or args.finetune) and '--model' not in given:
-        args.model = None  # the model of the weights
+        args.model = None  # The weights decide.
     mistake = find_mistake(args)
     if mistake:
         parser.error(mistake)
@@ -359,28 +347,12 @@ def find_mistake(args: argparse.Namespace) -> str | None:
          f'--distillation-type {args.distillation_type} needs --teacher-model or --teacher-path'),
         (teacher and not distils, 'a teacher needs --distillation-type soft or hard'),
         (args.opt_betas and len(args.opt_betas) != 2, '--opt-betas needs two numbers'),
-        (args.eval and not args.resume, '--eval needs --resume CKPT'),
-        (args.resume == 'auto' and not args.output_dir, '--resume auto needs --output-dir'),
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
     ]
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         low, high = getattr(args, name) or (0, 1)
         checks.append((low >= high, f'--{name.replace("_", "-")} {low} {high}: give the smaller number first'))
     return next((mistake for applies, mistake in checks if applies), None)
-
-
-def find_moved_run(args: argparse.Namespace) -> str | None:
-    """Describe a config.yaml whose run lies beside it, and not in the --output-dir that it names; None for others.
-
-    Such a run was moved or copied, or its --output-dir is relative to another folder.
-    """
-    if not args.config or not args.output_dir or (args.eval and args.resume != 'auto'):
-        return None
-    folder = Path(args.config).resolve().parent
-    if not any(folder.glob('checkpoint_*.pth')) or Path(args.output_dir).resolve() == folder:
-        return None
-    return (f'--config {args.config} lies beside the checkpoints of its run, but names --output-dir '
-            f'{args.output_dir}: add --output-dir with the folder that is meant, such as {folder}')
 
 
 def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
@@ -390,7 +362,7 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f'--config {path}: {getattr(error, "strerror", None) or " ".join(str(error).split())}')
     if not isinstance(config, dict):
-        parser.error(f'--config {path} is no list of "flag: value" lines')
+        parser.error(f'--config {path} does not consist of "flag: value" lines')
     known = parser._option_string_actions
     flags = []
     for key, value in config.items():
@@ -399,12 +371,12 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
             parser.error(f'--config {path}: unknown key {key!r}{similar_flag(parser, flag)}')
         action = known[flag]
         is_switch = action.nargs == 0
-        if value is None or isinstance(action, Refused) and value in action.ignored:
+        if value is None:
             continue
         if isinstance(action, Refused):
             parser.error(f'--config {path}: {flag} is not supported: {action.reason}')
         if is_switch != isinstance(value, bool):
-            parser.error(f'--config {path}: {key}: {value!r} is ' + ('not true or false' if is_switch else 'no value'))
+            parser.error(f'--config {path}: {key}: {value!r} is not ' + ('true or false' if is_switch else 'a value'))
         if is_switch:
             flags += [flag] if value else [f'--no-{flag[2:]}'] if f'--no-{flag[2:]}' in known else []
         else:

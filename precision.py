@@ -1,4 +1,4 @@
-"""Choose the number format of training, and scale the loss."""
+"""Choose the dtype of training, and scale the loss."""
 import functools
 import logging
 from collections.abc import Callable
@@ -6,33 +6,35 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
+from errors import UsageError
+
 logger = logging.getLogger(__name__)
 
 
 def find_apex():
     """Return NVIDIA's apex.amp, or None if not installed.
 
-    Releases after 25.04 have no amp, and PyPI's apex is unrelated.
+    Releases after 25.04 have no amp, and the package apex on PyPI is unrelated.
     """
     try:
         from apex import amp
-    except Exception:  # an unrelated package of this name may raise anything
+    except Exception:  # An unrelated package of this name may raise anything.
         return None
     return amp if hasattr(amp, 'initialize') and hasattr(amp, 'scale_loss') else None
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of --amp-dtype; 'auto' is float32 on CPU, and 16 bits wide on CUDA."""
+    """Return the dtype of --amp-dtype; 'auto' is float32 on a CPU and a 16-bit type on CUDA."""
     if name == 'auto':
         name = 'float32' if device.type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
     return getattr(torch, name)
 
 
 class NativeScaler(torch.amp.GradScaler):
-    """Scale the loss as torch does for float16; if disabled, change nothing."""
+    """Scale the loss as torch does for float16, or do nothing if disabled."""
 
     def backward(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, last: bool) -> None:
-        """Compute scaled gradients; `last` is True for the last batch of an update."""
+        """Compute scaled gradients; `last` marks the last batch of an optimizer step."""
         self.scale(loss).backward()
 
     def parameters(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -41,15 +43,15 @@ class NativeScaler(torch.amp.GradScaler):
 
     @property
     def skips_overflows(self) -> bool:
-        """Return whether the scaler itself skips updates whose gradients overflow."""
+        """Return whether the scaler itself skips steps with overflowing gradients."""
         return self.is_enabled()
 
 
 class ApexScaler(NativeScaler):
     """Scale the loss by apex.amp.
 
-    apex unscales at the end of the context of scale_loss, and patches the optimizer to skip steps that overflowed.
-    timm's ApexScaler unscales, clips and steps in one call, with no room for a check between.
+    apex unscales when the context of scale_loss ends, and patches the optimizer to skip steps that overflowed. timm's
+    ApexScaler unscales, clips and steps in one call, and leaves no place for a check.
     """
     skips_overflows = True
 
@@ -71,23 +73,23 @@ class ApexScaler(NativeScaler):
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> Callable:
-    """Return a function that makes the context of a forward pass; float32 needs none."""
+    """Return a function that makes the autocast context of a forward pass, disabled for float32."""
     return functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
 
 def build_precision(
         model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp_dtype: str,
         apex_opt_level: str | None = None) -> tuple[nn.Module, torch.optim.Optimizer, NativeScaler, torch.dtype]:
-    """Choose the number format of training.
+    """Choose the dtype of training, and build the loss scaler.
 
     Args:
         model, optimizer: apex patches both.
-        device: where the model is.
-        amp_dtype: name of the type of autocast, or 'auto'.
+        device: device of the model.
+        amp_dtype: name of the dtype of autocast, or 'auto'.
         apex_opt_level: use apex.amp at this level if it is installed, else float16 (on a CPU bfloat16).
 
     Returns:
-        Model, optimizer, loss scaler and the type of autocast.
+        Model, optimizer, loss scaler and the dtype of autocast.
     """
     dtype = resolve_dtype(amp_dtype, device)
     if apex_opt_level is not None:
@@ -100,11 +102,11 @@ def build_precision(
     return model, optimizer, NativeScaler(device.type, enabled=dtype == torch.float16), dtype
 
 
-def load_scaler(scaler: torch.amp.GradScaler, state: dict | None, source: str) -> None:
+def load_scaler(scaler: torch.amp.GradScaler, state: dict | None, file: str) -> None:
     """Load the loss scale."""
     if state:
         try:
             scaler.load_state_dict(state)
         except (KeyError, RuntimeError):
-            raise ValueError(f'{source} was trained with another loss scaling: give the same --apex-amp and '
+            raise UsageError(f'{file} was trained with another loss scaling: give the same --apex-amp and '
                              '--amp-dtype') from None

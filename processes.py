@@ -1,4 +1,4 @@
-"""Start processes together, reduce values over them, and end them with a status and one line."""
+"""Processes that start together, their agreement, and their end: exit status and one line."""
 import contextlib
 import datetime
 import logging
@@ -30,49 +30,47 @@ logger = logging.getLogger(__name__)
 def init_distributed(device: str | None = None, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
     """Join the processes that torchrun, srun or mpirun started, if any.
 
-    timm's init_distributed_device has no time-out, and leaves SLURM's master address to the user.
+    timm's init_distributed_device has no timeout, and leaves SLURM's master address to the user.
 
     Args:
         device: 'cuda', 'cpu', ...; None for CUDA if available, else the CPU.
-        dist_url: address at which the processes meet.
+        dist_url: rendezvous address.
         timeout_s: seconds that a rank waits for the others.
 
     Returns:
         The device of this process.
 
     Raises:
-        ValueError: `device` is not available, or the address cannot be known or is taken.
+        UsageError: `device` is not available, or the address is unknown or in use.
         TrainingFault: the processes did not meet.
     """
     launch = read_launch()
-    found = find_device(device, launch)
-    if found.type == 'cuda':
-        torch.cuda.set_device(found)
+    device = find_device(device, launch)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
     if launch.world_size > 1:
-        # each node logs once; rank 1 logs too, since rank 0 may be the missing one
+        # One rank a node logs. So does rank 1, since rank 0 may be the missing one.
         wait = Wait(timeout_s, is_logged=launch.local_rank == 0 or launch.rank == 1)
         ranks = dict(rank=launch.rank, world_size=launch.world_size)
         with exit_after(timeout_s + 30):
             store = launch_store(open_store(dist_url, **ranks, wait=wait), **ranks, wait=wait)
         try:
-            # gloo beside NCCL: an all-reduce of a CPU tensor, once a step, does not wait for the device
+            # gloo as well as NCCL: the all-reduce of a CPU tensor, once a step, does not wait for the device.
             dist.init_process_group(
-                'cpu:gloo,cuda:nccl' if found.type == 'cuda' else 'gloo', store=store, **ranks,
+                'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, **ranks,
                 timeout=datetime.timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise TrainingFault(
                 f'processes met, but cannot connect to each other ({first_line(error)}); if this happens at every '
-                'start, set GLOO_SOCKET_IFNAME to the network interface by which the hosts reach each other') from None
+                'launch, set GLOO_SOCKET_IFNAME to the network interface between the hosts') from None
     elif (tasks := tasks_without_srun()) > 1:
-        logger.info('one process, though the SLURM job has %d tasks: `srun python train.py ...` starts one for each',
+        logger.info('one process, but the SLURM job has %d tasks: `srun python train.py ...` starts one for each',
                     tasks)
-    return found
+    return device
 
 
 class Wait:
-    """Poll conditions that other processes bring about.
-
-    Log once for whom this process waits, and until when.
+    """Poll for conditions that depend on other processes, and log once what this process waits for, and until when.
 
     Args:
         timeout_s: seconds for all conditions together.
@@ -88,14 +86,14 @@ class Wait:
         """Return what `condition` returns, once it is true.
 
         Raises:
-            TrainingFault: the time is over, and `absent` names those who did not come; or the store is gone.
+            TrainingFault: the time is over (`absent` describes what is missing), or the store is gone.
         """
         while True:
             try:
                 if result := condition():
                     return result
             except dist.DistError as error:
-                raise TrainingFault(f'lost the store by which processes meet: {first_line(error)}') from None
+                raise TrainingFault(f'lost the rendezvous store: {first_line(error)}') from None
             waited = time.monotonic() - self.began
             if waited > self.timeout_s:
                 raise TrainingFault(f'{absent()} did not answer within {self.timeout_s:g} s (--dist-timeout)')
@@ -108,9 +106,9 @@ class Wait:
 
 @contextlib.contextmanager
 def exit_after(seconds: float):
-    """End the process if the block takes longer: a TCPStore whose host freezes never answers."""
+    """Exit if the block takes longer: a TCPStore on a frozen host never answers."""
     def end() -> None:
-        sys.stderr.write(f'train.py: error: the store by which processes meet does not answer ({seconds:g} s)\n')
+        sys.stderr.write(f'train.py: error: the rendezvous store does not answer ({seconds:g} s)\n')
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
@@ -123,21 +121,21 @@ def exit_after(seconds: float):
 
 
 def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
-    """Open the store of all ranks, which rank 0, torchrun or a file system serves.
+    """Open the store of all ranks, served by rank 0, torchrun or a file system.
 
     Raises:
-        ValueError: the port is taken.
+        UsageError: the port is in use.
         TrainingFault: nobody serves the store.
     """
     parsed = urllib.parse.urlparse(url)
     host, port = set_master_address() if url == 'env://' else (parsed.hostname, parsed.port)
-    is_of_torchrun, problem = url == 'env://' and has_agent_store(), ''
-    server = f'{"the store of torchrun" if is_of_torchrun else "rank 0"} at {host}:{port}'
+    is_torchrun, problem = url == 'env://' and has_agent_store(), ''
+    server = f'{"the store of torchrun" if is_torchrun else "rank 0"} at {host}:{port}'
 
     def answers() -> bool:
         nonlocal problem
         try:
-            if rank or is_of_torchrun:
+            if rank or is_torchrun:
                 socket.create_connection((host, port), timeout=5).close()
             else:
                 socket.getaddrinfo(host, port)
@@ -146,7 +144,7 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
             return False
         return True
 
-    # torch's own waiting prints pages of C++ frames, and a TCPStore of rank 0 waits for the world size in silence
+    # torch's own waiting prints pages of C++ frames, and rank 0's TCPStore waits for the world size without a word.
     if host:
         wait.until(answers, lambda: f'{server} ({problem})')
     try:
@@ -154,25 +152,25 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
         store = next(rendezvous(url, rank, 1 if host else world_size, timeout=timeout))[0]
     except dist.DistError as error:
         if 'EADDRINUSE' in str(error):
-            raise ValueError(f'another process listens at {host}:{port}: set MASTER_PORT to another port') from None
+            raise UsageError(f'another process listens at {host}:{port}: set MASTER_PORT to another port') from None
         raise TrainingFault(f'no connection to {server}: {first_line(error)}') from None
-    return dist.PrefixStore(run_name(), store)  # two runs may have one endpoint of torchrun
+    return dist.PrefixStore(run_name(), store)  # Two runs may share an endpoint of torchrun.
 
 
 def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> dist.Store:
-    """Wait for all ranks, and return the part of `store` that belongs to this start alone.
+    """Wait for all ranks, and return the namespace of `store` for this launch.
 
-    torchrun's store outlives a start, and then contains keys of dead ranks. The restart count is no name for a start,
-    since each torchrun counts its own restarts (pytorch issue 108158). Rank 0 draws a name instead.
+    torchrun's store outlives a launch, and then contains keys of dead ranks. The restart count does not identify a
+    launch, since each torchrun counts its own restarts (pytorch issue 108158). Instead, rank 0 draws a name.
     """
-    own = uuid.uuid4().hex
+    key = uuid.uuid4().hex
 
-    def name_of_start() -> str | None:
+    def launch_name() -> str | None:
         if not store.check(['first']):
             return None
-        first = store.get('first').decode()  # of an earlier start, until rank 0 is there
-        store.set(f'{first}/{world_size}/{rank}', own)
-        is_complete = store.check([f'{first}/all']) and own.encode() in store.get(f'{first}/all').split()
+        first = store.get('first').decode()  # from an earlier launch, until rank 0 arrives
+        store.set(f'{first}/{world_size}/{rank}', key)
+        is_complete = store.check([f'{first}/all']) and key.encode() in store.get(f'{first}/all').split()
         return first if is_complete else None
 
     def missing() -> str:
@@ -180,62 +178,62 @@ def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> d
         return f'rank{"s" * (len(ranks) > 1)} {", ".join(ranks[:8])}{", ..." * (len(ranks) > 8)}'
 
     if rank:
-        return dist.PrefixStore(wait.until(name_of_start, lambda: 'rank 0'), store)
-    # with the world size: a process of an earlier start may still wait, and must not join
-    keys = [f'{own}/{world_size}/{other}' for other in range(1, world_size)]
-    store.set('first', own)
+        return dist.PrefixStore(wait.until(launch_name, lambda: 'rank 0'), store)
+    # The keys contain the world size, so that a stale process of a previous launch cannot join.
+    keys = [f'{key}/{world_size}/{other}' for other in range(1, world_size)]
+    store.set('first', key)
     wait.until(lambda: store.check(keys), missing)
-    store.set(f'{own}/all', b' '.join(store.get(key) for key in keys))
-    return dist.PrefixStore(own, store)
+    store.set(f'{key}/all', b' '.join(store.get(other) for other in keys))
+    return dist.PrefixStore(key, store)
 
 
-def is_loss_of_process(error: Exception) -> bool:
-    """Return whether gloo reports by `error` that another process or the network is gone."""
+def is_lost_peer(error: Exception) -> bool:
+    """Return whether `error` is gloo's report that another process or the network is gone."""
     return 'gloo' in str(error) and any(
         words in str(error) for words in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting'))
 
 
 def explain(error: BaseException) -> str | None:
-    """Return one line about a fault that lies outside of the code, or None."""
+    """Return one line about an error that is not in the code, or None."""
     text = str(error)
-    if is_loss_of_process(error):
+    if is_lost_peer(error):
         return f'rank {get_rank()} lost another process ({first_line(error)})'
     if isinstance(error, torch.OutOfMemoryError):
         return f'{first_line(error)} Use a smaller --batch-size (with --accum-steps), or --grad-checkpointing.'
     if 'unable to allocate shared memory' in text or 'Bus error' in text:
-        return ('no shared memory is left for the batches of loader processes: give docker --shm-size=8g or '
+        return ('no shared memory is left for the batches of workers: give docker --shm-size=8g or '
                 '--ipc=host, or use fewer --num-workers (0 needs none)')
     if re.search('Too many open files(?! in system)', text) or 'received 0 items of ancdata' in text:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return f'too many open files, of {limit} allowed (ulimit -n): raise that limit, or use fewer --num-workers'
+        return f'too many open files, the limit is {limit} (ulimit -n): raise it, or use fewer --num-workers'
     if 'DataLoader timed out' in text:
-        return f'{first_line(error)}: loader processes hang, or the file system of --data-path does (--dist-timeout)'
+        return f'{first_line(error)}: workers hang, or the file system of --data-path does (--dist-timeout)'
     if 'DataLoader worker' in text and ('killed by signal: Killed' in text or 'exited unexpectedly' in text):
-        return (f'a loader process was killed, for lack of memory in most cases ({first_line(error)}): use fewer '
+        return (f'a worker was killed, in most cases for lack of memory ({first_line(error)}): use fewer '
                 '--num-workers, or more memory')
     if "can't start new thread" in text or 'Resource temporarily unavailable' in text:
-        return f'no more processes may be started ({first_line(error)}): raise ulimit -u, or use fewer --num-workers'
+        return f'no more processes can be started ({first_line(error)}): raise ulimit -u, or use fewer --num-workers'
     if isinstance(error, MemoryError) or 'Cannot allocate memory' in text:
         return f'no memory is left ({first_line(error)}): use fewer --num-workers or a smaller --batch-size'
     return None
 
 
 def find_device(device: str | None, launch: Launch) -> torch.device:
-    """Return the device of the process that was started by `launch`.
+    """Return the device of this process.
 
     Arguments and errors are those of init_distributed.
     """
-    kind = (device or ('cuda' if torch.cuda.is_available() else 'cpu')).split(':')[0]
+    kind = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if kind != 'cuda':
         return torch.device(kind)
     if not torch.cuda.is_available():
-        raise ValueError('--device cuda: no CUDA device here; leave the flag out to run on the CPU')
+        raise UsageError('--device cuda: no CUDA device here; leave the flag out to run on the CPU')
     devices, local_rank = torch.cuda.device_count(), launch.local_rank
     if devices == 1 and launch.launcher == 'srun':
-        local_rank = 0  # srun --gpus-per-task=1 shows each task only the task's own device
+        local_rank = 0  # srun --gpus-per-task=1 shows each task only its own device.
     processes = launch.local_world_size or local_rank + 1
     if processes > devices:
-        raise ValueError(f'{processes} processes on a machine with {devices} CUDA devices: start one for each device')
+        raise UsageError(f'{processes} processes on a machine with {devices} CUDA devices: start one per device')
     return torch.device('cuda', local_rank)
 
 
@@ -249,19 +247,19 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def reduce_(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+def all_reduce_(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """All-reduce `tensor` in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
 
 
-def all_reduce_max(number: int) -> int:
-    """All-reduce `number` with MAX.
+def all_reduce_max(value: int) -> int:
+    """All-reduce `value` with MAX.
 
     The tensor is on the CPU: ranks wait for each other, not for their devices.
     """
-    return int(reduce_(torch.tensor([number]), dist.ReduceOp.MAX))
+    return int(all_reduce_(torch.tensor([value]), dist.ReduceOp.MAX))
 
 
 def gather_from_ranks(value: Any) -> list[Any]:
@@ -274,15 +272,15 @@ def gather_from_ranks(value: Any) -> list[Any]:
 
 
 def exit_now(status: int) -> None:
-    """Exit after a fault on this rank alone, without waiting for the other ranks.
+    """Exit after an error on this rank, without waiting for the other ranks.
 
     Destroying the process group could wait for the other ranks until --dist-timeout, and Python's own exit for a
-    loader that hangs. A checkpoint that is being written is finished first.
+    worker that hangs. A checkpoint that is being written is finished first.
     """
     for thread in threading.enumerate():
         if thread.name == 'checkpoint':
             thread.join()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here.
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()
@@ -293,15 +291,15 @@ def exit_now(status: int) -> None:
 def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -> int:
     """Call `main` with `args`, and return the exit status of the process; report an error in one line.
 
-    0 done or stopped under --resume auto, 1 a fault, 2 a mistake of the user, 128 + n stopped by signal n.
+    0: done, or stopped under --resume auto; 1: a fault; 2: a mistake of the user; 128 + n: stopped by signal n.
 
     Args:
         prog: name of the command.
-        main: raises UsageError and TrainingFault on all ranks, and anything else on this rank alone.
+        main: function that raises UsageError and TrainingFault on all ranks, and anything else on one rank.
         args: arguments of `main`.
         unreadable_status: status for an image that cannot be read (errors.UnreadableImage).
     """
-    def report(error: Any) -> None:
+    def print_error(error: Any) -> None:
         line = str(error).replace('\n', '\\n')
         sys.stderr.write(f'{prog}: error: {line}\n')
 
@@ -309,28 +307,28 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
         try:
             main(args)
         except (ConnectionError, EOFError):
-            time.sleep(5)  # the pipes of a loader process close before its SIGCHLD, by which torch names it
+            time.sleep(5)  # A killed worker's pipe closes before SIGCHLD arrives; torch then names the worker.
             raise
         status = 0
     except (UsageError, TrainingFault) as error:
         launch = read_launch()
-        # before the process group exists, a mistake is known on one node alone; rank 0 may be the one that is missing
+        # Before the process group exists, only one node knows of the mistake, and rank 0 may be the missing one.
         if launch.rank == 0 if dist.is_initialized() else launch.local_rank == 0 or (
                 launch.rank == 1 and isinstance(error, TrainingFault)):
-            report(error)
+            print_error(error)
         status = 2 if isinstance(error, UsageError) else 1
     except SystemExit as stopped:
         status = stopped.code
     except KeyboardInterrupt:
         exit_now(130)
-    except Exception as error:  # on this rank alone: the others wait for it
-        line = getattr(error, 'line', None)  # of an unreadable image
+    except Exception as error:  # Only this rank failed; the others wait for it.
+        line = getattr(error, 'line', None)  # of UnreadableImage
         if line or explain(error):
-            report(line or explain(error))
+            print_error(line or explain(error))
         else:
             traceback.print_exc()
         exit_now(unreadable_status if line else 1)
-    if dist.is_initialized():  # all ranks come here
+    if dist.is_initialized():  # All ranks arrive here.
         dist.destroy_process_group()
     return status
 
@@ -339,8 +337,8 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
 def usage_errors():
     """Raise a UsageError on all ranks if the block fails on any rank.
 
-    No rank then waits for the others. A failure is a ValueError, an OSError, or an AssertionError, by which timm
-    checks settings.
+    No rank then waits for the others. A failure is a ValueError, an OSError, or an AssertionError, which timm raises
+    for wrong settings.
     """
     error = None
     try:
@@ -353,11 +351,9 @@ def usage_errors():
 
 
 class StopRequest:
-    """Record signals, for the run to stop after the step.
+    """Record signals, so that the run stops after the current step; a second Ctrl-C raises KeyboardInterrupt.
 
-    A second Ctrl-C raises KeyboardInterrupt at once.
-
-    SLURM's warning, SIGUSR1, is recorded from the start, while SIGTERM and Ctrl-C end a run that is being set up.
+    SLURM's warning, SIGUSR1, is recorded from the beginning, while SIGTERM and Ctrl-C end a run during its set-up.
     """
 
     def __init__(self):
@@ -369,15 +365,15 @@ class StopRequest:
         signal.signal(signal.SIGTERM, self)
         signal.signal(signal.SIGINT, self)
 
-    def __call__(self, number: int, frame) -> None:
-        self.signal = number
-        if number == signal.SIGINT:
+    def __call__(self, signum: int, frame) -> None:
+        self.signal = signum
+        if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def first_on_each_node():
-    """Run the block in one process of each node first (downloads, indices), then in the others."""
+    """Run the block (a download, an index) in one process of each node first, then in the others."""
     first = read_launch().local_rank == 0
     if dist.is_initialized() and not first:
         dist.barrier()

@@ -10,9 +10,9 @@ from torch.utils.data import Sampler
 class TrainSampler(Sampler):
     """Yield an epoch's samples for one rank, as (index, seed) pairs.
 
-    The epoch is one sequence of positions, the same for every world size. Position p has the sample `order[p]`, which
-    is augmented under `seeds[p]`. (seed, epoch) alone determine both. Rank r of W yields the positions r, r + W,
-    r + 2 W, ... counted from the first position not yet seen. So after any number of steps the samples seen are a
+    The epoch is one sequence of positions, the same for every world size: position p holds the sample `order[p]`,
+    augmented under `seeds[p]`. (seed, epoch) alone determine both. Rank r of W yields the positions r, r + W,
+    r + 2 W, ... counted from the first position not yet seen. After any number of steps the samples seen are thus a
     prefix of the sequence, and a run can resume there with another number of ranks. timm's and torch's distributed
     samplers can neither start in mid-epoch nor yield seeds.
 
@@ -22,24 +22,15 @@ class TrainSampler(Sampler):
     Args:
         length: samples in the data set.
         batch_size: samples of one rank and one forward pass.
-        accum_steps: forward passes an update.
+        accum_steps: forward passes of an optimizer step.
         repeats: copies of each sample (3 with repeated augmentation).
         rank, world_size: this process, and the number of processes that share the epoch.
         seed: seed of the run.
         even: yield an even number of samples, which mixup needs, also if the only batch is partial.
     """
 
-    def __init__(
-            self,
-            length: int,
-            batch_size: int,
-            accum_steps: int = 1,
-            repeats: int = 1,
-            rank: int = 0,
-            world_size: int = 1,
-            seed: int = 0,
-            even: bool = False,
-    ):
+    def __init__(self, length: int, batch_size: int, accum_steps: int = 1, repeats: int = 1, rank: int = 0,
+                 world_size: int = 1, seed: int = 0, even: bool = False):
         self.length = length
         self.batch_size = batch_size
         self.accum_steps = accum_steps
@@ -49,9 +40,9 @@ class TrainSampler(Sampler):
         self.even = even
         self.epoch = 0
         self.samples_seen = 0
-        # one replica: the order of all ranks together
-        self.repeated = RepeatAugSampler(range(length), num_replicas=1, rank=0, num_repeats=repeats) \
-            if repeats > 1 else None
+        self.repeated = None
+        if repeats > 1:  # One replica gives the order of all ranks together.
+            self.repeated = RepeatAugSampler(range(length), num_replicas=1, rank=0, num_repeats=repeats)
         self.epoch_length = len(self.repeated) if self.repeated else length
 
     def set_position(self, epoch: int, samples_seen: int = 0) -> None:
@@ -61,18 +52,18 @@ class TrainSampler(Sampler):
 
     @property
     def samples_per_update(self) -> int:
-        """Count the samples of an update over all ranks."""
+        """Count the samples of an optimizer step over all ranks."""
         return min(self.batch_size * self.accum_steps, self._partial()) * self.world_size
 
     @property
     def updates(self) -> int:
-        """Count the updates left in the epoch; a partial update counts only if no other exists."""
+        """Count the optimizer steps left in the epoch; a partial one counts only if there is no other."""
         if self.epoch_length >= self.batch_size * self.accum_steps * self.world_size:
             return (self.epoch_length - self.samples_seen) // self.samples_per_update
         return int(self.samples_seen == 0)
 
     def _partial(self) -> int:
-        """Count one rank's samples of an epoch that is shorter than an update."""
+        """Count one rank's samples in an epoch that is shorter than an optimizer step."""
         batch = min(self.batch_size, self.epoch_length // self.world_size)
         if self.even:
             batch -= batch % 2

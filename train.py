@@ -7,7 +7,7 @@ import sys
 import options
 
 if __name__ == '__main__':
-    ARGS = options.parse_args()  # --help and a mistake at once: the imports below take seconds
+    ARGS = options.parse_args()  # First, so that --help and mistakes do not wait for the imports below.
 
 import argparse
 import contextlib
@@ -15,8 +15,6 @@ import copy
 import datetime
 import functools
 import logging
-import shlex
-import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -26,148 +24,145 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import yaml
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3, distribute_bn, random_seed
 from torch.utils.data import DataLoader, Dataset
 
-import checkpoints
 import cmt
 import processes
 import sources
 import utils
-from datasets import build_dataset
+from checkpoints import FORMAT
+from datasets import build_dataset, check_two_classes
 from engine import Meters, Preprocessor, TrainStep, check_faults, evaluate, throughput, train_one_epoch
-from errors import TrainingFault, UsageError, printable
+from errors import UsageError
 from fast_transforms import HAS_FAST, FastTransform
 from launch import read_launch
-from loader import PREFETCH, build_loader, check_shared_memory
+from loader import build_loader, check_shared_memory
 from losses import DistillationLoss, Teacher, build_criterion
-from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule
+from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule, schedule_warnings
 from precision import ApexScaler, NativeScaler, autocast_to, build_precision, load_scaler, resolve_dtype
 from processes import usage_errors
+from run import RunWriter, check_written, find_checkpoint, open_run, raise_stopped, setup_process
 from samplers import TrainSampler
 from transforms import build_transform
 from utils import Progress
-from weights import Weights, build_teacher, create_cmt, find_checkpoint, identify, load_weights, read_weights
+from weights import Weights, build_teacher, create_cmt, create_for, load_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
-# All ranks must do the same after a step: each rank's action is all-reduced with MAX, the most urgent one wins.
+# All ranks must act alike after a step: their requests are all-reduced with MAX, so the most urgent one wins.
 CONTINUE, SAVE, STOP, FAIL = range(4)
 
 
 @dataclass
 class InitialState:
-    """Hold what a run starts from, known before its data is read."""
-    model_args: dict[str, Any]  # arguments in which the weights differ from those of the model's name
+    """Hold what a run begins with, known before its data is read."""
     weights: Weights | None  # of --resume or --finetune
     checkpoint: dict[str, Any] | None  # of --resume
-    source: str | None  # of `checkpoint`
+    file: str | None  # of `checkpoint`
 
 
 @dataclass
 class RunState:
     """Hold the position of a run and its best scores."""
     epoch: int = 0
-    step: int = 0  # updates done in the epoch
+    step: int = 0  # optimizer steps done in the epoch
     samples_seen: int = 0  # in the epoch, by all ranks
     seconds: float = 0.  # of training in the epoch, up to the last checkpoint
-    timed_samples: int = 0  # in these seconds; fewer than seen after a resume from a file of commit 9777bd7
-    meters: list[list[float]] = field(default_factory=list)  # sums of an unfinished epoch, by rank
+    meters: list[list[float]] = field(default_factory=list)  # running sums of an unfinished epoch, by rank
     best: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Run:
-    """Hold all that an epoch needs. Checkpoints store its state."""
+    """Hold everything an epoch needs. Checkpoints store its state."""
     args: argparse.Namespace
     device: torch.device
-    core: nn.Module  # the model without wrappers: saved, evaluated, averaged
+    core: cmt.CMT  # the model without wrappers: saved, evaluated, averaged
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
-    scheduler: Any  # of timm
+    scheduler: Any  # timm's
     scaler: NativeScaler
-    train_step: TrainStep  # calls the model in its wrappers
+    train_step: TrainStep  # calls the wrapped model
     sampler: TrainSampler
     train_loader: DataLoader
     val_loader: DataLoader
     dtype: torch.dtype  # of autocast in training
     eval_autocast: Callable
-    num_epochs: int  # with the cool-down
+    num_epochs: int  # including the cool-down
     updates_per_epoch: int
     state: RunState
-    writer: checkpoints.RunWriter | None = None  # on rank 0, with --output-dir
+    writer: RunWriter | None = None  # on rank 0, with --output-dir
     profiler: torch.profiler.profile | None = None
     stop: processes.StopRequest | None = None
-    meters: Meters | None = None  # sums of the epoch in progress
+    meters: Meters | None = None  # running sums of the current epoch
     record: dict[str, Any] = field(default_factory=dict)  # the epoch's line in log.txt
-    wait_share: float = 0.  # of the epoch's time, spent waiting for data
+    wait_share: float = 0.  # share of the epoch's time spent waiting for data
     eval_seconds: float = 0.  # of the last validation
     epoch_began: float = 0.  # s, time.monotonic()
     saved_at: float = 0.  # s, time.monotonic() of the last checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         """Return the contents of a checkpoint."""
+        state = self.state
         return {
-            'model': self.core.state_dict(), 'model_ema': self.ema.module.state_dict() if self.ema else None,
-            'optimizer': self.optimizer.state_dict(), 'lr_scheduler': self.scheduler.state_dict(),
-            'loss_scaler': self.scaler.state_dict(), 'epoch': self.state.epoch, 'step': self.state.step,
-            'meters': self.state.meters, 'best': self.state.best, 'world_size': processes.get_world_size(),
-            'samples_seen': self.state.samples_seen, 'seconds': self.state.seconds,
-            'timed_samples': self.state.timed_samples, 'args': vars(self.args),
-            'classes': list(self.val_loader.dataset.dataset.classes),
-            'training_images': len(self.train_loader.dataset),
+            'format': FORMAT, 'model_args': self.core.model_args, 'model': self.core.state_dict(),
+            'model_ema': self.ema.module.state_dict() if self.ema else None, 'optimizer': self.optimizer.state_dict(),
+            'lr_scheduler': self.scheduler.state_dict(), 'loss_scaler': self.scaler.state_dict(), 'epoch': state.epoch,
+            'step': state.step, 'meters': state.meters, 'best': state.best, 'world_size': processes.get_world_size(),
+            'samples_seen': state.samples_seen, 'seconds': state.seconds, 'args': vars(self.args),
+            'classes': list(self.val_loader.dataset.dataset.classes), 'training_images': len(self.train_loader.dataset),
         }
 
-    def load_state_dict(self, checkpoint: dict[str, Any], source: str) -> None:
+    def load_state_dict(self, checkpoint: dict[str, Any], file: str) -> None:
         """Load a checkpoint, except `model`: it was loaded when the model was built, before apex and DDP.
 
-        `lr_scheduler` follows from the position (position_schedule). A file of other code holds weights and epoch only.
+        `lr_scheduler` follows from the position (position_schedule). Of other code's checkpoints, only weights and
+        epoch are used.
         """
         if self.ema is not None:
-            weights = Weights.of(checkpoint, source, use_ema=True)
-            load_weights(self.ema.module, replace(weights, notes=()))  # those on an unfinished EMA are for its users
-        saved = checkpoint.get('args')
-        if isinstance(saved, dict) and saved.get('opt', self.args.opt) != self.args.opt:
-            raise ValueError(f"{source} was trained with --opt {saved['opt']}: resume with that")
-        is_own = 'samples_seen' in checkpoint
+            weights = Weights.from_checkpoint(checkpoint, file, use_ema=True)
+            load_weights(self.ema.module, replace(weights, notes=()))  # The notes are for users of the EMA.
+        is_own = checkpoint.get('format') == FORMAT and 'optimizer' in checkpoint  # Converted files have only weights.
         if is_own:
-            load_optimizer(self.optimizer, checkpoint.get('optimizer'), source)
-            load_scaler(self.scaler, checkpoint.get('loss_scaler'), source)
-        else:  # other code orders its parameters differently
-            logger.warning('%s has no optimizer state of this project: moments start at zero', source)
+            if checkpoint['args']['opt'] != self.args.opt:
+                raise UsageError(f"{file} was trained with --opt {checkpoint['args']['opt']}: resume with that")
+            load_optimizer(self.optimizer, checkpoint['optimizer'], file)
+            load_scaler(self.scaler, checkpoint['loss_scaler'], file)
+        else:  # Other code orders its parameters differently.
+            logger.warning('%s has no optimizer state of this project: moments start at zero', file)
         epoch = checkpoint.get('epoch', self.args.start_epoch - 1)
         if type(epoch) is not int or epoch < -1:
-            raise ValueError(f'{source} is of epoch {epoch!r}: start from it by --finetune')
-        self.state = RunState(epoch + 1, best=is_own and checkpoint.get('best') or {})
-        if is_own and checkpoint.get('meters'):  # the epoch was in progress
-            self.state = RunState(
-                epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint.get('seconds', 0.),
-                checkpoint.get('timed_samples', 0), checkpoint['meters'], self.state.best)
-        images, now = checkpoint.get('training_images'), len(self.train_loader.dataset)
-        if images not in (None, now) and processes.get_rank() == 0:
-            logger.warning('%d training images now, %d before', now, images)
-        before, now = checkpoint.get('world_size'), processes.get_world_size()
-        if before not in (None, now):
+            raise UsageError(f'the epoch in {file} is {epoch!r}: start from its weights by --finetune')
+        self.state = RunState(epoch + 1, best=checkpoint['best'] if is_own else {})
+        if is_own and checkpoint['meters']:  # The epoch was in progress.
+            self.state = RunState(epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint['seconds'],
+                                  checkpoint['meters'], self.state.best)
+        saved_images, images = checkpoint.get('training_images'), len(self.train_loader.dataset)
+        if saved_images not in (None, images) and processes.get_rank() == 0:
+            logger.warning('%d training images now, %d before', images, saved_images)
+        saved_world_size, world_size = checkpoint.get('world_size'), processes.get_world_size()
+        if saved_world_size not in (None, world_size):
             logger.info('%d processes now, %d before: %d samples of epoch %d are done, the base learning rate is %g',
-                        now, before, self.state.samples_seen, self.state.epoch, learning_rate(self.args, self.sampler))
+                        world_size, saved_world_size, self.state.samples_seen, self.state.epoch,
+                        learning_rate(self.args, self.sampler))
         logger.info('resuming at epoch %d, step %d', self.state.epoch, self.state.step)
 
     def save(self, copies: tuple[str, ...] = ()) -> None:
-        """Write a checkpoint in the background, and copies of it."""
+        """Write a checkpoint in the background, and copies of it under other names."""
         if self.writer is not None:
             self.writer.save(self.state_dict(), copies)
         self.saved_at = time.monotonic()
 
     def save_in_epoch(self) -> None:
         """Write a checkpoint from which the epoch can be resumed; all ranks call it."""
-        self.state.meters = self.meters.of_all_ranks()
+        self.state.meters = self.meters.gather()
         self.save()
 
     def stop_signal(self) -> int:
-        """Return the number of the signal that asked any rank to stop, or 0; all ranks call it."""
+        """Return the signal that asked any rank to stop, or 0; all ranks call it."""
         return processes.all_reduce_max(self.stop.signal)
 
 
@@ -179,16 +174,16 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UsageError: a mistake of the user; nothing was written.
         TrainingFault: losses or gradients that are not finite, or a full disk; the last checkpoint is good.
-        SystemExit: stopped by a signal, after a checkpoint.
+        SystemExit: a signal stopped the run, after a checkpoint.
     """
     if args.stopped_file and read_launch().rank == 0:
         Path(args.stopped_file).unlink(missing_ok=True)
     stop = None if args.eval or args.throughput else processes.StopRequest()
     device = setup_process(args)
-    args, start = check_before_data(args, device)  # mistakes cost nothing yet
-    check_same_start(args, start)
-    train_set, val_set = build_data(args, start)
-    model = load_model(args, start, list(val_set.classes), device)
+    args, initial = check_before_data(args, device)  # Mistakes cost nothing yet.
+    check_ranks_agree(args, initial)
+    train_set, val_set = build_data(args, initial)
+    model = load_model(args, initial, list(val_set.classes), device)
 
     if args.throughput or args.eval:
         score_only(args, model, val_set, device)
@@ -196,23 +191,23 @@ def main(args: argparse.Namespace) -> None:
 
     run = build_run(args, model, train_set, val_set, device)
     with usage_errors():
-        if start.checkpoint is not None:
-            run.load_state_dict(start.checkpoint, start.source)
+        if initial.checkpoint is not None:
+            run.load_state_dict(initial.checkpoint, initial.file)
     run.stop = stop
     if args.compile and run.state.epoch < run.num_epochs:
         with usage_errors():
             utils.check_compiler(device)
     stop.record_all()
     load_first_batch(run)
-    open_output(run, start)
-    del start  # the tensors of its file
+    open_output(run, initial)
+    del initial  # Free the tensors of its file.
     describe(run)
 
     while run.state.epoch < run.num_epochs:
         if not train_epoch(run):
             break
         scores = evaluate_epoch(run)
-        if scores is None:  # stopped
+        if scores is None:  # A signal stopped the evaluation.
             break
         end_epoch(run, scores)
         if run.stop_signal():
@@ -220,160 +215,129 @@ def main(args: argparse.Namespace) -> None:
     finish(run)
 
 
-def setup_process(args: argparse.Namespace) -> torch.device:
-    """Join the other processes, if any, and return the device of this one."""
-    utils.setup_logging()
-    utils.raise_file_limit()
-    with usage_errors():
-        return processes.init_distributed(args.device, args.dist_url, args.dist_timeout)
-
-
 @usage_errors()
 def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, InitialState]:
-    """Check all that needs no data, and read the checkpoint or weights to start from.
+    """Check everything that needs no data, and read the checkpoint or weights to begin with.
 
     Returns:
-        `args` with the model's name and the loader filled in, and the start.
+        `args` with the model's name and the loader filled in, and the initial state.
     """
     is_training, world_size = not (args.eval or args.throughput), processes.get_world_size()
-    output_dir = Path(args.output_dir) if args.output_dir else None
-    if args.world_size not in (None, 1, world_size):  # 1 is the default in DeiT's command lines
-        raise ValueError(f'--world-size {args.world_size}, but the launcher started {world_size}')
+    if args.world_size not in (None, 1, world_size):  # 1 is the default in DeiT's command lines.
+        raise UsageError(f'--world-size {args.world_size}, but the launcher started {world_size}')
     if is_training and args.sync_bn and device.type != 'cuda':
-        raise ValueError('--sync-bn needs CUDA: torch has no SyncBatchNorm for the CPU; leave the flag out')
+        raise UsageError('--sync-bn needs CUDA: torch has no SyncBatchNorm for the CPU; leave the flag out')
     if is_training and processes.get_rank() == 0:
         utils.check_trackers(args.log_tensorboard, args.log_wandb)
-    if is_training and output_dir:
-        checkpoints.check_output_dir(output_dir, may_hold_run=args.overwrite or args.resume == 'auto'
-                                     or checkpoints.is_in_folder(args.resume, output_dir))
 
-    source, checkpoint = find_checkpoint(args.resume, output_dir, fall_back=is_training)
-    if args.eval and checkpoint is None:
-        raise ValueError(f'no checkpoint in {output_dir}: --eval needs one')
-    weights, name, model_args = None, args.model or 'cmt_s', {}
+    file, checkpoint = find_checkpoint(args, is_training)
+    weights = None
     if checkpoint is not None:
-        weights = Weights.of(checkpoint, source, use_ema=args.model_ema and not is_training)
+        weights = Weights.from_checkpoint(checkpoint, file, use_ema=args.model_ema and not is_training)
     elif args.finetune:
         weights = read_weights(args.finetune)
-    if weights is not None:
-        name, model_args = identify(weights, args.model)
-        if model_args.get('in_chans', 3) != 3:
-            raise ValueError(f"{weights.source} has {model_args['in_chans']} input channels, images here have 3")
-        trained_at = weights.run_args.get('input_size')  # other tools write (H, W) or (3, H, W)
-        if args.eval and isinstance(trained_at, int) and trained_at != args.input_size and processes.get_rank() == 0:
-            logger.warning('%s was trained at %d px, and is evaluated at %d. Use --input-size %d for its own size.',
-                           weights.source, trained_at, args.input_size, trained_at)
+    with torch.device('meta'):
+        model = create_model(args, num_classes=1, weights=weights)
+    if model.in_chans != 3:
+        raise UsageError(f'{weights.file} has {model.in_chans} input channels, images here have 3')
+    if args.eval and weights.input_size not in (None, args.input_size) and processes.get_rank() == 0:
+        logger.warning('%s was trained at %d px and is evaluated at %d px. Use --input-size %d for its own size.',
+                       weights.file, weights.input_size, args.input_size, weights.input_size)
 
     loader = args.loader or ('fast' if HAS_FAST else 'reference')
     if is_training and loader != args.loader and loader == 'reference':
         logger.info('simplejpeg or OpenCV is not installed: using --loader reference')
+    name = args.model or (weights.name if weights else 'cmt_s')
     args = argparse.Namespace(**{**vars(args), 'model': name, 'loader': loader})
-    with torch.device('meta'):
-        create_model(args, num_classes=1, **model_args)
-    return args, InitialState(model_args, weights, checkpoint, source)
+    return args, InitialState(weights, checkpoint, file)
 
 
-def check_same_start(args: argparse.Namespace, start: InitialState) -> None:
-    """Raise UsageError on all ranks if they start from different models or checkpoints.
+def check_ranks_agree(args: argparse.Namespace, initial: InitialState) -> None:
+    """Raise UsageError on all ranks if they begin with different models or checkpoints.
 
-    Apart from check_before_data: a rank that fails there must not meet the others here.
+    This is not part of check_before_data: a rank that fails there must not meet the others here.
     """
-    position = [(start.checkpoint or {}).get(key) for key in ('epoch', 'step', 'samples_seen')]
-    found = (args.model, start.model_args, position)
-    if any(other != found for other in processes.gather_from_ranks(found)):
-        raise UsageError('processes found different checkpoints: --output-dir has to lie on a file system that all '
+    position = [(initial.checkpoint or {}).get(key) for key in ('epoch', 'step', 'samples_seen')]
+    state = (args.model, initial.weights and initial.weights.model_args, position)
+    if any(other != state for other in processes.gather_from_ranks(state)):
+        raise UsageError('processes found different checkpoints: --output-dir must be on a file system that all '
                          'nodes share')
 
 
-def build_data(args: argparse.Namespace, start: InitialState) -> tuple[Dataset | None, Dataset]:
+def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset | None, Dataset]:
     """Build the training and the validation set, with the class indices of the checkpoint, if it names its classes.
 
-    The training set is None for --eval and --throughput with a validation folder alone.
+    The training set is None for --eval and --throughput with only a validation folder.
     """
-    is_training, known = not (args.eval or args.throughput), (start.checkpoint or {}).get('classes')
+    is_training, saved_classes = not (args.eval or args.throughput), (initial.checkpoint or {}).get('classes')
     with usage_errors():  # before ranks wait for each other below
-        transform = build_transform(
-            True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
-            interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
+        try:
+            transform = build_transform(
+                True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
+                interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
+        except (AssertionError, ValueError) as error:  # timm's checks of the policy
+            raise UsageError(f'--aa {args.aa}: {error}; give one such as rand-m9-mstd0.5-inc1 or none') from None
         if args.loader == 'fast':
             transform = FastTransform(transform)
         has_train = is_training or not args.data_path or bool(args.val_split) or \
             not args.data_set.startswith(('IMNET', 'wds/')) or sources.has_split(args.data_path, 'train')
         folder = Path(args.data_path or '') / 'train'
-        reads_alone = args.data_set == 'DIGITS' or (
+        is_folder = args.data_set == 'DIGITS' or (
             args.data_set == 'IMNET' and folder.is_dir() and not any(folder.glob('*.tar')))
     build = functools.partial(
         build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
         val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category)
-    # one process a node downloads and indexes tars; each process lists a folder by itself
-    in_turn = not all(processes.gather_from_ranks(reads_alone))
-    with usage_errors(), processes.first_on_each_node() if in_turn else contextlib.nullcontext():
-        train = build(is_train=True, transform=transform, classes=known) if has_train else None
-        present = set(getattr(train, 'targets', ())) if is_training else set()
-        if len(present) == 1:
-            raise ValueError(f'{args.data_path} has one class, {train.classes[present.pop()]}{folders_of(train)}; '
-                             'training needs two')
+    # One process a node downloads or indexes tars. Every process lists a plain folder by itself.
+    local_rank0_first = not all(processes.gather_from_ranks(is_folder))
+    with usage_errors(), processes.first_on_each_node() if local_rank0_first else contextlib.nullcontext():
+        train = build(is_train=True, transform=transform, classes=saved_classes) if has_train else None
+        if is_training:
+            check_two_classes(train, args.data_path)
         val = build(is_train=False, transform=build_transform(False, args.input_size),
-                    classes=train.classes if train is not None else known)
-        if known and set(val.classes) == set(known) and list(val.classes) != list(known):
-            raise ValueError(f'--class-map has another order than the classes of {start.source}: leave it out')
-        if known and list(val.classes) != list(known):
-            raise ValueError(f'{start.source} was trained on other classes ({", ".join(map(str, known[:3]))}, ...) '
-                             f'than these data have ({", ".join(val.classes[:3])}, ...): start from it by --finetune')
-        ready = images_in_shared_memory(args, len(train) if is_training else 0, len(val))
-        check_shared_memory(ready, args.input_size, args.num_workers)
+                    classes=train.classes if train is not None else saved_classes)
+        if saved_classes and set(val.classes) == set(saved_classes) and list(val.classes) != list(saved_classes):
+            raise UsageError(f'--class-map has another order than the classes of {initial.file}: leave it out')
+        if saved_classes and list(val.classes) != list(saved_classes):
+            raise UsageError(f'{initial.file} was trained on other classes ({", ".join(map(str, saved_classes[:3]))}, '
+                             f'...) than these data have ({", ".join(val.classes[:3])}, ...): use --finetune')
+        check_shared_memory(
+            args.input_size, args.num_workers, read_launch().local_world_size or 1,
+            (args.batch_size, len(train) if is_training else 0), (val_batch_size(args), len(val)))
     return train, val
 
 
-def images_in_shared_memory(args: argparse.Namespace, training: int, validation: int) -> int:
-    """Return the largest number of images that loaders on this host keep in shared memory.
-
-    Training's batches are gone before validation's are loaded.
-
-    Args:
-        args: flags of the run.
-        training, validation: images of the two sets.
-    """
-    batches = PREFETCH * args.num_workers + 1  # those that are ready, and the one in use
-    batches *= read_launch().local_world_size or 1
-    return max(min(batches * args.batch_size, training), min(batches * val_batch_size(args), validation))
+def val_batch_size(args: argparse.Namespace) -> int:
+    return int(1.5 * args.batch_size)
 
 
-def folders_of(dataset: Dataset) -> str:
-    """Return a question about the folders in the only class of `dataset`, which may be the classes."""
-    names = getattr(dataset, 'samples', ())
-    folders = {Path(name).parent.name for name, _ in names} - set(dataset.classes)
-    folders = sorted(folder for folder in folders if not folder.endswith('.tar'))
-    return f', which contains the folders {", ".join(folders[:5])}: are these the classes?' if folders else ''
-
-
-def create_model(args: argparse.Namespace, num_classes: int, **model_args) -> cmt.CMT:
-    """Build the model of --model, with arguments that replace those of its name."""
-    rates = dict(drop_path_rate=args.drop_path, proj_drop_rate=args.drop)
+def create_model(args: argparse.Namespace, num_classes: int, weights: Weights | None) -> cmt.CMT:
+    """Build the model of `weights`, checked against --model, or of --model."""
+    settings = dict(num_classes=num_classes, img_size=args.input_size, drop_path_rate=args.drop_path,
+                    proj_drop_rate=args.drop)
     if args.head_drop is not None:
-        rates['drop_rate'] = args.head_drop
-    model = create_cmt(args.model, num_classes=num_classes, img_size=args.input_size, **rates, **model_args)
+        settings['drop_rate'] = args.head_drop
+    model = create_for(weights, args.model, **settings) if weights else create_cmt(args.model or 'cmt_s', **settings)
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
 
 @usage_errors()
-def load_model(args: argparse.Namespace, start: InitialState, classes: list[str], device: torch.device) -> cmt.CMT:
-    """Build the model, load the weights to start from, move it to the device, freeze stages."""
+def load_model(args: argparse.Namespace, initial: InitialState, classes: list[str], device: torch.device) -> cmt.CMT:
+    """Build the model, load the initial weights, move it to the device, freeze stages."""
     random_seed(args.seed)
-    model = create_model(args, len(classes), **start.model_args)
-    if start.checkpoint is not None:
-        load_weights(model, start.weights)
-    elif start.weights is not None:
-        load_weights(model, start.weights.for_classes(classes), new_head=True)
+    model = create_model(args, len(classes), initial.weights)
+    if initial.checkpoint is not None:
+        load_weights(model, initial.weights)
+    elif initial.weights is not None:
+        load_weights(model, initial.weights.drop_other_head(classes), new_head=True)
     model.to(device)
-    for module in frozen_parts(model, args.freeze_stages):
+    for module in frozen_modules(model, args.freeze_stages):
         module.requires_grad_(False)
     return model
 
 
-def frozen_parts(model: cmt.CMT, stages: int) -> list[nn.Module]:
-    """Return what --freeze-stages N keeps as it is: the stem and the first N stages, nothing for 0."""
+def frozen_modules(model: cmt.CMT, stages: int) -> list[nn.Module]:
+    """Return what --freeze-stages N freezes: the stem and the first N stages, nothing for 0."""
     return [model.stem, *model.stages[:stages]] if stages else []
 
 
@@ -383,15 +347,10 @@ def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, 
                 timeout=args.dist_timeout)
 
 
-def val_batch_size(args: argparse.Namespace) -> int:
-    """Return the number of images in a batch of validation."""
-    return int(1.5 * args.batch_size)
-
-
 def build_val_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> DataLoader:
     """Build the loader of this rank's share of the validation set."""
-    return build_loader(val_set, val_batch_size(args), rank=processes.get_rank(), world_size=processes.get_world_size(),
-                        **loader_options(args, device))
+    return build_loader(val_set, val_batch_size(args), rank=processes.get_rank(),
+                        world_size=processes.get_world_size(), **loader_options(args, device))
 
 
 def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, device: torch.device) -> None:
@@ -402,7 +361,7 @@ def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, dev
         images, _ = Preprocessor(device)(*next(iter(loader)))
         logger.info('batch_size %d throughput %.1f', len(images), throughput(model, images, autocast))
     else:
-        report(score(model, loader, device, autocast))
+        log_scores(score(model, loader, device, autocast))
 
 
 def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> dict[str, float]:
@@ -411,7 +370,7 @@ def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: 
         return evaluate(model, loader, Preprocessor(device), autocast, progress)
 
 
-# building a run
+# Building a run
 
 def build_run(
         args: argparse.Namespace, model: cmt.CMT, train_set: Dataset, val_set: Dataset, device: torch.device) -> Run:
@@ -438,9 +397,9 @@ def build_run(
 
     model = core
     if world_size > 1:
-        # depthwise weights have one input channel, whose stride is arbitrary: the layouts are equal
+        # Depthwise weights have one input channel, and its stride is arbitrary: the layouts are equal.
         warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
-        warnings.filterwarnings('ignore', '.*broadcast_buffers. is deprecated')  # torch 2.11 has no other name for it
+        warnings.filterwarnings('ignore', '.*broadcast_buffers. is deprecated')  # torch 2.11 has no other name.
         model = nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == 'cuda' else None,
             broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -448,26 +407,27 @@ def build_run(
         model = torch.compile(model)
 
     train_step = TrainStep(
-        model, criterion, optimizer, build_prepare(args, has_mixup, len(val_set.classes), device), scaler,
+        model, criterion, optimizer, build_preprocessor(args, has_mixup, len(val_set.classes), device), scaler,
         autocast_to(dtype, device), ema=(ema, core) if ema else None, clip_grad=args.clip_grad,
         clip_mode=args.clip_mode, skip_nonfinite=args.on_nonfinite == 'skip', seed=args.seed, rank=rank,
-        teacher=teacher, frozen=frozen_parts(core, args.freeze_stages))
+        teacher=teacher, frozen=frozen_modules(core, args.freeze_stages))
     return Run(
         args, device, core, ema, optimizer, scheduler, scaler, train_step, sampler,
         train_loader=build_loader(train_set, args.batch_size, sampler=sampler, **loader_options(args, device)),
         val_loader=build_val_loader(args, val_set, device), dtype=dtype,
-        # of --amp-dtype under --apex-amp too, so that --eval prints the figures of the log
+        # --amp-dtype applies under --apex-amp too, so that --eval prints the figures of the log.
         eval_autocast=autocast_to(resolve_dtype(args.amp_dtype, device), device),
         num_epochs=num_epochs, updates_per_epoch=sampler.updates, state=RunState(args.start_epoch))
 
 
 def learning_rate(args: argparse.Namespace, sampler: TrainSampler) -> float:
-    """Return the learning rate for the images of an update; --lr is for 512 images."""
+    """Return the learning rate for the global batch; --lr is for 512 images."""
     return args.lr * sampler.samples_per_update / 512
 
 
-def build_prepare(args: argparse.Namespace, has_mixup: bool, num_classes: int, device: torch.device) -> Preprocessor:
-    """Build what happens to a training batch on the device: normalise, erase, mix."""
+def build_preprocessor(
+        args: argparse.Namespace, has_mixup: bool, num_classes: int, device: torch.device) -> Preprocessor:
+    """Build what is done with a training batch on the device: normalize, erase, mix."""
     mixup = Mixup(
         mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
@@ -477,45 +437,20 @@ def build_prepare(args: argparse.Namespace, has_mixup: bool, num_classes: int, d
     return Preprocessor(device, mixup, erasing)
 
 
-# output
+# Output
 
 def load_first_batch(run: Run) -> None:
-    """Load the first training batch, before an old run is removed."""
+    """Load the first training batch, so that loading errors come before an old run is removed."""
     if run.state.epoch < run.num_epochs:
         run.sampler.set_position(run.state.epoch, run.state.samples_seen)
         run.train_loader.start()
 
 
-@usage_errors()
-def open_output(run: Run, start: InitialState) -> None:
-    """Prepare --output-dir: lock it, start trackers, then remove what is replaced or about to be trained again."""
-    args, state = run.args, run.state
-    if not args.output_dir:
-        if processes.get_rank() == 0:
-            logger.warning('no --output-dir: nothing will be saved')
-        return
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if processes.get_rank() != 0:
-        return
-    settings = {key.replace('_', '-'): value for key, value in vars(args).items()
-                if key not in ('config', 'local_rank', 'resume', 'overwrite', 'stopped_file') and value is not None}
-    run.writer = checkpoints.RunWriter(folder, args.keep_checkpoints)
-    replaces, wandb_id = start.checkpoint is None or args.overwrite, None
-    if args.log_wandb:
-        wandb_id = utils.read_wandb_id(folder, is_new=replaces and not checkpoints.is_in_folder(start.source, folder))
-        run.writer.trackers.append(utils.wandb_tracker(folder, settings, wandb_id))
-    if args.log_tensorboard:
-        run.writer.trackers.append(utils.tensorboard_tracker(folder, state.epoch))
-    header = '\n# '.join(map(printable, (  # a comment ends with its line
-        f'train.py {shlex.join(sys.argv[1:])}', utils.describe_system(run.device), f'begun on {time.strftime("%F")}')))
-    checkpoints.claim_folder(
-        folder, state.epoch, start.source, replaces, wandb_id=wandb_id,
-        config=f'# {header}\n' + yaml.safe_dump(settings, sort_keys=False))
-    if start.source:
-        state.best = checkpoints.copy_best(Path(start.source), folder, state.best)
-    if args.profile:
-        run.profiler = utils.build_profiler(args.profile, folder / 'trace.json')
+def open_output(run: Run, initial: InitialState) -> None:
+    """Open --output-dir, and start the profiler."""
+    run.writer = open_run(run.args, 'train.py', run.device, run.state.epoch, initial.file, run.state.best)
+    if run.writer is not None and run.args.profile:
+        run.profiler = utils.build_profiler(run.args.profile, run.writer.folder / 'trace.json')
         run.profiler.start()
 
 
@@ -529,8 +464,8 @@ def describe(run: Run) -> None:
     args, updates = run.args, run.updates_per_epoch * run.num_epochs
     rate = learning_rate(args, run.sampler)
     train_set, val_set = run.train_loader.dataset, run.val_loader.dataset
-    logger.info('%s: %.2f M parameters, %d classes, %d training and %d validation images, %d updates an epoch',
-                args.model, n_parameters(run.core) / 1e6, run.core.num_classes, len(train_set), len(val_set),
+    logger.info('%s: %.2f M parameters, %d classes, %d training and %d validation images, %d steps per epoch',
+                args.model or 'CMT', n_parameters(run.core) / 1e6, run.core.num_classes, len(train_set), len(val_set),
                 run.updates_per_epoch)
     precision = f'apex {args.apex_opt_level}' if isinstance(run.scaler, ApexScaler) else str(run.dtype)[6:]
     images, world_size = run.sampler.samples_per_update, processes.get_world_size()
@@ -539,30 +474,19 @@ def describe(run: Run) -> None:
                 f'; an epoch has only {images}' if images < args.batch_size * args.accum_steps * world_size else '',
                 run.device.type, precision)
     logger.info('%d epochs, %d of them cool-down', run.num_epochs, args.cooldown_epochs)
-    if args.warmup_epochs >= args.epochs and not args.warmup_prefix and processes.get_rank() == 0:
-        logger.warning('the warm-up of %d epochs is as long as the training: the learning rate never reaches %g. '
-                       'Use --warmup-epochs %d.', args.warmup_epochs, rate,
-                       args.epochs // 20)
-    if rate < args.min_lr and processes.get_rank() == 0:
-        logger.warning('the learning rate %g is below --min-lr %g, so it rises towards the end. Use --min-lr %.2g.',
-                       rate, args.min_lr, rate / 100)
-    initial = args.model_ema_decay ** updates  # share of the initial weights in the EMA at the end
-    if run.ema is not None and initial > 0.05 and processes.get_rank() == 0:
-        logger.warning('EMA decay %g is too slow for %d updates: %.0f%% of its weights would still be initial, in '
-                       'evaluation, prediction and export too. Use %s--no-model-ema.',
-                       args.model_ema_decay, updates, 100 * initial,
-                       f'--model-ema-decay {1 - 10 / updates:.4g} or ' if updates >= 20 else '')
+    for warning in schedule_warnings(args, rate, updates) if processes.get_rank() == 0 else ():
+        logger.warning(warning)
     if run.state.epoch >= run.num_epochs:
         logger.info('nothing left to do: %d of %d epochs are done', run.state.epoch, run.num_epochs)
 
 
-# an epoch
+# An epoch
 
 def train_epoch(run: Run) -> bool:
     """Train for the rest of the epoch; return False if the run has to stop, after saving."""
     args, state = run.args, run.state
     run.epoch_began = run.saved_at = time.monotonic()
-    began = run.epoch_began - state.seconds  # as if the epoch had not been interrupted
+    began = run.epoch_began - state.seconds  # includes the time before an interruption
     run.sampler.set_position(state.epoch, state.samples_seen)
     updates_left = run.sampler.updates  # of the epoch
     updates_done = state.epoch * run.updates_per_epoch + state.samples_seen // run.sampler.samples_per_update
@@ -575,9 +499,8 @@ def train_epoch(run: Run) -> bool:
     action = CONTINUE
     for step in train_one_epoch(
             run.train_step, run.train_loader, state.epoch, state.step, updates_left, args.accum_steps, run.meters,
-            progress, check_every=1 if run.device.type == 'cpu' else args.print_freq, skips_in_a_row=skips):
+            progress, check_every=1 if run.device.type == 'cpu' else args.print_freq, max_skips=skips):
         state.step, state.samples_seen = step, state.samples_seen + run.sampler.samples_per_update
-        state.timed_samples += run.sampler.samples_per_update
         updates_done += 1
         run.scheduler.step_update(updates_done)
         if run.profiler is not None:
@@ -600,7 +523,7 @@ def train_epoch(run: Run) -> bool:
     run.record = {
         'epoch': state.epoch, 'train_lr': rate, 'train_loss': totals['loss'] / max(totals['samples'], 1),
         'skipped_updates': int(totals['skipped']), 'n_parameters': n_parameters(run.core),
-        'train_images_per_s': state.timed_samples / state.seconds,
+        'train_images_per_s': state.samples_seen / state.seconds,
     }
     return True
 
@@ -636,13 +559,13 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     """
     args, state, world_size = run.args, run.state, processes.get_world_size()
     models = {'': run.core, 'ema_': run.ema.module} if run.ema else {'': run.core}
-    if world_size > 1:  # in every epoch, so that what is saved is what is scored
+    if world_size > 1:  # In every epoch, so that the saved weights are the scored ones.
         for model in models.values():
             distribute_bn(model, world_size, reduce=args.dist_bn == 'reduce')
     if not is_validated(run, state.epoch):
         return {}
 
-    # a run that is killed during a long evaluation resumes with the evaluation
+    # A run that is killed during a long evaluation resumes with the evaluation.
     is_long = args.save_every_steps or args.save_every_minutes or time.monotonic() - run.saved_at > 60
     if processes.all_reduce_max(int(bool(is_long))):
         run.save_in_epoch()
@@ -654,9 +577,9 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
             model = copy.deepcopy(model).to(run.device)
         try:
             scores[prefix] = score(model, run.val_loader, run.device, run.eval_autocast)
-        except Exception:  # an unreadable image, loader processes that cannot be started
-            if world_size == 1 and run.writer is not None:  # with more ranks, the others would have to save too
-                run.train_loader.stop()  # its open files may be those that the checkpoint needs
+        except Exception:  # Such as an unreadable image, or workers that cannot be started.
+            if world_size == 1 and run.writer is not None:  # With more ranks, all of them would have to save.
+                run.train_loader.stop()  # Its open files may exhaust the limit.
                 run.save_in_epoch()
                 run.writer.wait()
             raise
@@ -668,18 +591,18 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
 
 
 def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
-    """Log the epoch, save it, and go to the next."""
+    """Log the epoch, save it, and advance to the next."""
     args, state, record = run.args, run.state, run.record
     copies = [f'checkpoint_{state.epoch:04d}.pth'] if args.keep_checkpoints else []
     for prefix, stats in scores.items():
-        report(stats, 'EMA ' if prefix else '')
+        log_scores(stats, 'EMA ' if prefix else '')
         record.update({f'{prefix}test_{key}': stats[key] for key in ('acc1', 'acc5', 'loss')})
         if stats['acc1'] > state.best.get(f'{prefix}acc1', -1):
             state.best = {**state.best, f'{prefix}acc1': stats['acc1'], f'{prefix}epoch': state.epoch}
             copies.append(f'checkpoint_{prefix}best.pth')
     run.scheduler.step(state.epoch)
 
-    # log, then save: a run killed between them drops the line when it is resumed
+    # Log, then save: a run killed between them drops the line when it is resumed.
     record.update(epoch_seconds=time.monotonic() - run.epoch_began, memory_mb=utils.memory_mb(run.device))
     if run.writer is not None:
         run.writer.log(record)
@@ -688,7 +611,7 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
     left = seconds_left(run)
     logger.info('epoch %d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s%s', state.epoch, record['train_loss'],
                 record['train_lr'], record['train_images_per_s'], record['epoch_seconds'],
-                f"  best {state.best['acc1']:.3f}%" if state.best else '',
+                f"  best {state.best['acc1']:.3f}%" if 'acc1' in state.best else '',
                 f'  run ends in {datetime.timedelta(seconds=round(left))}' if left else '')
     if run.wait_share >= 0.1:
         logger.info(utils.waiting_advice(run.wait_share, args.loader, args.num_workers))
@@ -699,27 +622,15 @@ def finish(run: Run) -> None:
     """Wait for the last checkpoint; raise what the run ended with besides success."""
     if run.profiler is not None:
         run.profiler.stop()
-    error = None
-    if run.writer is not None:
-        run.writer.wait()
-        error = run.writer.error
-    if processes.all_reduce_max(int(error is not None)):
-        raise TrainingFault(
-            f'{run.args.output_dir} can not be written to any more, the files before are good ({error})')
-    number = run.stop_signal()
-    if number:
-        state = run.state
+    check_written(run.writer)
+    stop_signal, state = run.stop_signal(), run.state
+    if stop_signal:
         where = f'in epoch {state.epoch} after {state.step} of its steps' if state.step else \
             f'after epoch {state.epoch - 1}'
-        rest = '; --resume auto resumes there' if state.epoch < run.num_epochs else ', which was the last'
-        logger.info('stopped %s%s', where, rest)
-        if run.args.stopped_file and run.writer is not None and state.epoch < run.num_epochs:
-            Path(run.args.stopped_file).touch()
-        resumes_itself = run.args.resume == 'auto' and number != signal.SIGINT
-        raise SystemExit(0 if resumes_itself else 128 + number)
+        raise_stopped(run.args, stop_signal, where, is_complete=state.epoch >= run.num_epochs)
 
 
-def report(stats: dict[str, float], title: str = '') -> None:
+def log_scores(stats: dict[str, float], title: str = '') -> None:
     """Log accuracy and loss, in the two lines of DeiT's code."""
     logger.info('* %sAcc@1 %.3f Acc@5 %.3f loss %.3f', title, stats['acc1'], stats['acc5'], stats['loss'])
     logger.info('%sAccuracy of the network on the %d test images: %.3f%%', title, stats['count'], stats['acc1'])

@@ -6,11 +6,11 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms as tv_transforms
 
-SMALL = 32  # largest input size of the CIFAR recipe: padded random crops, evaluation without resizing
+SMALL = 32  # pixels: up to this input size, training crops with padding and evaluation does not resize, as for CIFAR
 
 
 def _posterize(img: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    # Pillow 13 refuses 0 bits, which rand-m9-mstd0.5-inc1 draws at times; earlier releases returned black.
+    # rand-m9-mstd0.5-inc1 sometimes draws 0 bits. Pillow 13 refuses them; earlier releases returned black.
     if bits_to_keep <= 0:
         return Image.new(img.mode, img.size)
     return augment.posterize(img, bits_to_keep)
@@ -29,17 +29,17 @@ def build_transform(
 ) -> Callable:
     """Return the transform from a PIL image to a uint8 tensor (3, input_size, input_size).
 
-    Evaluation resizes the short side to int(256 / 224 * input_size), bicubic, and crops the centre. For inputs up to
+    Evaluation resizes the short side to int(256 / 224 * input_size), bicubic, and crops the center. For inputs up to
     32 px, as for CIFAR, training crops the image at random with a padding of 4, and evaluation does not resize.
 
     Args:
-        is_train: random augmentation, or the transform of evaluation, which the other arguments do not change.
+        is_train: True for random augmentation, False for evaluation, which ignores the arguments after `input_size`.
         input_size: height and width of the result (pixels).
-        auto_augment: timm's policy, as rand-m9-mstd0.5-inc1; None for no policy.
-        color_jitter: strength of timm's colour jitter, in force without a policy.
-        interpolation: bicubic, bilinear, or random for a draw between both.
+        auto_augment: timm's policy, such as rand-m9-mstd0.5-inc1; None for no policy.
+        color_jitter: strength of timm's color jitter, which applies without a policy.
+        interpolation: bicubic, bilinear, or random to draw one of the two for each image.
         hflip: probability of a horizontal flip.
-        scale, ratio: range of a crop's area, as a share of the image, and of its width / height; None for timm's.
+        scale, ratio: ranges of a crop's share of the image's area and of its width / height; None for timm's.
     """
     if not is_train:
         if input_size > SMALL:

@@ -1,4 +1,4 @@
-"""Describe the machine, show progress in the terminal, and send figures to trackers."""
+"""The machine, the terminal, and trackers."""
 import contextlib
 import datetime
 import importlib
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from errors import first_line
+from errors import UsageError, first_line
 from launch import read_launch
 from processes import get_world_size
 
@@ -28,7 +28,7 @@ WANDB_ID = 'wandb_id.txt'
 
 
 def setup_logging() -> None:
-    """Print information from rank 0, and warnings from every rank with the rank's number."""
+    """Print messages of rank 0, and warnings of every rank with its rank."""
     rank = read_launch().rank
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -36,20 +36,20 @@ def setup_logging() -> None:
         stream=sys.stdout, force=True)
     logging.captureWarnings(True)
     if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')  # names of files may be in no encoding
+        sys.stdout.reconfigure(errors='backslashreplace')  # File names may have bytes that no encoding has.
 
 
-def raise_file_limit(most: int = 65536) -> None:
-    """Raise the limit of open files as far as this process may: a loader process needs five, a batch two."""
+def raise_file_limit(limit: int = 65536) -> None:
+    """Raise the limit on open files as far as this process may: a worker needs five, a batch two."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    limit = limit if hard == resource.RLIM_INFINITY else min(hard, limit)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def cores() -> int:
     """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # macOS has none
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # not on macOS
 
 
 def processor() -> str:
@@ -65,8 +65,8 @@ def describe_system(device: torch.device) -> str:
     folder = Path(__file__).resolve().parent
     git = ['git', '-C', str(folder), 'describe', '--always', '--dirty']
     commit = 'unknown'
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, no repository, one of another user
-        # the ceiling: a copy of the project in another repository has not that repository's commit
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or not a repository of this user
+        # The ceiling keeps git from describing another repository around a copy of this project.
         environment = {**os.environ, 'GIT_CEILING_DIRECTORIES': str(folder.parent)}
         commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10, env=environment).stdout
     versions = [f'{name} {metadata.version(name)}' for name in ('torch', 'torchvision', 'timm')]
@@ -77,34 +77,34 @@ def describe_system(device: torch.device) -> str:
 
 
 def memory_mb(device: torch.device) -> float:
-    """Return the peak memory of this process in MiB: allocated on a CUDA device, else resident."""
+    """Return the peak memory of this process in MiB: allocated on a CUDA device, or resident."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ValueError if torch.compile cannot compile here, as on a CPU without a C++ compiler.
+    """Raise UsageError if torch.compile cannot compile here, such as on a CPU without a C++ compiler.
 
-    The check takes 3 s, or half a minute with an empty cache of torch.compile.
+    The check takes 3 s, or half a minute while torch.compile's cache is empty.
     """
     logger.info('trying torch.compile')
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
-    except Exception as error:  # backends raise anything
+    except Exception as error:  # Backends raise anything.
         reason = first_line(getattr(error, 'inner_exception', error))
-        raise ValueError(f'--compile: {reason}; install what is missing, or leave the flag out') from None
+        raise UsageError(f'--compile: {reason}; install what is missing, or leave the flag out') from None
 
 
 def check_trackers(tensorboard: bool, wandb: bool) -> None:
-    """Raise ValueError if the package of a requested tracker cannot be used."""
-    used = {'tensorboard': ('torch.utils.tensorboard', 'SummaryWriter'), 'wandb': ('wandb', 'init')}
+    """Raise UsageError if the package of a requested tracker cannot be used."""
+    classes = {'tensorboard': ('torch.utils.tensorboard', 'SummaryWriter'), 'wandb': ('wandb', 'init')}
     for package in ['tensorboard'] * tensorboard + ['wandb'] * wandb:
-        module, name = used[package]
-        try:  # a folder called wandb can be imported too, as a package without attributes
+        module, name = classes[package]
+        try:  # A folder called wandb can be imported too, as a package without attributes.
             getattr(importlib.import_module(module), name)
-        except Exception as error:  # broken packages raise anything
-            raise ValueError(f'--log-{package} needs a package that is not installed, or broken: pip install {package} '
+        except Exception as error:  # Broken packages raise anything.
+            raise UsageError(f'--log-{package} needs a package that is missing or broken: pip install {package} '
                              f'({first_line(error)})') from None
 
 
@@ -112,17 +112,17 @@ def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
     """Return a function that sends a record of log.txt to TensorBoard.
 
     Args:
-        folder: of the run, whose earlier curves are continued.
-        epoch: first epoch to come; TensorBoard drops later records of an earlier run.
+        folder: folder of the run; earlier curves are continued.
+        epoch: next epoch; TensorBoard drops records of this and later epochs.
 
     Raises:
-        ValueError: nothing can be written to `folder`.
+        UsageError: nothing can be written to `folder`.
     """
     from torch.utils.tensorboard import SummaryWriter
     try:
         writer = SummaryWriter(folder / 'tensorboard', purge_step=epoch)
     except Exception as error:
-        raise ValueError(f'--log-tensorboard: {first_line(error)}') from None
+        raise UsageError(f'--log-tensorboard: {first_line(error)}') from None
 
     def track(record: dict[str, Any]) -> None:
         for key, value in record.items():
@@ -135,19 +135,19 @@ def wandb_tracker(folder: Path, settings: dict[str, Any], run_id: str) -> Callab
     """Return a function that sends a record of log.txt to Weights & Biases.
 
     Args:
-        folder: of the run, which gives the name.
+        folder: folder of the run, which gives the name.
         settings: flags of the run.
-        run_id: of the run at Weights & Biases, which is continued if it exists there.
+        run_id: id of the run at Weights & Biases, which is continued if it exists there.
 
     Raises:
-        ValueError: no run can be started (no key, no network).
+        UsageError: no run can be started (no key, no network).
     """
     import wandb
     try:
         run = wandb.init(
             project='cmt', name=folder.resolve().name, dir=folder, config=settings, resume='allow', id=run_id)
     except Exception as error:
-        raise ValueError(f'--log-wandb: {" ".join(str(error).split())} '
+        raise UsageError(f'--log-wandb: {" ".join(str(error).split())} '
                          '(WANDB_MODE=offline needs neither key nor network)') from None
     return lambda record: run.log(record, step=record['epoch'])
 
@@ -161,7 +161,7 @@ def read_wandb_id(folder: Path, is_new: bool) -> str:
 def build_profiler(steps: int, path: Path) -> torch.profiler.profile:
     """Build a profiler that writes a Chrome trace of `steps` steps to `path`.
 
-    Two steps are skipped before the trace, and two more warm the profiler up.
+    Before the trace, two steps are skipped, and two more warm up the profiler.
     """
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(skip_first=2, wait=0, warmup=2, active=steps, repeat=1),
@@ -172,25 +172,25 @@ class Progress:
     """Show the progress of an epoch: a live bar on a terminal, else a line every `every` steps.
 
     Args:
-        title: such as 'epoch 3/10'.
+        title: title, such as 'epoch 3/10'.
         total: steps of the epoch.
-        start: steps done before a resume.
+        first_step: steps that were done before a resume.
         every: steps between two lines.
         enabled: False on all ranks but rank 0.
     """
 
-    def __init__(self, title: str, total: int, start: int = 0, every: int = 10, enabled: bool = True):
+    def __init__(self, title: str, total: int, first_step: int = 0, every: int = 10, enabled: bool = True):
         self.title = title
         self.total = total
-        self.start = self.done = start
+        self.first_step = self.done = first_step
         self.every = every
         self.enabled = enabled
         self.began = time.monotonic()
-        self.waited = 0.  # seconds for data
+        self.waited = 0.  # seconds spent waiting for data
         self.bar = None
         if enabled and sys.stdout.isatty():
             self.bar = tqdm(
-                total=total, initial=start, desc=title, file=sys.stdout, dynamic_ncols=True, leave=False,
+                total=total, initial=first_step, desc=title, file=sys.stdout, dynamic_ncols=True, leave=False,
                 bar_format='{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]')
 
     def wait_share(self) -> float:
@@ -210,7 +210,7 @@ class Progress:
                 self.bar.set_postfix_str(shown, refresh=False)
             self.bar.update()
         elif self.enabled and shown:
-            seconds = (time.monotonic() - self.began) / (self.done - self.start) * (self.total - self.done)
+            seconds = (time.monotonic() - self.began) / (self.done - self.first_step) * (self.total - self.done)
             eta = datetime.timedelta(seconds=round(seconds))
             logger.info('%s  step %d/%d  %s  eta %s', self.title, self.done, self.total, shown, eta)
 
@@ -221,7 +221,7 @@ class Progress:
 
 
 def waiting_advice(share: float, loader: str, num_workers: int) -> str:
-    """Return a line for a run that spends `share` of its time waiting for data."""
+    """Return advice for a run that spends `share` of its time waiting for data."""
     processes, changes = read_launch().local_world_size or 1, []
     if loader == 'reference':
         changes.append('--loader fast')
@@ -229,4 +229,4 @@ def waiting_advice(share: float, loader: str, num_workers: int) -> str:
         changes.append(f'more --num-workers ({num_workers} now, {cores()} cores for {processes} '
                        f'process{"es" if processes > 1 else ""})')
     advice = ', '.join(changes or ['prepared images (docs/data.md), more cores, or a larger --model'])
-    return f'{share:.0%} of the time went to waiting for data: {advice} (scripts/benchmark_data.py measures)'
+    return f'{share:.0%} of the time was spent waiting for data: {advice} (scripts/benchmark_data.py measures it)'

@@ -1,11 +1,13 @@
-"""Read weights of any origin into one Weights value, infer the model that they fit, and load them.
+"""Read weights of any origin into one Weights value, build the model they fit, and load them.
 
-Origins: runs of this project, the authors' release, safetensors, MindCV's MindSpore files, names of timm or the hub.
+Origins: runs of this project, the authors' release, safetensors, MindCV's MindSpore files, model names of timm or the
+Hugging Face Hub.
 """
 import argparse
 import logging
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,75 +20,96 @@ from timm.models import adapt_input_conv
 
 import cmt
 import mindspore
-from checkpoints import LAST, newest_checkpoint, no_checkpoint, read_checkpoint
-from errors import first_line
+from checkpoints import FORMAT, no_checkpoint, read_checkpoint
+from errors import UsageError, first_line
 
 logger = logging.getLogger(__name__)
 
-# what parsing tensors of unexpected dimensions or sizes raises
-SHAPE_ERRORS = IndexError, RuntimeError, ZeroDivisionError, ValueError
-MAX_LISTED = 8  # tensors that an error names
-FILES = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'
+SHAPE_ERRORS = IndexError, RuntimeError, ZeroDivisionError, ValueError  # raised for tensors of unexpected shapes
+MAX_LISTED = 8  # tensors listed in an error
+EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'
 
+# Keys of checkpoints, in order of preference.
+WEIGHT_KEYS = 'model', 'state_dict', 'model_state_dict', 'net', 'network', 'weights', 'params', 'module'
+EMA_KEYS = 'model_ema', 'state_dict_ema', 'ema', 'ema_state_dict', 'params_ema'
+# Components of names added by DDP and AveragedModel, torch.compile, FSDP, and activation checkpointing.
+_WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
+# A wrapper's prefix precedes both anchor keys; every CMT key starts with one of _COMPONENTS.
+_ANCHORS = r'stem[._]conv1\.weight', r'(?:stages\.0\.blocks\.0\.lmhsa|blocks_a\.0\.attn)\.q\.weight'
+_COMPONENTS = re.compile(r'(stem|stages|head_proj|head|(stem|patch_embed|relative_pos|blocks)_\w+|_fc|_bn)(\.|$)')
+
+
+# Weights in a checkpoint
 
 @dataclass(frozen=True)
 class Weights:
     """Hold the tensors of a model with the metadata of their file.
 
     Attributes:
-        state: tensors under the names of the file, without prefix (cmt.plain_weights).
-        kind: 'model_ema' for any EMA, 'bare' (a file of tensors alone), 'mindspore', or one of cmt.WEIGHT_KEYS.
-        source: file or name, for messages.
-        model_args: arguments of cmt.CMT inferred from names and shapes; empty if the weights are of no CMT.
-        run_args: arguments of the run that wrote the file; empty if the file contains none.
+        state: tensors under the names of the file, without prefixes.
+        is_ema: whether the tensors are an EMA.
+        file: file or model name, for messages.
+        model_args: arguments of cmt.CMT, from the file or inferred from shapes; empty if the weights are not a CMT's.
+        name: model name from the file, or of the published model with these shapes; None if unknown.
+        input_size: input size in the file's training arguments, or None.
         classes: class names in the order of their index, or None.
         epoch: last epoch that was trained, or None.
         notes: what was removed from the names or left out of the file.
     """
     state: dict[str, torch.Tensor]
-    kind: str
-    source: str
+    is_ema: bool
+    file: str
     model_args: dict[str, Any]
-    run_args: dict[str, Any]
+    name: str | None
+    input_size: int | None
     classes: list[str] | None
     epoch: int | None
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, checkpoint: dict[str, Any], source: str, use_ema: bool = False) -> 'Weights':
+    def from_checkpoint(cls, checkpoint: dict[str, Any], file: str, use_ema: bool = False) -> 'Weights':
         """Extract the weights from a checkpoint, or their EMA if `use_ema` and the checkpoint contains one.
 
         Raises:
-            ValueError: a checkpoint without weights, or tensors of shapes that no model has.
+            UsageError: the checkpoint has no weights, or their shapes are not those of a model.
         """
-        state, key = cmt.find_weights(checkpoint, use_ema)
+        state, key = find_state_dict(checkpoint, use_ema)
         try:
-            state, notes = cmt.plain_weights(state)
+            state, notes = clean_names(state)
+            state = mindspore.to_torch(state) if any(name.endswith('.moving_mean') for name in state) else state
         except ValueError as error:
-            raise ValueError(f'{source}: {error}') from None
-        kind = _checked_kind(state, key, checkpoint, source)
+            raise UsageError(f'{file}: {error}') from None
+        if not state:
+            keys = ', '.join(map(str, list(checkpoint)[:MAX_LISTED])) + ', ...' * (len(checkpoint) > MAX_LISTED)
+            raise UsageError(f"{file}: no weights under a known key; its keys are {keys or 'none'}: save the model's "
+                             "state dict under 'model'")
+        args, is_own = checkpoint.get('args'), bool(checkpoint.get('format') == FORMAT and checkpoint.get('model_args'))
+        args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
         try:
-            model_args = model_args_of(state)
+            model_args = checkpoint['model_args'] if is_own else model_args_of(state)
         except SHAPE_ERRORS as error:
-            raise ValueError(f'{source} does not fit the model: tensors of odd shapes ({error})') from None
-        args = checkpoint.get('args')
-        run_args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+            raise UsageError(f'{file} does not fit the model: unexpected shapes ({error})') from None
+        name, size = args.get('model'), args.get('input_size')  # Other tools write anything here.
+        is_name = isinstance(name, str) and timm.is_model(name)
+        if not is_name or not is_own and name in (*cmt.MODELS, *cmt.ALIASES):  # Shapes are more reliable.
+            name = variant_of(model_args)
         classes, epoch = checkpoint.get('classes') or None, checkpoint.get('epoch')
-        classes = classes if isinstance(classes, (list, tuple)) else None  # other tools may write a number
-        if checkpoint.get('meters') and isinstance(epoch, int):  # an epoch in progress
+        classes = classes if isinstance(classes, (list, tuple)) else None
+        if checkpoint.get('meters') and isinstance(epoch, int):  # This epoch was not completed.
             epoch -= 1
-        share = _initial_share(checkpoint, run_args) if kind == 'model_ema' else 0
+        share = _initial_share(checkpoint, args) if key in EMA_KEYS else 0
         if share > 0.05:
-            notes = [*notes, f'{share:.0%} of this EMA is still the initial weights of the run, as its decay is slow; '
-                     "the model's own weights, in the same file, may be better"]
-        return cls(state, kind, source, model_args, run_args, classes, epoch, tuple(notes))
+            notes.append(f'{share:.0%} of this EMA is still the initial weights of the run, as its decay is slow; the '
+                         "model's own weights, in the same file, may be better")
+        return cls(state, key in EMA_KEYS, file, model_args, name, size if isinstance(size, int) else None, classes,
+                   epoch, tuple(notes))
 
-    def classes_for(self, model: nn.Module) -> list[str] | None:
+    def class_names(self, model: nn.Module) -> list[str] | None:
         """Return the class names if there is one for each output of `model`."""
         return self.classes if self.classes and len(self.classes) == model.num_classes else None
 
-    def for_classes(self, classes: list[str]) -> 'Weights':
-        """Return the weights, without their head if its class names are known, and are not `classes` in this order."""
+    def drop_other_head(self, classes: list[str]) -> 'Weights':
+        """Drop the head if it was trained on other class names than `classes`, or in another order."""
         names = self.classes or []
         is_known = len(names) == self.model_args.get('num_classes') and all(isinstance(name, str) for name in names)
         if not is_known or list(names) == classes:
@@ -94,69 +117,117 @@ class Weights:
         state = {name: value for name, value in self.state.items() if not name.startswith('head.')}
         return replace(self, state=state, notes=(*self.notes, 'its classes are others, or in another order'))
 
+    def check_name(self, name: str | None) -> None:
+        """Raise UsageError if the weights do not belong to the model `name`; None is any model."""
+        if not self.model_args:
+            tensors = '; '.join([', '.join(list(self.state)[:3]) + ', ...', *self.notes])
+            raise UsageError(f'{self.file} does not fit the model: it is not a CMT ({tensors})')
+        if name is None or not self.model_args.get('position_bias', True) and not variant_of(self.model_args):
+            return  # MindCV's form has other widths under the same names.
+        args = create_cmt(name, device='meta').model_args
+        if any(_as_tuple(args[key]) != _as_tuple(self.model_args[key]) for key in ('stem_chs', 'embed_dims', 'depths')):
+            hint = f': it contains {self.name}; give --model {self.name}' if self.name else ''
+            raise UsageError(f'{self.file} does not fit the model {name}{hint}')
 
-def _initial_share(checkpoint: dict[str, Any], run_args: dict[str, Any]) -> float:
+
+def find_state_dict(checkpoint: dict[str, Any], use_ema: bool = False) -> tuple[dict[str, Any], str]:
+    """Return the state dict in a checkpoint, its EMA first if `use_ema`, and its key; '' for the checkpoint itself."""
+    for key in EMA_KEYS + WEIGHT_KEYS if use_ema else WEIGHT_KEYS + EMA_KEYS:
+        if isinstance(checkpoint.get(key), dict):
+            state, inner = find_state_dict(checkpoint[key], use_ema)
+            if any(isinstance(value, torch.Tensor) for value in state.values()):
+                return state, inner if inner in EMA_KEYS else key
+    return checkpoint, ''
+
+
+def unwrapped_name(name: str) -> str:
+    """Remove the components that wrappers add to a name."""
+    return '.'.join(component for component in name.split('.') if component not in _WRAPPERS)
+
+
+def clean_names(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Remove wrappers' components from the names, and from a CMT also a prefix and tensors of other modules.
+
+    Returns:
+        Tensors by name, and notes on what was removed.
+
+    Raises:
+        UsageError: the state dict contains two models.
+    """
+    tensors, names, others, notes = {}, {}, [], []
+    for name, value in state_dict.items():
+        plain = unwrapped_name(str(name))
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            others.append(str(name))
+        elif plain in tensors:
+            raise UsageError(f'{names[plain]} and {name} belong to two models: save the weights of one of them')
+        else:
+            tensors[plain], names[plain] = value, name
+    matches = [map(re.compile(rf'(.*\.)?{anchor}').fullmatch, tensors) for anchor in _ANCHORS]
+    prefixes = sorted(set.intersection(*({match[1] or '' for match in anchor if match} for anchor in matches)))
+    if len(prefixes) > 1:
+        names = ' and '.join(prefix or '(none)' for prefix in prefixes)
+        raise UsageError(f'it contains models under the prefixes {names}: save the weights of one of them')
+    for prefix in prefixes:
+        names = {name for name in tensors if name.startswith(prefix) and _COMPONENTS.match(name, len(prefix))}
+        others += [name for name in tensors if name not in names]
+        tensors = {name[len(prefix):]: value for name, value in tensors.items() if name in names}
+        notes += [f'prefix {prefix} removed'] if prefix else []
+    if others:
+        notes.append(f'{len(others)} other{"s" * (len(others) > 1)} left out: '
+                     + ', '.join([*others[:3], *['...'] * (len(others) > 3)]))
+    return tensors, notes
+
+
+def _initial_share(checkpoint: dict[str, Any], args: dict[str, Any]) -> float:
     """Return the share of a run's initial weights in the EMA of its checkpoint; 0 if unknown."""
     try:
         updates = max(float(state['step']) for state in checkpoint['optimizer']['state'].values())
-        return run_args['model_ema_decay'] ** updates
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # a file of another tool
+        return args['model_ema_decay'] ** updates
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # The file of another tool.
         return 0
 
 
-def _checked_kind(state: dict[str, torch.Tensor], key: str, checkpoint: dict[str, Any], source: str) -> str:
-    """Return the kind of a state dict that was found under `key`; raise ValueError if it has no values to load."""
-    if not state:
-        keys = ', '.join(map(str, list(checkpoint)[:MAX_LISTED])) + ', ...' * (len(checkpoint) > MAX_LISTED)
-        raise ValueError(f"{source}: it holds no weights under a known key; its keys are {keys or 'none'}: save the "
-                         "state dict of the model under 'model'")
-    empty = next((name for name, value in state.items() if value.numel() == 0), None)
-    if empty:  # placeholders of weights that are sharded over other files
-        raise ValueError(f'{source}: its tensor {empty} is empty')
-    if not key and any(name.endswith(('.gamma', '.moving_mean')) for name in state):
-        return 'mindspore'
-    return 'model_ema' if key in cmt.EMA_KEYS else key or 'bare'
+# Reading
+
+def read_weights(file: str, use_ema: bool = False) -> Weights:
+    """Read the weights of a file or name; arguments and errors are those of `read` and Weights.from_checkpoint."""
+    return Weights.from_checkpoint(read(file), file, use_ema)
 
 
-# reading
-
-def read_weights(source: str, use_ema: bool = False) -> Weights:
-    """Read the weights of a file or name; arguments and errors are those of `read` and Weights.of."""
-    return Weights.of(read(source), source, use_ema)
-
-
-def read(source: str) -> dict[str, Any]:
+def read(file: str) -> dict[str, Any]:
     """Read a checkpoint from a file of any kind, or the pretrained weights of a timm model.
 
     Args:
-        source: .pth, .safetensors or MindSpore's .ckpt; an http(s) address of a .pth; a folder written by
+        file: .pth, .safetensors or MindSpore's .ckpt; an http(s) address of a .pth; a folder written by
             scripts/convert_checkpoint.py; or a name ('cmt_s', 'hf-hub:...', 'local-dir:...').
 
     Returns:
         Tensors on the CPU, in the nesting of the file.
 
     Raises:
-        ValueError: no such file or name, a damaged file, or one that would run code when loaded.
+        UsageError: no such file or name, a damaged file, or one that would run code when loaded.
     """
-    config = Path(source.removeprefix('local-dir:')) / 'config.json'
+    config = Path(file.removeprefix('local-dir:')) / 'config.json'
     if config.is_file():
-        source = f'local-dir:{config.parent}'
-    # timm takes cmt_small.pth for a tag of cmt_s
-    is_name = source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or \
-        timm.is_model(source.split('.')[0]) and not source.endswith(FILES)
-    if not os.path.exists(source) and not is_name and not source.startswith(('http://', 'https://')):
-        raise ValueError(f'{no_checkpoint(source)}, nor a model of that name ({_names()})')
-    if os.path.isfile(source) or not is_name:
-        return read_file(source)
-    if timm.is_model(source.split('.')[0]):
-        create_cmt(source, device='meta')  # refuse other models before anything is fetched
+        file = f'local-dir:{config.parent}'
+    # timm takes cmt_small.pth for a tag of the model cmt_small.
+    is_name = file.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or \
+        timm.is_model(file.split('.')[0]) and not file.endswith(EXTENSIONS)
+    if not os.path.exists(file) and not is_name and not file.startswith(('http://', 'https://')):
+        raise UsageError(f'{no_checkpoint(file)}, nor a model of that name ({_names()})')
+    if os.path.isfile(file) or not is_name:
+        return read_file(file)
+    if timm.is_model(file.split('.')[0]):
+        create_cmt(file, device='meta')  # Refuse other models before anything is downloaded.
     try:
-        model = timm.create_model(source, pretrained=True)
-    except Exception as error:  # clients of hubs raise anything
-        raise ValueError(f'{source} could not be fetched ({first_line(error)}): download it elsewhere, and give its '
+        model = timm.create_model(file, pretrained=True)
+    except Exception as error:  # Hub clients raise anything.
+        raise UsageError(f'{file} could not be downloaded ({first_line(error)}): download it elsewhere, and give the '
                          'file') from None
-    args = {'model': model.pretrained_cfg.get('architecture'), 'input_size': getattr(model, 'img_size', None)}
-    return {'model': model.state_dict(), 'args': args, 'classes': model.pretrained_cfg.get('label_names')}
+    return {'format': FORMAT, 'model': model.state_dict(), 'model_args': getattr(model, 'model_args', {}),
+            'args': {'model': model.pretrained_cfg.get('architecture')},
+            'classes': model.pretrained_cfg.get('label_names')}
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -167,31 +238,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
             return safetensors.torch.load_file(name)
         if name.endswith('.ckpt') and os.path.isfile(name) and not _is_torch_file(name):
             return mindspore.read(name)
-    except Exception as error:  # parsers fail anywhere on a damaged file
-        reason = str(error) if 'checksum' in str(error) else f'{name} is cut short, damaged or no checkpoint'
-        raise ValueError(reason) from None
+    except Exception as error:  # Parsers fail anywhere on a damaged file.
+        reason = str(error) if 'checksum' in str(error) else f'{name} is truncated, damaged, or not a checkpoint'
+        raise UsageError(reason) from None
     return read_checkpoint(name)
-
-
-def find_checkpoint(
-        resume: str, output_dir: Path | None, fall_back: bool) -> tuple[str, dict[str, Any]] | tuple[None, None]:
-    """Return the name of the checkpoint to resume, and its contents.
-
-    Args:
-        resume: a file or address; 'auto' for the newest readable checkpoint in `output_dir`; '' for none.
-        output_dir: folder of the run.
-        fall_back: read the previous checkpoint if checkpoint_last.pth is damaged.
-
-    Raises:
-        ValueError: no readable checkpoint.
-    """
-    if not resume:
-        return None, None
-    if resume == 'auto':
-        return newest_checkpoint(output_dir)
-    if fall_back and Path(resume).name == LAST and Path(resume).is_file():
-        return newest_checkpoint(Path(resume).parent)
-    return resume, read(resume) if os.path.isdir(resume) else read_file(resume)
 
 
 def _is_torch_file(name: str) -> bool:
@@ -200,9 +250,9 @@ def _is_torch_file(name: str) -> bool:
         return file.read(1) in (b'P', b'\x80')
 
 
-# the model of weights
+# The model that weights fit
 
-SHARED = dict(num_heads=(1, 2, 4, 8), sr_ratios=(8, 4, 2, 1), num_features=1280, qkv_bias=True)  # of all variants
+SHARED = dict(num_heads=(1, 2, 4, 8), sr_ratios=(8, 4, 2, 1), num_features=1280, qkv_bias=True)  # by all variants
 
 
 def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -212,14 +262,14 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     which follow from no shape.
 
     Returns:
-        Arguments by name; empty if the weights are of no CMT. Without `img_size` for MindCV's weights, which fit any
+        Arguments by name; empty if the weights are not a CMT's. Without `img_size` for MindCV's weights, which fit any
         size, and for released tables of an input that is not square.
     """
-    shapes = {cmt._released_name(cmt._torch_name(name)): tuple(value.shape) for name, value in weights.items()}
+    shapes = {cmt.released_name(name): tuple(value.shape) for name, value in weights.items()}
     stages = [c for c in 'abcdefgh' if f'patch_embed_{c}.proj.weight' in shapes]
     depths = [len({n.split('.')[1] for n in shapes if n.startswith(f'blocks_{c}.')}) for c in stages]
-    wanted = [f'blocks_{c}.0.mlp.conv1.0.weight' for c in stages] + ['stem_conv1.weight', '_fc.weight']
-    if not stages or any(name not in shapes for name in wanted):
+    required = [f'blocks_{c}.0.mlp.conv1.0.weight' for c in stages] + ['stem_conv1.weight', '_fc.weight']
+    if not stages or any(name not in shapes for name in required):
         return {}
     dims = [shapes[f'patch_embed_{c}.proj.weight'][0] for c in stages]
     tables = [shapes.get(f'relative_pos_{c}') for c in stages]
@@ -231,13 +281,14 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         num_features=shapes['_fc.weight'][0], num_classes=shapes.get('head.weight', (0,))[0],
         qkv_bias='blocks_a.0.attn.q.bias' in shapes)
     if None in tables:
-        return dict(args, num_heads=tuple(2 ** i for i in range(len(stages))),
+        args.update(num_heads=tuple(2 ** i for i in range(len(stages))),
                     position_bias=False, act_layer='gelu_tanh', norm_eps=1e-7)
-    args['num_heads'] = tuple(table[0] for table in tables)
-    if len(tables[0]) == 5:
-        args['img_size'] = (4 * tables[0][1], 4 * tables[0][2])
-    elif math.isqrt(tables[0][1]) ** 2 == tables[0][1]:
-        args['img_size'] = (4 * math.isqrt(tables[0][1]),) * 2
+    else:
+        args['num_heads'] = tuple(table[0] for table in tables)
+        if len(tables[0]) == 5:
+            args['img_size'] = (4 * tables[0][1], 4 * tables[0][2])
+        elif math.isqrt(tables[0][1]) ** 2 == tables[0][1]:
+            args['img_size'] = (4 * math.isqrt(tables[0][1]),) * 2
     return args
 
 
@@ -249,54 +300,25 @@ def _ratio(dim: int, hidden: int) -> float:
 
 def variant_of(model_args: dict[str, Any]) -> str | None:
     """Return the name of the published model that these arguments make, if any."""
-    if any(model_args.get(key) != value for key, value in SHARED.items()):
+    def is_equal(values: dict[str, Any], key: str) -> bool:
+        return _as_tuple(model_args.get(key)) == values[key]
+
+    if not all(is_equal(SHARED, key) for key in SHARED):
         return None
     keys = 'stem_chs', 'embed_dims', 'depths'
     return next((name for name, variant in cmt.MODELS.items()
-                 if all(variant.model_args[key] == model_args[key] for key in keys)), None)
+                 if all(is_equal(variant.model_args, key) for key in keys)), None)
 
 
-def _differences(model_args: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that differ from the published model of the same widths, besides size and classes."""
-    changed = {}
-    if not model_args.get('position_bias', True):
-        changed = {key: model_args[key] for key in ('position_bias', 'act_layer', 'norm_eps', 'mlp_ratios')}
-    variant = variant_of(model_args)
-    if variant:
-        def hidden(ratios):
-            return [int(dim * ratio) for dim, ratio in zip(model_args['embed_dims'], ratios)]
-        if hidden(model_args['mlp_ratios']) != hidden(cmt.MODELS[variant].model_args['mlp_ratios']):
-            changed['mlp_ratios'] = model_args['mlp_ratios']
-    if model_args.get('in_chans', 3) != 3:
-        changed['in_chans'] = model_args['in_chans']
-    return changed
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # JSON has lists.
 
 
-def identify(weights: Weights, model: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Return the name of the model that weights fit, and the arguments that differ from that name's defaults.
-
-    Args:
-        weights: of a CMT.
-        model: name to use instead of the one in the file.
-
-    Returns:
-        A name in timm; arguments of cmt.CMT besides input size and number of classes.
-
-    Raises:
-        ValueError: the weights are of no CMT.
-    """
-    args = weights.model_args
-    if not args:
-        names = '; '.join([', '.join(list(weights.state)[:3]) + ', ...', *weights.notes])
-        raise ValueError(f'{weights.source} does not fit the model: it holds no CMT ({names})')
-    saved, variant = weights.run_args.get('model'), variant_of(args)
-    saved = saved if isinstance(saved, str) and timm.is_model(saved) else None
-    if variant is None and cmt.ALIASES.get(saved, saved) in cmt.MODELS:
-        saved = None  # the run began from weights of no published size, under the name of any model
-    if saved or variant or (model and args.get('position_bias', True)):
-        return model or saved or variant, _differences(args)
-    # no published size: any name will do, since all of its arguments are replaced
-    return model or 'cmt_s', {key: value for key, value in args.items() if key not in ('img_size', 'num_classes')}
+def overrides_of(model_args: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the arguments that differ from the defaults of the named model, without the rates of one training run."""
+    defaults = create_cmt(name, device='meta').model_args
+    return {key: value for key, value in model_args.items()
+            if _as_tuple(value) != _as_tuple(defaults[key]) and not key.endswith('_rate')}
 
 
 def _names() -> str:
@@ -307,70 +329,90 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
     """Create a CMT by its name in timm.
 
     Raises:
-        ValueError: no model of that name, or one that is no CMT.
+        UsageError: no model of that name, or one that is not a CMT.
     """
     if not timm.is_model(name):
-        raise ValueError(f'unknown model {name}: {_names()}')
+        raise UsageError(f'unknown model {name}: {_names()}')
     try:
         model = timm.create_model(name, **kwargs)
     except TypeError as error:
-        raise ValueError(f'{name} is no CMT ({error})') from None
+        raise UsageError(f'{name} is not a CMT ({error})') from None
     except RuntimeError as error:  # 'cmt_s.TAG'
-        raise ValueError(f'{name}: {error}') from None
+        raise UsageError(f'{name}: {error}') from None
     if not isinstance(model, cmt.CMT):
-        raise ValueError(f'{name} is no CMT')
+        raise UsageError(f'{name} is not a CMT')
     return model
 
 
-# loading
+def create_for(weights: Weights, name: str | None = None, **kwargs) -> cmt.CMT:
+    """Create the model of `weights`, without loading them.
+
+    Args:
+        weights: of a CMT.
+        name: the model's name, checked against the weights; None for any.
+        kwargs: arguments of cmt.CMT that replace those of the weights.
+
+    Raises:
+        UsageError: the weights are not a CMT's or do not belong to `name`, or no model has these arguments.
+    """
+    weights.check_name(name)
+    size = weights.input_size or 224  # for weights that fit any size
+    args = {key: value for key, value in weights.model_args.items() if not key.endswith('_rate')}  # rates of one run
+    try:
+        return create_cmt(name or weights.name or 'cmt_s', **{'img_size': size, **args, **kwargs})
+    except SHAPE_ERRORS as error:
+        raise UsageError(f'no model can be built for {weights.file}: {error}') from None
+
+
+# Loading
 
 def load_weights(model: nn.Module, weights: Weights, new_head: bool = False) -> str:
     """Load all tensors of `weights` into a model, or raise and load none.
 
     Args:
-        model: a CMT, or another timm model whose names the weights have.
+        model: a CMT, or another timm model with the same names as the weights.
         weights: of the same model, under the names of any origin.
         new_head: keep the head of `model` if it has another number of classes, and adapt the first convolution to
             another number of input channels.
 
     Returns:
-        One line on what was loaded, resampled and left new; also logged.
+        One line on what was loaded, resampled and newly initialized; also logged.
 
     Raises:
-        ValueError: tensors missing, left over or of another shape; `model` is unchanged.
+        UsageError: tensors are missing, left over or of another shape; `model` is unchanged.
     """
     model_state, notes = model.state_dict(), list(weights.notes)
     if isinstance(model, cmt.CMT):
         try:
             state = cmt.to_model(weights.state, model)
         except SHAPE_ERRORS as error:
-            raise ValueError(f'{weights.source} does not fit the model: {error}') from None
-        before, now = weights.model_args.get('img_size'), model.img_size
+            raise UsageError(f'{weights.file} does not fit the model: {error}') from None
+        before, now = _as_tuple(weights.model_args.get('img_size')), model.img_size
         resampled = sum(name.endswith('position_bias') for name in model_state) if before not in (None, now) else 0
         if resampled:
             notes.append(f'{resampled} position biases resampled from {before[0]}x{before[1]} to {now[0]}x{now[1]}')
     else:
-        own = {cmt.unwrapped_name(name): name for name in model_state}  # timm's iformer has modules named `module`
-        state = {own.get(name, name): value for name, value in weights.state.items()}
-    kept = []  # tensors that stay as `model` has them
+        names = {unwrapped_name(name): name for name in model_state}  # timm's iformer has modules named `module`.
+        state = {names.get(name, name): value for name, value in weights.state.items()}
+    new = []  # tensors that stay as `model` has them
     if new_head:
         for name in ('head.weight', 'head.bias'):
             if name not in model_state or name not in state or state[name].shape != model_state[name].shape:
                 state.pop(name, None)
-                kept += [name] if name in model_state else []
-        if kept:
-            notes.append(f'newly initialised: {", ".join(kept)}')
-        notes += _adapt_first_conv(model, model_state, state, weights.source)
-    _check_names_and_shapes(model_state, state, kept, weights)
-    model.load_state_dict({**{name: model_state[name] for name in kept}, **state})
-    words = {'model': 'weights', 'model_ema': 'EMA weights', 'mindspore': "weights in MindCV's form"}
-    line = '; '.join([
-        f'{weights.source}: {words.get(weights.kind, "weights")} ({weights.kind}), {len(state)} tensors', *notes])
+                new += [name] if name in model_state else []
+        if new:
+            notes.append(f'newly initialized: {", ".join(new)}')
+        notes += _adapt_first_conv(model, model_state, state, weights.file)
+    _check_names_and_shapes(model_state, state, new, weights.file)
+    model.load_state_dict({**{name: model_state[name] for name in new}, **state})
+    kind = 'EMA weights' if weights.is_ema else 'weights'
+    form = '' if weights.model_args.get('position_bias', True) else " in MindCV's form"
+    line = '; '.join([f'{weights.file}: {kind}{form}, {len(state)} tensors', *notes])
     logger.info('loaded %s', line)
     return line
 
 
-def _adapt_first_conv(model: nn.Module, model_state: dict, state: dict, source: str) -> list[str]:
+def _adapt_first_conv(model: nn.Module, model_state: dict, state: dict, file: str) -> list[str]:
     """Adapt the first convolution in `state` to the input channels of `model`; return notes for the log."""
     first = getattr(model, 'default_cfg', {}).get('first_conv', 'stem.conv1') + '.weight'
     if first not in state or first not in model_state or state[first].shape[1] == model_state[first].shape[1]:
@@ -379,84 +421,69 @@ def _adapt_first_conv(model: nn.Module, model_state: dict, state: dict, source: 
     try:
         state[first] = adapt_input_conv(model_state[first].shape[1], state[first])
     except (NotImplementedError, AssertionError):
-        raise ValueError(f'{source}: {note} is not possible, only from 3') from None
+        raise UsageError(f'{file}: {note} is not possible, only from 3') from None
     return [note]
 
 
-def _check_names_and_shapes(model_state: dict, state: dict, kept: list[str], weights: Weights) -> None:
-    """Raise ValueError if `state` and the model's `model_state`, except `kept`, differ in names or shapes."""
-    faults = [f'{name} missing' for name in model_state if name not in state and name not in kept]
-    faults += [f'{name} left over' for name in state if name not in model_state]
-    faults += [f'{name} {tuple(state[name].shape)} for {tuple(model_state[name].shape)}'
+def _check_names_and_shapes(model_state: dict, state: dict, new: list[str], file: str) -> None:
+    """Raise UsageError if `state` and the model's `model_state`, except `new`, differ in names or shapes."""
+    errors = [f'{name} missing' for name in model_state if name not in state and name not in new]
+    errors += [f'{name} left over' for name in state if name not in model_state]
+    errors += [f'{name} {tuple(state[name].shape)} for {tuple(model_state[name].shape)}'
                for name in model_state if name in state and state[name].shape != model_state[name].shape]
-    if faults:
-        variant = variant_of(weights.model_args)
-        is_other = variant and variant != variant_of(model_args_of(model_state))
-        origin = f' (it holds {variant}: give --model {variant})' if is_other else ''
-        more = f'; and {len(faults) - MAX_LISTED} more' if len(faults) > MAX_LISTED else ''
-        raise ValueError(f'{weights.source} does not fit the model, its size or the number of classes{origin}: '
-                         f'{len(faults)} tensors differ ({"; ".join(faults[:MAX_LISTED])}{more})')
+    if errors:
+        more = f'; and {len(errors) - MAX_LISTED} more' if len(errors) > MAX_LISTED else ''
+        raise UsageError(f'{file} does not fit the model, its size or the number of classes: {len(errors)} tensors '
+                         f'differ ({"; ".join(errors[:MAX_LISTED])}{more})')
 
 
-def build_model(
-        weights: Weights,
-        name: str | None = None,
-        num_classes: int | None = None,
-        img_size: int | tuple[int, int] | None = None,
-        **kwargs,
-) -> cmt.CMT:
+def build_model(weights: Weights, name: str | None = None, num_classes: int | None = None, **kwargs) -> cmt.CMT:
     """Build the model of `weights`, load them, and set eval mode.
 
     Args:
         weights: of a CMT.
-        name: of the model; None for the name that `identify` finds.
-        num_classes: a number other than the file's makes a new head; None for the file's.
-        img_size: input size (pixels); None for the file's, or 224 if the weights fit any (MindCV's).
-        kwargs: further arguments of cmt.CMT, such as in_chans or dynamic_img_size.
+        name: the model's name, checked against the weights; None for any.
+        num_classes: number of classes; another one than the file's makes a new head, None is the file's.
+        kwargs: further arguments of cmt.CMT, such as img_size (pixels; the file's, or 224 for MindCV's weights),
+            in_chans or dynamic_img_size.
 
     Raises:
-        ValueError: weights of no CMT, or that do not fit `name` or `kwargs`.
+        UsageError: the weights are not a CMT's, or do not fit `name` or `kwargs`.
     """
-    name, differences = identify(weights, name)
-    args = weights.model_args
-    try:
-        model = create_cmt(
-            name, num_classes=args['num_classes'] if num_classes is None else num_classes,
-            img_size=img_size or args.get('img_size') or weights.run_args.get('input_size') or 224,
-            **{**differences, **kwargs})
-    except (RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f'no model can be built for {weights.source}: {error}') from None
-    load_weights(model, weights, new_head=num_classes is not None or 'in_chans' in kwargs)
+    if num_classes is not None:
+        kwargs['num_classes'] = num_classes
+    model = create_for(weights, name, **kwargs)
+    load_weights(model, weights, new_head='num_classes' in kwargs or 'in_chans' in kwargs)
     return model.eval()
 
 
 def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.Module:
-    """Build the teacher of distillation, with its trained weights, not their EMA.
+    """Build the teacher for distillation with its trained weights, not their EMA.
 
     Args:
-        name: of any timm model; None for the model in `path`.
+        name: any timm model; None for the model in `path`.
         path: file with its weights; None for the pretrained weights of `name`.
-        classes: names of the classes of the data.
+        classes: class names of the data.
 
     Raises:
-        ValueError: no such model or file, or a teacher of other classes.
+        UsageError: no such model or file, or the teacher has other classes.
     """
     if path is None:
         try:
             model = timm.create_model(name, pretrained=True)
-        except Exception as error:  # clients of hubs raise anything
-            raise ValueError(f'--teacher-model {name}: {first_line(error)}') from None
+        except Exception as error:  # Hub clients raise anything.
+            raise UsageError(f'--teacher-model {name}: {first_line(error)}') from None
     elif name is None or name.startswith('cmt_'):
         weights = read_weights(path)
         model = build_model(weights, name)
-        if weights.classes_for(model) not in (None, list(classes)):
-            raise ValueError(f'--teacher-path {path}: the teacher has other classes than the data')
+        if weights.class_names(model) not in (None, list(classes)):
+            raise UsageError(f'--teacher-path {path}: the teacher has other classes than the data')
     elif timm.is_model(name):
         model = timm.create_model(name, num_classes=len(classes))
-        load_weights(model, Weights.of(read_file(path), path))
+        load_weights(model, Weights.from_checkpoint(read_file(path), path))
     else:
-        raise ValueError(f'unknown --teacher-model {name}')
+        raise UsageError(f'unknown --teacher-model {name}')
     if model.num_classes != len(classes):
-        raise ValueError(f'the teacher has {model.num_classes} classes, the data {len(classes)}: '
+        raise UsageError(f'the teacher has {model.num_classes} classes, the data {len(classes)}: '
                          '--teacher-path needs a teacher that was trained on this data')
     return model

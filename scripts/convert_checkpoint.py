@@ -1,12 +1,12 @@
 """python scripts/convert_checkpoint.py output/digits/checkpoint_best.pth digits_cmt
 
 Convert weights of any origin: .pth of this project or of the authors' release, safetensors, MindSpore's .ckpt, or the
-name of a model with published weights. --format, or else the ending of OUT, chooses the output:
+name of a model with published weights. --format, or else the extension of OUT, chooses the output:
 
     dir          a folder of safetensors and config.json, for timm.create_model('local-dir:digits_cmt', pretrained=True)
-    safetensors  the weights alone, under this project's names
+    safetensors  only the weights, under this project's names
     pth          torch.save of the weights, with class names and epoch, for --resume, --finetune and every script
-    released     as pth, under the names of the authors' code
+    released     like pth, under the names of the authors' code
 """
 import argparse
 import hashlib
@@ -18,44 +18,43 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
-import timm
 import torch
-import torch.nn as nn
 from timm.models._hub import save_config_for_hf
 
 import _path
 import cmt
 import utils
-from checkpoints import atomic_write
+from checkpoints import FORMAT, atomic_write, check_output
+from errors import UsageError
 from options import Parser
-from weights import Weights, build_model, identify, read
+from weights import Weights, build_model, create_cmt, overrides_of, read
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
 
 logger = logging.getLogger(__name__)
 
 
-def load(source: str, kinds: list[bool], name: str | None) -> dict[str, tuple[Weights, nn.Module]]:
-    """Return weights and models by kind, 'model' or 'model_ema'.
+def load(file: str, use_ema: list[bool], name: str | None) -> dict[str, tuple[Weights, cmt.CMT]]:
+    """Return weights and models by key, 'model' or 'model_ema'.
 
     Args:
-        source: file or name.
-        kinds: for each model, whether to load the EMA if `source` contains one.
-        name: of the model; None for the name in the file.
+        file: file or name.
+        use_ema: for each model, whether to load the EMA if `file` contains one.
+        name: model name, checked against the file; None for any.
 
     Raises:
-        ValueError: no checkpoint, or weights of no CMT.
+        UsageError: not a checkpoint, or not weights of a CMT.
     """
-    checkpoint = read(source)
+    checkpoint = read(file)
     loaded = {}
-    for use_ema in kinds:
-        weights = Weights.of(checkpoint, source, use_ema)
-        kind = 'model_ema' if weights.kind == 'model_ema' else 'model'
-        if kind not in loaded:
-            types = [value.dtype for value in weights.state.values() if value.is_floating_point()]
-            # every other precision passes through float64 unchanged
+    for ema in use_ema:
+        weights = Weights.from_checkpoint(checkpoint, file, ema)
+        key = 'model_ema' if weights.is_ema else 'model'
+        if key not in loaded:
+            dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
+            # Every other precision passes through float64 unchanged.
             model = build_model(weights, name, dtype=torch.float64)
-            loaded[kind] = weights, model.to(max(types, key=lambda dtype: dtype.itemsize))
+            loaded[key] = weights, model.to(max(dtypes, key=lambda dtype: dtype.itemsize))
     return loaded
 
 
@@ -66,45 +65,41 @@ def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
     logger.info('wrote %s  %.1f MB  sha256 %s', path, len(content) / 1e6, hashlib.sha256(content).hexdigest())
 
 
-def write_safetensors(path: Path, model: nn.Module) -> None:
+def write_safetensors(path: Path, model: cmt.CMT) -> None:
     content = safetensors.torch.save(model.state_dict(), {'format': 'pt'})
     write(path, lambda file: file.write(content))
 
 
-def write_folder(folder: Path, model: nn.Module, weights: Weights, name: str | None) -> None:
+def write_folder(folder: Path, model: cmt.CMT, weights: Weights) -> None:
     """Write a folder that timm opens as 'local-dir:FOLDER'."""
-    name, model_args = identify(weights, name)
-    with torch.device('meta'):
-        described = timm.create_model(name, num_classes=model.num_classes, img_size=model.img_size, **model_args)
+    name = weights.name or 'cmt_s'
+    described = create_cmt(name, device='meta', **overrides_of(model.model_args, name))
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / 'model.safetensors', model)
     with tempfile.TemporaryDirectory() as place:
         config = Path(place) / 'config.json'
-        # images of up to 32 px are evaluated whole (transforms.build_transform)
+        # Images of up to 32 px are evaluated whole (transforms.build_transform).
         save_config_for_hf(
-            described, config, model_config={'label_names': weights.classes_for(model)},
+            described, config, model_config={'label_names': weights.class_names(model)},
             data_config={'crop_pct': 1.0 if max(model.img_size) <= 32 else 0.875})
         content = json.loads(config.read_text())
-    content['model_args'].pop('num_classes', None)  # transformers passes its own beside these; the config has it
-    if Path(weights.source).exists() or ':' in weights.source:  # not the published weights, which timm describes
+    content['model_args'].pop('num_classes', None)  # transformers passes its own in addition to these.
+    if Path(weights.file).exists() or ':' in weights.file:  # These are not the published weights that timm describes.
         for key in ('tag', 'license', 'origin_url'):
             content['pretrained_cfg'].pop(key, None)
     write(folder / 'config.json', lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
-def write_checkpoint(
-        path: Path, loaded: dict[str, tuple[Weights, nn.Module]], name: str | None, is_released: bool) -> None:
+def write_checkpoint(path: Path, loaded: dict[str, tuple[Weights, cmt.CMT]], is_released: bool) -> None:
     """Write models as a checkpoint, under the names of the authors' code if `is_released`."""
     rename = cmt.to_released if is_released else dict
-    state = {kind: rename(model.state_dict()) for kind, (_, model) in loaded.items()}
+    state = {key: rename(model.state_dict()) for key, (_, model) in loaded.items()}
     weights, model = next(iter(loaded.values()))
-    facts = {'epoch': weights.epoch, 'classes': weights.classes_for(model)}
+    facts = {'epoch': weights.epoch, 'classes': weights.class_names(model)}
     state.update({key: value for key, value in facts.items() if value is not None})
     if not is_released:
-        name, model_args = identify(weights, name)
-        state['args'] = {'input_size': model.img_size[0]}
-        if 'embed_dims' not in model_args:  # a CMT of no published size is recognised by its tensors
-            state['args']['model'] = name
+        state.update(format=FORMAT, model_args=model.model_args,
+                     args={'input_size': model.img_size[0], 'model': weights.name})
     write(path, lambda file: torch.save(state, file))
 
 
@@ -114,26 +109,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('source', metavar='IN', help='a file, or the name of a model (cmt_s)')
     parser.add_argument('output', metavar='OUT', type=Path)
     parser.add_argument('--format', choices=['dir', 'released', 'pth', 'safetensors'],
-                        help='default: by the ending of OUT, .pth or .safetensors, else dir')
+                        help='default: by the extension of OUT, .pth or .safetensors, else dir')
     parser.add_argument('--weights', choices=['ema', 'model'],
-                        help='default: both in a format that can contain both (released, pth), else the EMA if any')
-    parser.add_argument('--model', help='name of the model, for files without it')
+                        help='default: both if the format can contain both (released, pth), else the EMA if any')
+    parser.add_argument('--model', help='name of the model, checked against the file')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
-
-
-def check_output(source: str, output: Path, output_format: str, overwrite: bool) -> None:
-    """Raise ValueError if `output` cannot or must not be written."""
-    exists = any(output.iterdir()) if output.is_dir() else output.exists()
-    if exists and output.resolve() == Path(source).resolve():
-        raise ValueError(f'{output} is the file to convert: give another name')
-    if exists and not overwrite:
-        raise ValueError(f'{output} exists: --overwrite replaces it')
-    if output.exists() and output.is_dir() != (output_format == 'dir'):
-        raise ValueError(f'{output} is a {"folder" if output.is_dir() else "file"}: --format {output_format} '
-                         f'writes a {"folder" if output_format == "dir" else "file"}')
-    if output_format != 'dir' and not output.absolute().parent.is_dir():
-        raise ValueError(f'there is no folder {output.parent}')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,29 +122,34 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     utils.setup_logging()
     output_format = args.format or {'.pth': 'pth', '.safetensors': 'safetensors'}.get(args.output.suffix, 'dir')
-    holds_both = output_format in ('pth', 'released')
-    kinds = {'model': [False], 'ema': [True], None: [False, True] if holds_both else [True]}[args.weights]
+    use_ema = [False, True] if output_format in ('pth', 'released') else [True]
+    use_ema = {'model': [False], 'ema': [True], None: use_ema}[args.weights]
     try:
-        check_output(args.source, args.output, output_format, args.overwrite)
-        loaded = load(args.source, kinds, args.model)
+        check_output(args.output, args.source, args.overwrite)
+        if args.output.exists() and args.output.is_dir() != (output_format == 'dir'):
+            raise UsageError(f'{args.output} is a {"folder" if args.output.is_dir() else "file"}: --format '
+                             f'{output_format} writes a {"folder" if output_format == "dir" else "file"}')
+        if output_format != 'dir' and not args.output.absolute().parent.is_dir():
+            raise UsageError(f'there is no folder {args.output.parent}')
+        loaded = load(args.source, use_ema, args.model)
         if args.weights == 'ema' and 'model_ema' not in loaded:
-            raise ValueError(f'{args.source} contains no EMA: leave --weights out')
+            raise UsageError(f'{args.source} contains no EMA: leave --weights out')
         weights, model = loaded.get('model_ema') or loaded['model']
         if output_format == 'dir':
-            write_folder(args.output, model, weights, args.model)
+            write_folder(args.output, model, weights)
         elif output_format == 'safetensors':
             write_safetensors(args.output, model)
         else:
-            if args.weights:  # every reader takes 'model' unless asked for the EMA
+            if args.weights:  # Readers take 'model' unless asked for the EMA.
                 loaded = {'model': (weights, model)}
-            write_checkpoint(args.output, loaded, args.model, output_format == 'released')
-    except (ValueError, OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            write_checkpoint(args.output, loaded, output_format == 'released')
+    except (ValueError, OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError.
         parser.error(str(error))
-    classes = weights.classes_for(model)
+    classes = weights.class_names(model)
     examples = f' ({", ".join(classes[:3])}, ...)' if classes else ''
     height, width = model.img_size
-    logger.info('%s at %dx%d, %d classes%s, as %s', identify(weights, args.model)[0], height, width, model.num_classes,
-                examples, output_format)
+    logger.info('%s at %dx%d, %d classes%s, as %s', weights.name or 'CMT', height, width, model.num_classes, examples,
+                output_format)
     if output_format == 'dir':
         logger.info("import cmt, timm; timm.create_model('local-dir:%s', pretrained=True)", args.output)
 

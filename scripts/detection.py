@@ -1,13 +1,13 @@
 """python scripts/detection.py --output-dir output/shapes
 
-Train and evaluate torchvision's RetinaNet, Faster R-CNN or Mask R-CNN over CMT with FPN, on data in COCO's format.
-Without further flags: RetinaNet over CMT-Ti on drawn circles, squares and triangles, in minutes on a CPU.
+Train and evaluate torchvision's RetinaNet, Faster R-CNN or Mask R-CNN on CMT with FPN, on data in COCO's format.
+Without further flags: RetinaNet on CMT-Ti, on drawn circles, squares and triangles, in minutes on a CPU.
 
     torchrun --nproc-per-node 8 scripts/detection.py --config configs/retinanet.yaml --data-path coco --output-dir out
     python scripts/detection.py --config out/config.yaml --eval --resume out/checkpoint_best.pth
 
 The folder of --data-path contains annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/
-and val2017/, as COCO does; --train-json and the like give other names. Needs pycocotools.
+and val2017/, like COCO; --train-json and similar flags give other names. Needs pycocotools.
 """
 import argparse
 import contextlib
@@ -18,7 +18,6 @@ import io
 import json
 import logging
 import math
-import shlex
 import sys
 import time
 from collections import Counter
@@ -28,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn as nn
-import yaml
 from PIL import Image, ImageDraw
 from timm.layers import freeze_batch_norm_2d
+from timm.models import FeatureListNet
 from timm.optim import create_optimizer_v2
 from timm.utils import distribute_bn, random_seed
 from torch.utils.data import DataLoader, Dataset
@@ -51,25 +49,28 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 import _path
-import checkpoints
+import options
 import processes
 import utils
-from errors import TrainingFault, printable
+from checkpoints import atomic_write
+from errors import TrainingFault, UsageError
 from loader import build_loader
-from options import Parser, amount, count, in_range, parse_flags, path, positive, rate, share
+from optim import load_optimizer
+from options import count, fraction, in_range, non_negative, path, positive, positive_float
 from precision import autocast_to, resolve_dtype
 from processes import usage_errors
+from run import RunWriter, check_written, find_checkpoint, open_run, setup_process
 from samplers import TrainSampler
 from utils import Progress
-from weights import build_model, create_cmt, find_checkpoint, identify, read_weights
+from weights import build_model, create_cmt, read_weights
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
 
 logger = logging.getLogger(__name__)
 
 METRICS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')  # the first six of COCOeval.stats
-SCORE_THRESHOLD = 0.4  # confidence of the detections in pictures
-# what follows from the data set if no flag says otherwise; the 1x schedule of COCO is for 16 images a step
+SCORE_THRESHOLD = 0.4  # of detections in the figure
+# Defaults that depend on the data set. COCO's 1x schedule is for 16 images a step.
 DEFAULTS = {
     'SHAPES': dict(data_path='data/shapes', backbone='cmt_ti', lr=2e-3, weight_decay=0.05, batch_size=8,
                    warmup_steps=50, fpn_channels=64, anchor_size=16, proposals=32, input_size=[128, 128]),
@@ -78,24 +79,18 @@ DEFAULTS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
+# The model
 
 def build_body(backbone: str, weights: str | None, img_size: tuple[int, int], drop_path: float) -> nn.Module:
     """Build the stages of a CMT for images of any size, with classification weights of any origin if given.
 
     Raises:
-        ValueError: no such model, or weights that do not fit.
+        UsageError: no such model, or weights that do not fit.
     """
-    options = dict(features_only=True, dynamic_img_size=True, img_size=img_size, drop_path_rate=drop_path)
-    if weights is None:
-        create_cmt(backbone, device='meta')
-        return timm.create_model(backbone, **options)
-    found = read_weights(weights, use_ema=True)
-    whole = build_model(found, backbone, img_size=img_size)  # reports what does not fit; timm then takes the stages
-    return timm.create_model(
-        backbone, pretrained=True, num_classes=whole.num_classes, **options, **identify(found, backbone)[1],
-        pretrained_cfg_overlay=dict(state_dict=whole.state_dict(), num_classes=whole.num_classes))
+    settings = dict(dynamic_img_size=True, img_size=img_size, drop_path_rate=drop_path)
+    model = create_cmt(backbone, **settings) if weights is None else build_model(
+        read_weights(weights, use_ema=True), backbone, **settings)
+    return FeatureListNet(model.train(), out_indices=(0, 1, 2, 3), flatten_sequential=True)
 
 
 def build_detector(
@@ -114,10 +109,10 @@ def build_detector(
 
     Args:
         detector: 'retinanet', 'fasterrcnn' or 'maskrcnn'.
-        num_classes: classes, the background included.
+        num_classes: classes, including the background.
         backbone: name of the CMT.
-        weights: file or name with weights of the backbone, their EMA if any; None for random weights.
-        frozen_bn: keep BatchNorm of the backbone as it is, for small batches.
+        weights: file or name with weights of the backbone (the EMA if there is one); None for random weights.
+        frozen_bn: freeze BatchNorm of the backbone, for small batches.
         input_size: short side that images are resized to, and the largest long side (pixels).
         drop_path: drop-path rate of the last block.
         fpn_channels: width of the pyramid and of the mask head, a multiple of 8.
@@ -125,10 +120,10 @@ def build_detector(
         proposals: regions of an image that the second stage of Faster and Mask R-CNN classifies.
 
     Raises:
-        ValueError: weights that do not fit `backbone`.
+        UsageError: weights that do not fit `backbone`.
     """
     short, long = input_size
-    # the position bias has the size of a typical landscape image; images of another size cost a resampling
+    # The position bias has the size of a typical landscape image; other sizes cost a resampling.
     bias_size = tuple(math.ceil(side / 32) * 32 for side in (short, min(long, short * 4 / 3)))
     body = build_body(backbone, weights, bias_size, drop_path)
     if frozen_bn:
@@ -138,12 +133,12 @@ def build_detector(
         body, {f'stages_{level}': str(level) for level in levels},
         [body.feature_info.channels()[level] for level in levels], fpn_channels,
         LastLevelP6P7(fpn_channels, fpn_channels) if detector == 'retinanet' else None)
-    # torchvision's transform pads images to multiples of 32, which CMT needs
+    # torchvision's transform pads images to multiples of 32, as CMT needs.
     common = dict(min_size=short, max_size=long)
     if detector == 'retinanet':
         sizes = tuple(tuple(int(anchor_size * 2 ** (i + j / 3)) for j in range(3)) for i in range(5))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        # GroupNorm as in torchvision's retinanet_resnet50_fpn_v2: without norms the head hardly learns from scratch
+        # GroupNorm as in retinanet_resnet50_fpn_v2: without norms the head hardly learns from scratch.
         head = RetinaNetHead(fpn_channels, anchors.num_anchors_per_location()[0], num_classes,
                              norm_layer=functools.partial(nn.GroupNorm, fpn_channels // 8))
         model = RetinaNet(neck, num_classes, anchor_generator=anchors, head=head, **common)
@@ -152,31 +147,30 @@ def build_detector(
         model = {'fasterrcnn': FasterRCNN, 'maskrcnn': MaskRCNN}[detector](
             neck, num_classes, rpn_anchor_generator=anchors, rpn_post_nms_top_n_train=2 * proposals,
             rpn_post_nms_top_n_test=proposals, box_batch_size_per_image=min(512, proposals), **common)
-    if detector == 'maskrcnn':  # torchvision's has 256 channels whatever the pyramid has
+    if detector == 'maskrcnn':  # torchvision's mask head always has 256 channels.
         model.roi_heads.mask_head = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1)
         model.roi_heads.mask_predictor = MaskRCNNPredictor(fpn_channels, fpn_channels, num_classes)
-    # timm's layer decay asks for this: the blocks of CMT one after the other, everything above at the full rate
+    # For timm's layer decay: one layer for each block of CMT, and the full rate for everything above.
     model.group_matcher = lambda coarse=False: dict(stem=r'^backbone\.body\.stem', blocks=[
         (r'^backbone\.body\.stages_(\d+)\.(?:aggregation|position_bias)', (0,)),
         (r'^backbone\.body\.stages_(\d+)\.blocks\.(\d+)', None)])
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the data
+# The data
 
-class Detections(Dataset):
-    """Read a data set in COCO's format as torchvision's detectors want it: labels 1 to K, whatever the category ids.
+class CocoDataset(Dataset):
+    """Read a data set in COCO's format for torchvision's detectors: labels 1 to K, whatever the category ids.
 
     Args:
         images: folder of the images.
         annotations: the JSON file.
-        train: flip images with probability `hflip`, and leave crowds out.
+        train: flip images with probability `hflip`, and drop crowds.
         masks: read masks too.
-        skip_empty_boxes: leave out boxes without area instead of refusing them.
+        skip_empty_boxes: drop boxes without area instead of refusing them.
 
     Raises:
-        ValueError: no such file or image, a JSON that is no COCO, boxes without area, or objects without masks.
+        UsageError: a missing file or image, JSON that is not COCO's, boxes without area, or objects without masks.
     """
 
     def __init__(
@@ -187,12 +181,12 @@ class Detections(Dataset):
             try:
                 self.data = CocoDetection(images, annotations)
             except OSError as error:
-                raise ValueError(f'{annotations}: {error.strerror}') from None
+                raise UsageError(f'{annotations}: {error.strerror}') from None
             except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
-                raise ValueError(f'{annotations} is no JSON file in COCO\'s format') from None
+                raise UsageError(f'{annotations} is not a JSON file in COCO\'s format') from None
         self.coco = self.data.coco
         check_annotations(self.coco, annotations, self.images, masks, skip_empty_boxes)
-        self.categories = sorted(self.coco.cats)  # ids may have gaps, as COCO's own
+        self.categories = sorted(self.coco.cats)  # The ids may have gaps; COCO's have.
         self.classes = [self.coco.cats[category]['name'] for category in self.categories]
         self.samples = [(str(self.images / self.coco.imgs[i]['file_name']), i) for i in self.data.ids]
         keys = ('boxes', 'labels', 'iscrowd', *(['masks'] if masks else []))
@@ -208,71 +202,70 @@ class Detections(Dataset):
         """Return an image (3, H, W), uint8, and boxes (N, 4), labels (N,) and masks (N, H, W) of its objects."""
         image, target = self.wrapped[index]
         size = image.size[::-1]
-        kept = torch.tensor([not (crowd and self.train) for crowd in target.get('iscrowd', [])], dtype=torch.bool)
+        is_used = torch.tensor([not (crowd and self.train) for crowd in target.get('iscrowd', [])], dtype=torch.bool)
         boxes = target.get('boxes', torch.zeros(0, 4))
         labels = target.get('labels', torch.zeros(0, dtype=torch.int64))
         objects = {
-            'boxes': tv_tensors.BoundingBoxes(boxes[kept].float(), format='XYXY', canvas_size=size),
-            'labels': torch.from_numpy(np.searchsorted(self.categories, labels[kept].numpy())) + 1}
+            'boxes': tv_tensors.BoundingBoxes(boxes[is_used].float(), format='XYXY', canvas_size=size),
+            'labels': torch.from_numpy(np.searchsorted(self.categories, labels[is_used].numpy())) + 1}
         if self.masks:
-            objects['masks'] = tv_tensors.Mask(target.get('masks', torch.zeros(0, *size, dtype=torch.uint8))[kept])
+            objects['masks'] = tv_tensors.Mask(target.get('masks', torch.zeros(0, *size, dtype=torch.uint8))[is_used])
         return self.transform(image, objects)
 
 
 def check_annotations(coco: Any, name: str, images: Path, masks: bool, skip_empty_boxes: bool) -> None:
-    """Check what the evaluation and the detectors rely on; arguments and errors are those of Detections."""
+    """Check what the evaluation and the detectors need; arguments and errors are those of CocoDataset."""
     if not (coco.imgs and coco.cats and isinstance(coco.dataset.get('annotations'), list)):
-        raise ValueError(f'{name} is no JSON file in COCO\'s format: it needs images, annotations and categories')
+        raise UsageError(f'{name} is not a JSON file in COCO\'s format: it needs images, annotations and categories')
     missing = [image['file_name'] for image in coco.imgs.values() if not (images / image['file_name']).is_file()]
     if missing:
-        raise ValueError(f'{images} lacks {len(missing)} of the {len(coco.imgs)} images of {name}: {missing[0]}'
+        raise UsageError(f'{images} lacks {len(missing)} of the {len(coco.imgs)} images of {name}: {missing[0]}'
                          + ', ...' * (len(missing) > 1))
     empty = []
     for key, a in coco.anns.items():
-        if a.get('image_id') not in coco.imgs or a.get('category_id') not in coco.cats:
-            raise ValueError(f'{name}: annotation {key} is of an image or category that the file lacks')
         box = a.get('bbox')
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
-            raise ValueError(f'{name}: annotation {key} has the bbox {box}, not x, y, width and height')
+        is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, (int, float)) for side in box)
+        if not is_box or a.get('image_id') not in coco.imgs or a.get('category_id') not in coco.cats:
+            raise UsageError(f'{name}: annotation {key} needs an image_id and a category_id of the file, and a bbox of '
+                             f'x, y, width and height, not {box}')
         if masks and not a.get('segmentation'):
-            raise ValueError(f'{name}: annotation {key} has no segmentation, which Mask R-CNN learns from')
-        a.setdefault('iscrowd', 0)  # pycocotools asks for these two
+            raise UsageError(f'{name}: annotation {key} has no segmentation, and Mask R-CNN needs one')
+        a.setdefault('iscrowd', 0)  # pycocotools needs these two.
         a.setdefault('area', box[2] * box[3])
-        if min(box[2:]) <= 0:
-            empty.append(key)
+        empty += [key] if min(box[2:]) <= 0 else []
     if empty and not skip_empty_boxes:
-        raise ValueError(f'{name} has {len(empty)} boxes without area (annotation {empty[0]}): mend them, or leave '
-                         'them out by --skip-empty-boxes')
+        raise UsageError(f'{name} has {len(empty)} boxes without area (annotation {empty[0]}): correct them, or give '
+                         '--skip-empty-boxes')
     if empty:
-        logger.info('%s: %d boxes without area are left out', name, len(empty))
+        logger.info('%s: skipping %d boxes without area', name, len(empty))
         coco.dataset['annotations'] = [a for a in coco.dataset['annotations'] if a['id'] not in set(empty)]
         coco.createIndex()
 
 
 def write_shapes(folder: Path, train: int = 320, val: int = 64, size: int = 128, seed: int = 0) -> None:
-    """Write drawn shapes as a COCO folder, unless it is there: bright circles, squares and triangles on dull noise."""
-    if (folder / 'annotations' / 'instances_val2017.json').is_file():  # written last
+    """Write a COCO folder of drawn circles, squares and triangles on noise, unless it exists."""
+    if (folder / 'annotations' / 'instances_val2017.json').is_file():  # This file is written last.
         return
     rng = np.random.default_rng(seed)
     categories = [{'id': i, 'name': name} for i, name in enumerate(('circle', 'square', 'triangle'), 1)]
-    for part, number_of_images in (('train2017', train), ('val2017', val)):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    for split, length in (('train2017', train), ('val2017', val)):
+        (folder / split).mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
-        for i in range(number_of_images):
+        for i in range(length):
             image, shapes = draw_shapes(rng, size)
             file = f'{i:06d}.jpg'
-            image.save(folder / part / file, quality=95)
+            image.save(folder / split / file, quality=95)
             images.append({'id': i, 'file_name': file, 'height': size, 'width': size})
             for shape in shapes:
                 annotations.append({'id': len(annotations) + 1, 'image_id': i, 'iscrowd': 0, **shape})
         content = {'images': images, 'annotations': annotations, 'categories': categories}
         (folder / 'annotations').mkdir(exist_ok=True)
-        with checkpoints.atomic_write(folder / 'annotations' / f'instances_{part}.json') as out:
+        with atomic_write(folder / 'annotations' / f'instances_{split}.json') as out:
             out.write(json.dumps(content).encode())
 
 
 def draw_shapes(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[dict[str, Any]]]:
-    """Draw one to four shapes that do not overlap; return the image and COCO's annotation of each."""
+    """Draw one to four shapes that do not overlap; return the image and COCO's annotations."""
     noise = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC).point(lambda v: 40 + v // 4)
     shapes, taken = [], []
@@ -281,8 +274,8 @@ def draw_shapes(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[
         x, y = (int(rng.integers(radius, size - radius)) for _ in range(2))
         category = int(rng.integers(1, 4))
         sides = (32, 4, 3)[category - 1]
-        turn = (math.pi / 4 if category == 2 else -math.pi / 2) + rng.uniform(-0.3, 0.3)  # about upright
-        color = tuple(rng.integers(120, 256, 3).tolist())  # whatever the class
+        turn = (math.pi / 4 if category == 2 else -math.pi / 2) + rng.uniform(-0.3, 0.3)
+        color = tuple(rng.integers(120, 256, 3).tolist())
         if any(max(abs(x - a), abs(y - b)) <= radius + r for a, b, r in taken):
             continue
         taken.append((x, y, radius))
@@ -302,40 +295,41 @@ def collate(samples: list[tuple]) -> tuple:
     return tuple(map(list, zip(*samples)))
 
 
-def build_data(args: argparse.Namespace) -> tuple[Detections | None, Detections]:
+def build_data(args: argparse.Namespace) -> tuple[CocoDataset | None, CocoDataset]:
     """Build the training set, None with --eval, and the validation set."""
-    folder = Path(args.data_path or '')
-    files = {f'{part}_{kind}': getattr(args, f'{part}_{kind}') or str(folder / default) for part, kind, default in (
-        ('train', 'json', 'annotations/instances_train2017.json'), ('train', 'images', 'train2017'),
-        ('val', 'json', 'annotations/instances_val2017.json'), ('val', 'images', 'val2017'))}
+    folder, masks = Path(args.data_path or ''), args.model == 'maskrcnn'
     if args.data_set == 'SHAPES':
         with processes.first_on_each_node():
             write_shapes(folder)
-    masks = args.model == 'maskrcnn'
-    val = Detections(files['val_images'], files['val_json'], False, masks, args.skip_empty_boxes)
-    if args.eval:
-        return None, val
-    train = Detections(files['train_images'], files['train_json'], True, masks, args.skip_empty_boxes, args.hflip)
-    if train.classes != val.classes:
-        raise ValueError(f"{files['val_json']} has other categories than {files['train_json']}")
+
+    def open_split(split: str, **kwargs) -> CocoDataset:
+        return CocoDataset(
+            getattr(args, f'{split}_images') or str(folder / f'{split}2017'),
+            getattr(args, f'{split}_json') or str(folder / 'annotations' / f'instances_{split}2017.json'),
+            split == 'train', masks, args.skip_empty_boxes, **kwargs)
+
+    val = open_split('val')
+    train = None if args.eval else open_split('train', hflip=args.hflip)
+    if train is not None and train.classes != val.classes:
+        raise UsageError('the training and validation annotations have different categories: '
+                         f'{", ".join(train.classes[:3])}, ... and {", ".join(val.classes[:3])}, ...')
     return train, val
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
+# Evaluation
 
 @torch.inference_mode()
 def detect(
-        model: nn.Module, loader: DataLoader, data: Detections, device: torch.device, autocast: Callable,
+        model: nn.Module, loader: DataLoader, data: CocoDataset, device: torch.device, autocast: Callable,
 ) -> dict[str, list]:
     """Return the detections of all ranks as COCO's results, {'box': [...]} and also 'mask' for Mask R-CNN.
 
-    Images go through the model one by one. In a batch they would be padded to a common size, and the position bias
-    resampled to that size: detections would depend on the other images.
+    Each image is a batch of its own. In a larger batch, images are padded to a common size and the position bias is
+    resampled to it, so detections would depend on the other images.
     """
     from pycocotools import mask as coco_mask
     model.eval()
-    own = iter(data.data.ids[processes.get_rank()::processes.get_world_size()])
+    image_ids = iter(data.data.ids[processes.get_rank()::processes.get_world_size()])
     results: dict[str, list] = {'box': [], 'mask': []} if data.masks else {'box': []}
     with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
         for images, _ in loader:
@@ -344,91 +338,81 @@ def detect(
             for output in outputs:
                 output = {key: value.float().cpu() if value.is_floating_point() else value.cpu()
                           for key, value in output.items()}
-                image_id = next(own)
-                found = [{'image_id': image_id, 'category_id': data.categories[label - 1], 'score': score}
-                         for label, score in zip(output['labels'].tolist(), output['scores'].tolist())]
+                image_id = next(image_ids)
+                objects = [{'image_id': image_id, 'category_id': data.categories[label - 1], 'score': score}
+                           for label, score in zip(output['labels'].tolist(), output['scores'].tolist())]
                 boxes = box_convert(output['boxes'], 'xyxy', 'xywh').tolist()
-                results['box'] += [{**one, 'bbox': box} for one, box in zip(found, boxes)]
-                for one, mask in zip(found, output['masks'][:, 0] > 0.5 if data.masks else ()):
+                results['box'] += [{**one, 'bbox': box} for one, box in zip(objects, boxes)]
+                for one, mask in zip(objects, output['masks'][:, 0] > 0.5 if data.masks else ()):
                     code = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
                     code['counts'] = code['counts'].decode()
                     results['mask'].append({**one, 'segmentation': code})
             progress.step()
     gathered = processes.gather_from_ranks(results)
     order = {image_id: i for i, image_id in enumerate(data.data.ids)}
-    return {kind: sorted((one for part in gathered for one in part[kind]), key=lambda one: order[one['image_id']])
+    return {kind: sorted((one for rank in gathered for one in rank[kind]), key=lambda one: order[one['image_id']])
             for kind in results}
 
 
-def average_precision(data: Detections, results: dict[str, list]) -> dict[str, float]:
-    """Return COCOeval's figures in per cent, as box_ap, mask_ap50 and so on, without those of no object."""
+def average_precision(data: CocoDataset, results: dict[str, list]) -> dict[str, float]:
+    """Log and return COCOeval's figures in percent, as box_ap, mask_ap50 and so on, for the sizes that have objects."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
     scores = {}
-    for kind, found in results.items():
+    for kind, detections in results.items():
         stats = np.zeros(6)
-        if found:  # loadRes fails on an empty list
+        if detections:  # loadRes fails on an empty list.
             with contextlib.redirect_stdout(io.StringIO()):
                 truth = COCO()
-                truth.dataset = copy.deepcopy(data.coco.dataset)  # COCOeval replaces its masks
+                truth.dataset = copy.deepcopy(data.coco.dataset)  # COCOeval replaces its masks.
                 truth.createIndex()
-                loaded = truth.loadRes(copy.deepcopy(found))  # adds to the results
+                loaded = truth.loadRes(copy.deepcopy(detections))  # It adds to its argument.
                 evaluation = COCOeval(truth, loaded, {'box': 'bbox', 'mask': 'segm'}[kind])
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
                 stats = evaluation.stats
-        scores.update({f'{kind}_{name}': 100 * float(value) for name, value in zip(METRICS, stats) if value >= 0})
+        figures = {name: 100 * float(value) for name, value in zip(METRICS, stats) if value >= 0}
+        line = '  '.join(f'{name.upper().replace("_", " ")} {value:.2f}' for name, value in figures.items())
+        logger.info('* %s %s', kind, line)
+        scores.update({f'{kind}_{name}': value for name, value in figures.items()})
+    logger.info(json.dumps(scores))  # with all digits
     return scores
 
 
-def report(scores: dict[str, float]) -> None:
-    """Log the figures, in a line for each kind and with all digits."""
-    for kind in ('box', 'mask'):
-        figures = [f'{name.upper().replace("_", " ")} {scores[f"{kind}_{name}"]:.2f}'
-                   for name in METRICS if f'{kind}_{name}' in scores]
-        if figures:
-            logger.info('* %s %s', kind, '  '.join(figures))
-    logger.info(json.dumps(scores))
-
-
 @torch.inference_mode()
-def draw(model: nn.Module, data: Detections, device: torch.device, images: int = 4, width: int = 320) -> Image.Image:
-    """Draw a sheet: the first images of `data` in pairs, the truth on the left, detections on the right."""
+def draw(model: nn.Module, data: CocoDataset, device: torch.device, images: int = 4, width: int = 320) -> Image.Image:
+    """Draw the first images of `data` in pairs, with the truth on the left and detections on the right."""
     model.eval()
     height = width * 3 // 4
     hues = [tuple(round(255 * c) for c in hsv_to_rgb(i * 0.618 % 1, 0.8, 0.8)) for i in range(len(data.classes))]
     cells = []
     for image, target in (data[i] for i in range(min(images, len(data)))):
         output = model([image.to(device).float() / 255])[0]
-        sure = output['scores'] > SCORE_THRESHOLD
+        is_shown = output['scores'] > SCORE_THRESHOLD
         factor = min(width / image.shape[2], height / image.shape[1])
         size = [max(1, round(side * factor)) for side in image.shape[1:]]
-        for found in target, {key: value[sure].cpu() for key, value in output.items()}:
-            cell, labels = v2.functional.resize(image, size), [label - 1 for label in found['labels'].tolist()]
+        for objects in target, {key: value[is_shown].cpu() for key, value in output.items()}:
+            cell, labels = v2.functional.resize(image, size), [label - 1 for label in objects['labels'].tolist()]
             if labels:
                 colors, names = [hues[label] for label in labels], [data.classes[label] for label in labels]
-                if 'scores' in found:
-                    names = [f'{name} {score:.2f}' for name, score in zip(names, found['scores'].tolist())]
-                if 'masks' in found:
-                    masks = found['masks'].float().view(len(labels), 1, *image.shape[1:])
+                if 'scores' in objects:
+                    names = [f'{name} {score:.2f}' for name, score in zip(names, objects['scores'].tolist())]
+                if 'masks' in objects:
+                    masks = objects['masks'].float().view(len(labels), 1, *image.shape[1:])
                     cell = draw_segmentation_masks(cell, v2.functional.resize(masks, size)[:, 0] > 0.5, 0.5, colors)
-                cell = draw_bounding_boxes(cell, factor * found['boxes'], names, colors, width=2, label_colors='white',
-                                           fill_labels=True)
+                cell = draw_bounding_boxes(cell, factor * objects['boxes'], names, colors, width=2,
+                                           label_colors='white', fill_labels=True)
             cells.append(cell)
     height, width = (max(cell.shape[i] for cell in cells) for i in (1, 2))
     cells = [v2.functional.pad(cell, [0, 0, width - cell.shape[2], height - cell.shape[1]], fill=255) for cell in cells]
     return to_pil_image(make_grid(cells, 4, padding=6, pad_value=255))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
+# Training
 
 def rate_factor(args: argparse.Namespace, done: int, updates: int) -> float:
-    """Return the share of the learning rate in force after `done` updates, of `updates` an epoch.
-
-    The 1x schedule: a linear warm-up, and a tenth of the rate after each of --lr-steps.
-    """
+    """Return the factor of the 1x schedule after `done` steps: linear warm-up, a tenth after each of --lr-steps."""
     passed = sum(done >= epoch * updates for epoch in args.lr_steps)
     return min(1., (done + 1) / max(args.warmup_steps, 1)) * 0.1 ** passed
 
@@ -436,7 +420,7 @@ def rate_factor(args: argparse.Namespace, done: int, updates: int) -> float:
 def train_epoch(
         args: argparse.Namespace, model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer,
         rates: list[float], epoch: int, device: torch.device, autocast: Callable) -> dict[str, float]:
-    """Train for one epoch, with a learning rate for each group of the optimizer; return means for log.txt.
+    """Train for one epoch, with the learning rates `rates` of the param groups; return means for log.txt.
 
     Raises:
         TrainingFault: on all ranks, if a loss is not finite.
@@ -464,99 +448,79 @@ def train_epoch(
         sums.update({name: value.detach() for name, value in {**losses, 'loss': loss}.items()})
         images += len(batch)
         figures = None
-        if progress.due():  # also after the last step, before anything is saved
-            mean = float(sums['loss']) / (step + 1)  # this is a host sync
+        if progress.due():  # Also after the last step, before anything is saved.
+            mean = float(sums['loss']) / (step + 1)  # This is a host sync.
             if processes.all_reduce_max(int(not math.isfinite(mean))):
                 raise TrainingFault(f'epoch {epoch}, up to step {step}: the loss is not finite; a lower --lr may help')
             speed = images * processes.get_world_size() / (time.monotonic() - began)
             figures = {'loss': f'{mean:.4f}', 'lr': f'{max(rates) * factor:.2e}', 'images/s': f'{speed:.1f}'}
         progress.step(figures)
     progress.close()
-    parts = processes.gather_from_ranks({name: float(value) for name, value in sums.items()})
-    means = {name: sum(part[name] for part in parts) / len(parts) / len(loader) for name in sorted(sums)}
+    ranks = processes.gather_from_ranks({name: float(value) for name, value in sums.items()})
+    means = {name: sum(rank[name] for rank in ranks) / len(ranks) / len(loader) for name in sorted(sums)}
     return {'train_lr': max(rates) * factor, 'train_loss': means.pop('loss'), **means, 'train_images_per_s': speed}
 
 
-def open_output(args: argparse.Namespace, epoch: int, source: str | None) -> checkpoints.RunWriter:
-    """Lock --output-dir, write config.yaml, and remove what is replaced or about to be trained again."""
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = checkpoints.RunWriter(folder)
-    settings = {key.replace('_', '-'): value for key, value in vars(args).items()
-                if key not in ('config', 'resume', 'overwrite', 'eval') and value is not None}
-    checkpoints.claim_folder(
-        folder, epoch, source, replace=True, wandb_id=None,
-        config=f'# detection.py {printable(shlex.join(sys.argv[1:]))}\n' + yaml.safe_dump(settings, sort_keys=False))
-    return writer
-
-
-def load(model: nn.Module, checkpoint: dict[str, Any], source: str, classes: list[str]) -> None:
+def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[str]) -> None:
     """Load the detector of a checkpoint of this script.
 
     Raises:
-        ValueError: a checkpoint of something else.
+        UsageError: a checkpoint of something else.
     """
-    saved = checkpoint.get('args')
-    if 'detector' not in checkpoint or not isinstance(saved, dict):
-        raise ValueError(f'{source} is no checkpoint of detection.py: weights of a classifier are for --weights')
+    if 'detector' not in checkpoint:
+        raise UsageError(f'{file} is not a checkpoint of detection.py: give weights of a classifier with --weights')
     if checkpoint['classes'] != classes:
-        raise ValueError(f"{source} was trained on other classes ({', '.join(checkpoint['classes'][:3])}, ...)")
+        raise UsageError(f"{file} was trained on other classes ({', '.join(checkpoint['classes'][:3])}, ...)")
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:
-        raise ValueError(f"{source} is of --model {saved['model']} --backbone {saved['backbone']} --fpn-channels "
-                         f"{saved['fpn_channels']} --input-size {' '.join(map(str, saved['input_size']))}: give these "
-                         'flags') from None
+        args = checkpoint['args']
+        raise UsageError(f"{file} does not fit: give --model {args['model']} --backbone {args['backbone']} "
+                         f"--fpn-channels {args['fpn_channels']} --input-size "
+                         f"{' '.join(map(str, args['input_size']))}") from None
 
 
 def evaluate(
-        args: argparse.Namespace, core: nn.Module, loader: DataLoader, val: Detections, device: torch.device,
+        args: argparse.Namespace, core: nn.Module, loader: DataLoader, val: CocoDataset, device: torch.device,
         autocast: Callable) -> dict[str, float]:
-    """Evaluate the detector on all ranks; rank 0 writes predictions and a picture if there is an --output-dir."""
+    """Evaluate the detector on all ranks; rank 0 writes predictions and a figure if there is an --output-dir."""
     results = detect(core, loader, val, device, autocast)
     scores = {}
     if processes.get_rank() == 0:
         scores = average_precision(val, results)
-        report(scores)
         if args.output_dir:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            for kind, found in results.items():
-                with checkpoints.atomic_write(folder / f'detections_{kind}.json') as file:
-                    file.write(json.dumps(found).encode())
-            with checkpoints.atomic_write(folder / 'detections.png') as file:
+            for kind, detections in results.items():
+                with atomic_write(folder / f'detections_{kind}.json') as file:
+                    file.write(json.dumps(detections).encode())
+            with atomic_write(folder / 'detections.png') as file:
                 draw(core, val, device).save(file, 'PNG')
     return processes.gather_from_ranks(scores)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line
+# The command line
 
-def get_args_parser() -> Parser:
+def get_args_parser() -> options.Parser:
     """Build the parser."""
-    parser = Parser(prog='detection.py', description=__doc__.split('\n', 2)[2], allow_abbrev=False,
+    parser = options.Parser(prog='detection.py', description=__doc__.split('\n', 2)[2], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_run_flags(parser, seed=0, num_workers=2)
     add = parser.add_argument
-    add('--config', type=path, metavar='YAML', help='file of "flag: value" lines with defaults')
-    add('--output-dir', type=path, default='', help='folder for checkpoints, log.txt, predictions and pictures')
-    add('--resume', type=path, default='', metavar='CKPT',
-        help="checkpoint to resume or evaluate; 'auto': the newest good one in --output-dir, if any")
-    add('--overwrite', action='store_true', help='replace the run in --output-dir')
-    add('--eval', action='store_true', help='evaluate the checkpoint of --resume and stop')
     add('--data-set', choices=tuple(DEFAULTS), help='COCO for any data in its format; SHAPES draws shapes into '
         '--data-path first (default: SHAPES, COCO with --data-path)')
     add('--data-path', type=path, help='folder with annotations/, train2017/ and val2017/')
-    for part in ('train', 'val'):
-        add(f'--{part}-json', type=path, metavar='FILE', help=f'annotations in place of instances_{part}2017.json')
-        add(f'--{part}-images', type=path, metavar='FOLDER', help=f'images in place of {part}2017/')
-    add('--skip-empty-boxes', action='store_true', help='leave out boxes without area; COCO has some')
+    for split in ('train', 'val'):
+        add(f'--{split}-json', type=path, metavar='FILE', help=f'annotations instead of instances_{split}2017.json')
+        add(f'--{split}-images', type=path, metavar='FOLDER', help=f'images instead of {split}2017/')
+    add('--skip-empty-boxes', action='store_true', help='drop boxes without area; COCO has some')
     add('--model', choices=('retinanet', 'fasterrcnn', 'maskrcnn'), default='retinanet')
     add('--backbone', help='name of a CMT (default: cmt_s, for SHAPES cmt_ti)')
     add('--weights', type=path, metavar='FILE|NAME', help='classification weights of the backbone (default: random)')
     add('--backbone-bn', choices=('train', 'frozen'),
         help='BatchNorm of the backbone (default: frozen with --weights, else train)')
-    add('--hflip', type=share, default=0.5, help='probability of a horizontal flip')
-    add('--drop-path', type=share, default=0.1, help='drop-path rate of the last block')
+    add('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
+    add('--drop-path', type=fraction, default=0.1, help='drop-path rate of the last block')
     add('--fpn-channels', type=positive, help='width of the pyramid, a multiple of 8 (default: 256, for SHAPES 64)')
     add('--anchor-size', type=positive, help='side of the smallest anchors in pixels (default: 32, for SHAPES 16)')
     add('--proposals', type=positive, help='regions of an image for the second stage (default: 1000, for SHAPES 32)')
@@ -565,31 +529,22 @@ def get_args_parser() -> Parser:
         '256 427; for SHAPES 128 128)')
     add('--epochs', type=positive, default=12)
     add('--lr-steps', type=count, nargs='*', default=[8, 11], help='epochs after which the rate falls to a tenth')
-    add('--warmup-steps', type=count, help='updates of the linear warm-up (default: 500, for SHAPES 50)')
+    add('--warmup-steps', type=count, help='steps of the linear warm-up (default: 500, for SHAPES 50)')
     add('--batch-size', type=positive, help='images in a batch of one process (default: 2, for SHAPES 8)')
-    add('--lr', type=rate, help='learning rate of AdamW for a global batch of 16 images, scaled in proportion '
+    add('--lr', type=positive_float, help='learning rate of AdamW for a global batch of 16 images, scaled linearly '
         '(default: 1e-4, for SHAPES 2e-3)')
-    add('--weight-decay', type=amount, help='decay of all but biases and norms (default: 1e-4, for SHAPES 0.05)')
-    add('--layer-decay', type=share, help='factor of the learning rate from each block of CMT to the block below')
-    add('--clip-grad', type=amount, default=1., help='largest norm of the gradients; 0 for no clipping')
+    add('--weight-decay', type=non_negative, help='decay of all but biases and norms (default: 1e-4, for SHAPES 0.05)')
+    add('--layer-decay', type=fraction, help='factor of the learning rate from each block to the block before')
+    add('--clip-grad', type=non_negative, default=1., help='largest norm of the gradients; 0 for no clipping')
     add('--eval-every', type=positive, default=1, metavar='EPOCHS', help='epochs between two evaluations')
-    add('--num-workers', type=count, default=2, help='loader processes for each training process')
-    add('--print-freq', type=positive, default=10, help='steps between two lines with loss and speed')
     add('--amp-dtype', default='auto', choices=('auto', 'float32', 'bfloat16'), help='auto: bfloat16 on CUDA')
-    add('--device', choices=('cuda', 'cpu'), help='default: cuda if available, else cpu')
-    add('--dist-url', default='env://', help='address at which the processes meet')
-    add('--dist-timeout', type=rate, default=600, help='seconds that ranks wait for each other')
-    add('--seed', type=in_range(int, 0, 2 ** 32 - 1), default=0)
-    for action in parser._actions:
-        if action.default not in (None, False, '', argparse.SUPPRESS) and '(default:' not in (action.help or ''):
-            action.help = f'{action.help or ""} (default: %(default)s)'.strip()
-    return parser
+    return options.add_defaults(parser)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags, check them, and fill in the defaults of the data set."""
     parser = get_args_parser()
-    args, _ = parse_flags(parser, argv)
+    args, _ = options.parse_flags(parser, argv)
     has_files = args.data_path or args.train_json or args.val_json
     args.data_set = args.data_set or ('COCO' if has_files else 'SHAPES')
     for name, value in DEFAULTS[args.data_set].items():
@@ -598,12 +553,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mistake = None
     if args.data_set == 'COCO' and not has_files:
         mistake = '--data-path is missing: the folder that contains annotations/, train2017/ and val2017/'
-    elif args.eval and not args.resume:
-        mistake = '--eval needs --resume CKPT'
-    elif args.resume == 'auto' and not args.output_dir:
-        mistake = '--resume auto needs --output-dir'
     elif args.fpn_channels % 8:
-        mistake = f'--fpn-channels {args.fpn_channels} is no multiple of 8'
+        mistake = f'--fpn-channels {args.fpn_channels} is not a multiple of 8'
     elif args.input_size and args.input_size[0] > args.input_size[1]:
         mistake = '--input-size: give the short side first'
     if mistake:
@@ -613,12 +564,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Train or evaluate a detector; errors are those of train.py's main."""
-    utils.setup_logging()
-    utils.raise_file_limit()
+    device = setup_process(args)
     with usage_errors():
-        device = processes.init_distributed(args.device, args.dist_url, args.dist_timeout)
-    with usage_errors():
-        source, checkpoint = check_before_data(args, device)
+        if importlib.util.find_spec('pycocotools') is None:
+            raise UsageError('pycocotools is not installed: pip install pycocotools')
+        file, checkpoint = find_checkpoint(args, is_training=not args.eval)
+    args.input_size = args.input_size or ([800, 1333] if device.type == 'cuda' else [256, 427])
+    args.backbone_bn = args.backbone_bn or ('frozen' if args.weights else 'train')
     with usage_errors():
         train, val = build_data(args)
         random_seed(args.seed)
@@ -627,110 +579,70 @@ def main(args: argparse.Namespace) -> None:
             args.backbone_bn == 'frozen', tuple(args.input_size), args.drop_path, args.fpn_channels, args.anchor_size,
             args.proposals)
         if checkpoint is not None:
-            load(core, checkpoint, source, val.classes)
+            load(core, checkpoint, file, val.classes)
     core.to(device)
     shared = dict(rank=processes.get_rank(), world_size=processes.get_world_size())
     loading = dict(num_workers=args.num_workers, pin_memory=device.type == 'cuda', collate_fn=collate)
     val_loader = build_loader(val, 1, **shared, **loading)
-    score = functools.partial(evaluate, args, core, val_loader, val, device,
-                              autocast_to(resolve_dtype(args.amp_dtype, device), device))
+    autocast = autocast_to(resolve_dtype(args.amp_dtype, device), device)
+    score = functools.partial(evaluate, args, core, val_loader, val, device, autocast)
     if args.eval:
         score()
         return
     sampler = TrainSampler(len(train), args.batch_size, seed=args.seed, **shared)
     loader = build_loader(train, args.batch_size, sampler=sampler, **loading)
-    fit(args, core, loader, sampler, score, device, source, checkpoint)
-
-
-def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[str | None, dict[str, Any] | None]:
-    """Check what needs no data, fill in what follows from the device, and read the checkpoint of --resume."""
-    if importlib.util.find_spec('pycocotools') is None:
-        raise ValueError('pycocotools is not installed: pip install pycocotools')
-    args.input_size = args.input_size or ([800, 1333] if device.type == 'cuda' else [256, 427])
-    args.backbone_bn = args.backbone_bn or ('frozen' if args.weights else 'train')
-    folder = Path(args.output_dir)
-    if args.output_dir and not args.eval:
-        checkpoints.check_output_dir(
-            folder, may_hold_run=args.overwrite or args.resume == 'auto'
-            or checkpoints.is_in_folder(args.resume, folder))
-    source, checkpoint = find_checkpoint(args.resume, folder, fall_back=not args.eval)
-    if args.eval and checkpoint is None:
-        raise ValueError(f'no checkpoint in {folder}: --eval needs one')
-    return source, checkpoint
-
-
-def resume(
-        args: argparse.Namespace, optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], source: str,
-) -> tuple[int, float]:
-    """Load the moments of a checkpoint; return the first epoch to train, and the best score so far."""
-    saved = checkpoint['optimizer']
-    groups = [{**now, 'params': before['params']}  # rates and decay are those of the flags
-              for now, before in zip(optimizer.param_groups, saved['param_groups'])]
-    optimizer.load_state_dict({**saved, 'param_groups': groups})
-    logger.info('resuming at epoch %d', checkpoint['epoch'] + 1)
-    is_here = checkpoints.is_in_folder(source, args.output_dir)  # elsewhere, the best checkpoint is missing
-    return checkpoint['epoch'] + 1, checkpoint['best'] if is_here else -1.
-
-
-def score_or_save(score: Callable, writer: checkpoints.RunWriter | None, state: dict[str, Any]) -> dict[str, float]:
-    """Return the scores; if the evaluation fails, as by an image that cannot be read, save the epoch first."""
-    try:
-        return score()
-    except Exception:
-        if writer is not None:
-            writer.save(state)
-            writer.wait()
-        raise
-
-
-def fit(
-        args: argparse.Namespace, core: nn.Module, loader: DataLoader, sampler: TrainSampler, score: Callable,
-        device: torch.device, source: str | None, checkpoint: dict[str, Any] | None) -> None:
-    """Train `core` from the epoch after that of `checkpoint`, and call `score` after epochs to evaluate it."""
-    world_size, batch = processes.get_world_size(), sampler.samples_per_update
-    base, size = args.lr * batch / 16, sum(p.numel() for p in core.parameters()) / 1e6
-    optimizer = create_optimizer_v2(
-        core, 'adamw', lr=base, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
+    optimizer = create_optimizer_v2(core, 'adamw', lr=args.lr * sampler.samples_per_update / 16,
+                                    weight_decay=args.weight_decay, layer_decay=args.layer_decay)
     rates = [group['lr'] * group.get('lr_scale', 1.) for group in optimizer.param_groups]
-    first, best, writer = 0, -1., None
+    first_epoch, best = 0, {}
     if checkpoint is not None:
         with usage_errors():
-            first, best = resume(args, optimizer, checkpoint, source)
-    if first < args.epochs:
-        sampler.set_position(first)
-        loader.start()  # before an old run is removed
-    with usage_errors():
-        if args.output_dir and processes.get_rank() == 0:
-            writer = open_output(args, first, source)
-    model = core if world_size == 1 else nn.parallel.DistributedDataParallel(
+            load_optimizer(optimizer, checkpoint['optimizer'], file)
+        first_epoch, best = checkpoint['epoch'] + 1, checkpoint['best']
+        logger.info('resuming at epoch %d', first_epoch)
+    if first_epoch < args.epochs:
+        sampler.set_position(first_epoch)
+        loader.start()  # Loading errors come before an old run is removed.
+    writer = open_run(args, 'detection.py', device, first_epoch, file, best, metric='box_ap')
+    model = core if processes.get_world_size() == 1 else nn.parallel.DistributedDataParallel(
         core, device_ids=[device.index] if device.type == 'cuda' else None, broadcast_buffers=False)
-    logger.info('%s over %s: %.1f M parameters, %d images, %d updates an epoch, learning rate %g = %g x %d / 16, '
-                'sides of %d to %d pixels, %s', args.model, args.backbone, size, len(loader.dataset), sampler.updates,
-                base, args.lr, batch, *args.input_size, device.type)
-    if writer is None and processes.get_rank() == 0:
-        logger.warning('no --output-dir: nothing will be saved')
-    autocast = autocast_to(resolve_dtype(args.amp_dtype, device), device)
-    for epoch in range(first, args.epochs):
+    millions = sum(p.numel() for p in core.parameters()) / 1e6
+    logger.info('%s on %s: %.1f M parameters, %d images, %d steps per epoch, learning rate %g = %g x %d / 16, '
+                'sides of %d to %d pixels, %s', args.model, args.backbone, millions, len(train), sampler.updates,
+                optimizer.defaults['lr'], args.lr, sampler.samples_per_update, *args.input_size, device.type)
+    for epoch in range(first_epoch, args.epochs):
         sampler.set_position(epoch)
-        began, copies = time.monotonic(), ()
+        began = time.monotonic()
         record = {'epoch': epoch, **train_epoch(args, model, loader, optimizer, rates, epoch, device, autocast)}
-        if world_size > 1:  # so that what is scored is what is saved
-            distribute_bn(core, world_size, reduce=True)
-        state = {
-            'model': core.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch, 'best': best,
-            'detector': args.model, 'classes': loader.dataset.dataset.classes, 'args': vars(args)}
-        if (epoch + 1) % args.eval_every == 0 or epoch == args.epochs - 1:
-            record |= score_or_save(score, writer, state)
-            if record['box_ap'] > best:
-                best, copies = record['box_ap'], ('checkpoint_best.pth',)
-        record |= {'epoch_seconds': time.monotonic() - began, 'memory_mb': utils.memory_mb(device)}
-        if writer is not None:
-            writer.log(record)
-            writer.save({**state, 'best': best}, copies)
-            writer.wait()
-        if processes.all_reduce_max(int(writer is not None and writer.error is not None)):
-            raise TrainingFault(f'{args.output_dir} can not be written to any more, the files before are good')
-        logger.info('epoch %d  train loss %.4f  %.0f s', epoch, record['train_loss'], record['epoch_seconds'])
+        state = {'model': core.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch,
+                 'detector': args.model, 'classes': val.classes, 'args': vars(args)}
+        best = end_epoch(args, core, score, writer, state, record, best, began)
+
+
+def end_epoch(
+        args: argparse.Namespace, core: nn.Module, score: Callable, writer: RunWriter | None, state: dict[str, Any],
+        record: dict[str, Any], best: dict[str, Any], began: float) -> dict[str, Any]:
+    """Evaluate if it is due, log the epoch and save it; return the best score so far, with its epoch."""
+    epoch, copies, device = state['epoch'], (), next(core.parameters()).device
+    if processes.get_world_size() > 1:  # So that the saved weights are the scored ones.
+        distribute_bn(core, processes.get_world_size(), reduce=True)
+    if (epoch + 1) % args.eval_every == 0 or epoch == args.epochs - 1:
+        try:
+            record |= score()
+        except Exception:  # Such as an unreadable image: save the epoch first.
+            if writer is not None:
+                writer.save({**state, 'best': best})
+                writer.wait()
+            raise
+        if record['box_ap'] > best.get('box_ap', -1):
+            best, copies = {'box_ap': record['box_ap'], 'epoch': epoch}, ('checkpoint_best.pth',)
+    record |= {'epoch_seconds': time.monotonic() - began, 'memory_mb': utils.memory_mb(device)}
+    if writer is not None:
+        writer.log(record)
+        writer.save({**state, 'best': best}, copies)
+    check_written(writer)
+    logger.info('epoch %d  train loss %.4f  %.0f s', epoch, record['train_loss'], record['epoch_seconds'])
+    return best
 
 
 def cli(argv: list[str] | None = None) -> int:

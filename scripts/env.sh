@@ -1,45 +1,26 @@
-# Sourced by quickstart.sh and test.sh: makes or reuses a virtual environment, whose interpreter is then $python.
+# Sourced by quickstart.sh and test.sh: make or reuse a virtual environment. Its interpreter is then $python.
 #
-#     PYTHON   interpreter to make the environment with (default python3; 3.10 or newer), unless it exists already
-#     VENV     folder of the environment (default .venv in the repository); packages are installed into an environment
-#              of your own too, but only one that this script made is ever deleted
-#
-# $VENV/.cmt-installed is written last and lists what was installed: without it, an environment is new or half of one.
+#     PYTHON   interpreter for a new environment (default python3; 3.10 or newer)
+#     VENV     folder of the environment (default .venv in the repository)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 say() { echo "$(basename "$0"): $*"; }
 die() { say "$*" >&2; exit 2; }
-absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 
-check_version() {
-    local version
-    version=$("$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null) ||
-        die "$1 does not start: set PYTHON to Python 3.10 or newer"
-    case $version in 3.[0-9] | 2.*) die "$1 is Python $version: set PYTHON to Python 3.10 or newer" ;; esac
-}
-
-# prepare_environment [PACKAGES beside requirements.txt]
+# prepare_environment [PACKAGES in addition to requirements.txt]
 prepare_environment() {
-    local maker=${PYTHON:-python3} installed made=
-    VENV=$(absolute "${VENV:-$root/.venv}")
-    [ ! -d "$VENV" ] || [ -e "$VENV/pyvenv.cfg" ] || [ -z "$(find "$VENV" ! -type d -print -quit)" ] ||
-        die "VENV=$VENV holds files and is no virtual environment: choose another VENV"
-    mkdir -p "$VENV" 2>/dev/null && [ -w "$VENV" ] || die "cannot write to VENV=$VENV: choose another VENV"
-    VENV=$(cd "$VENV" && pwd -P)  # venv refuses a link
+    local maker=${PYTHON:-python3} installed
+    mkdir -p "${VENV:=$root/.venv}" || die "cannot write to VENV=$VENV: choose another VENV"
+    VENV=$(cd "$VENV" && pwd -P)
     python=$VENV/bin/python
     installed=$VENV/.cmt-installed
-
-    if grep -qs "^prompt = 'cmt-env.sh'" "$VENV/pyvenv.cfg"; then made=yes; fi
-    if [ ! -e "$VENV/pyvenv.cfg" ] || { [ -n "$made" ] && { [ ! -e "$installed" ] || ! "$python" -c '' 2>/dev/null; }; }; then
-        [ -z "$made" ] || say "$VENV is incomplete: starting over"
-        check_version "$maker"
-        say "making a virtual environment in $VENV"
-        "$maker" -m venv --clear --prompt cmt-env.sh "$VENV" ||
-            die "$maker -m venv $VENV failed: install the venv module (Debian: python3-venv) or set PYTHON"
+    if ! "$python" -m pip --version >/dev/null 2>&1; then
+        "$maker" -m venv "$VENV" || die "$maker -m venv $VENV failed: set PYTHON, or install the venv module"
     fi
-    check_version "$python"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$python is older than Python 3.10: set PYTHON"
 
+    # The marker is written last, so an interrupted installation is repeated.
     if [ "$installed" -nt "$root/requirements.txt" ] && [[ $(cat "$installed") == *"$*"* ]]; then return; fi
     say "installing requirements.txt${*:+ and $*}"
     rm -f "$installed"

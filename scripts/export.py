@@ -1,13 +1,13 @@
 """python scripts/export.py output/digits/checkpoint_best.pth digits.onnx
 
-Export a checkpoint, or a model by its name, for inference elsewhere. The ending of OUT chooses the format:
+Export a checkpoint, or a model by its name, for inference elsewhere. The extension of OUT chooses the format:
 
     .onnx                ONNX, any batch size; compared with torch by onnxruntime
     .pt2                 torch.export, any batch size: torch.export.load('digits.pt2').module()
     .ts .torchscript .pt TorchScript: torch.jit.load('digits.ts')
 
-The exported model maps normalised images (B, 3, H, W), float32, to logits. The file's metadata contain name, size,
-mean, std and class names under the key 'cmt', as JSON. No file is written unless its logits equal the model's.
+The exported model maps normalized images (B, 3, H, W), float32, to logits. The file's metadata contain name, size,
+mean, std and class names under the key 'cmt', as JSON. The file is written only if its logits equal the model's.
 """
 import argparse
 import contextlib
@@ -18,29 +18,29 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 import _path
 import cmt
-from checkpoints import atomic_write
+from checkpoints import atomic_write, check_output
+from errors import UsageError
 from options import Parser, output_file
-from weights import build_model, create_cmt, identify, read_weights
+from weights import build_model, create_cmt, read_weights
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
 
-BATCHES = (1, 5)  # batch sizes whose logits are compared; the example input of the exporters has another
+BATCHES = (1, 5)  # batch sizes of the comparison; the exporters' example input has another
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 def to_onnx(model: nn.Module, images: torch.Tensor, metadata: str) -> tuple[bytes, Function]:
     missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f'.onnx needs packages that are not installed: pip install {" ".join(missing)}')
+        raise UsageError(f'.onnx needs packages that are not installed: pip install {" ".join(missing)}')
     import onnxruntime
-    for module in model.modules():  # MatMul and Softmax, which every runtime fuses
+    for module in model.modules():  # Every runtime fuses MatMul and Softmax.
         if hasattr(module, 'fused_attn'):
             module.fused_attn = False
     program = torch.onnx.export(
@@ -65,13 +65,13 @@ def to_pt2(model: nn.Module, images: torch.Tensor, metadata: str) -> tuple[bytes
 def to_torchscript(model: nn.Module, images: torch.Tensor, metadata: str) -> tuple[bytes, Function]:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)  # TorchScript is deprecated, but many runtimes load nothing else
+        warnings.simplefilter('ignore', FutureWarning)  # TorchScript is deprecated, but some runtimes need it.
         torch.jit.save(torch.jit.script(model), file, _extra_files={'cmt': metadata})
         file.seek(0)
         return file.getvalue(), torch.jit.load(file)
 
 
-# format: (function, largest difference of the logits allowed)
+# extension: (function, largest difference of the logits allowed)
 FORMATS = {'.onnx': (to_onnx, 1e-4), '.pt2': (to_pt2, 1e-5)}
 FORMATS |= dict.fromkeys(('.ts', '.torchscript', '.pt'), (to_torchscript, 1e-5))
 
@@ -97,18 +97,18 @@ def export(
 
     Args:
         model: in eval mode.
-        name: of the model, for the metadata.
-        classes: names of the classes, for the metadata.
+        name: model name for the metadata.
+        classes: class names for the metadata.
         suffix: a key of FORMATS.
         fuse: fold BatchNorm into convolutions before the export.
 
     Raises:
-        ValueError: a format that cannot represent the model, or logits that differ.
+        UsageError: a format that cannot represent the model, or logits that differ.
     """
     convert, allowed = FORMATS[suffix]
     if model.dynamic_img_size and convert is not to_torchscript:
-        raise ValueError(f'{suffix} files have one input size: the resampling of the position bias with '
-                         '--dynamic-img-size cannot be exported; export a file for each size, or .ts')
+        raise UsageError(f'{suffix} files have one input size: --dynamic-img-size resamples the position bias, which '
+                         'cannot be exported; export a file for each size, or .ts')
     cfg = getattr(model, 'pretrained_cfg', cmt.default_cfgs['cmt_s'].default.to_dict())
     metadata = json.dumps({
         'model': name, 'input_size': [model.in_chans, *model.img_size],
@@ -116,18 +116,18 @@ def export(
     images = torch.zeros(2, model.in_chans, *model.img_size)
     exportable = model.fuse() if fuse else copy.deepcopy(model)
     noise = io.StringIO()
-    logging.disable(logging.WARNING)  # exporters log much
+    logging.disable(logging.WARNING)  # Exporters log a lot.
     try:
         with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
             content, exported = convert(exportable, images, metadata)
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f'this model cannot be exported to {suffix} ({reason})') from None
+        raise UsageError(f'this model cannot be exported to {suffix} ({reason})') from None
     finally:
         logging.disable(logging.NOTSET)
     worst = worst_difference(model, exported, images.shape[1:])
-    if not worst <= allowed:  # NaN is not either
-        raise ValueError(f'no file written: its logits differ by {worst:.1e}, more than {allowed:.0e}')
+    if not worst <= allowed:  # NaN is not accepted.
+        raise UsageError(f'no file written: its logits differ by {worst:.1e}, more than {allowed:.0e}')
     return content, worst
 
 
@@ -140,7 +140,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--input-size', type=int, nargs='+', metavar='N',
                         help="one number or height and width, multiples of 32 (default: the checkpoint's)")
     parser.add_argument('--dynamic-img-size', action='store_true', help='accept images of any size (TorchScript)')
-    parser.add_argument('--model-weights', action='store_true', help='export the weights, not their EMA')
+    parser.add_argument('--model-weights', action='store_true', help='export the weights instead of their EMA')
     parser.add_argument('--random-weights', action='store_true',
                         help="export MODEL untrained, to measure a runtime's speed without a download")
     parser.add_argument('--fuse', action='store_true', help='fold BatchNorm into convolutions before the export')
@@ -148,23 +148,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_output(source: str, output: Path, overwrite: bool) -> None:
-    """Raise ValueError if `output` cannot or must not be written."""
-    if output.suffix.lower() not in FORMATS:
-        raise ValueError(f'{output}: the name must end in {", ".join(FORMATS)}')
-    if output.exists() and output.resolve() == Path(source).resolve():
-        raise ValueError(f'{output} is the checkpoint itself: give another name')
-    if output.exists() and not overwrite:
-        raise ValueError(f'{output} exists: --overwrite replaces it')
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     try:
-        check_output(args.source, args.output, args.overwrite)
+        if args.output.suffix.lower() not in FORMATS:
+            raise UsageError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
+        check_output(args.output, args.source, args.overwrite)
         if args.input_size and len(args.input_size) > 2:
-            raise ValueError('--input-size needs one number, or height and width')
+            raise UsageError('--input-size needs one number, or height and width')
         options = {'dynamic_img_size': True} if args.dynamic_img_size else {}
         if args.input_size:
             options['img_size'] = tuple(args.input_size * 2)[:2]
@@ -175,8 +167,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             weights = read_weights(args.source, use_ema=not args.model_weights)
             model = build_model(weights, **options)
-            name, classes = identify(weights)[0], weights.classes_for(model)
-            origin = ' (EMA of the weights)' if weights.kind == 'model_ema' else ''
+            name, classes = weights.name or 'CMT', weights.class_names(model)
+            origin = ' (EMA of the weights)' if weights.is_ema else ''
         content, worst = export(model, name, classes, args.output.suffix.lower(), args.fuse)
         with atomic_write(args.output) as file:
             file.write(content)

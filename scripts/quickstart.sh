@@ -2,23 +2,23 @@
 # bash scripts/quickstart.sh [arguments of train.py]
 #
 # Install the requirements into a virtual environment, train cmt_ti on the scanned digits of scikit-learn, evaluate the
-# checkpoints and draw the curves. Python 3.10 or newer and a network for pip are needed, no GPU and no data.
+# checkpoints and draw the curves. This needs Python 3.10 or newer and a network for pip, but no GPU and no data.
 #
 #     PYTHON, VENV   see env.sh
-#     OUTPUT         the run's folder (default output/digits in the repository). A run in the default folder is
-#                    replaced, unless --resume auto is given; a run in OUTPUT is replaced only with --overwrite.
+#     OUTPUT         folder of the run (default output/digits in the repository). A run in the default folder is
+#                    replaced, unless you give --resume auto. A run in OUTPUT is replaced only with --overwrite.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 config=$root/configs/digits.yaml
-output=$(absolute "${OUTPUT:-$root/output/digits}")
+output=${OUTPUT:-$root/output/digits}
 for argument; do
     case $argument in --output[-_]dir*) die "set OUTPUT=FOLDER instead of $argument" ;; esac
 done
 
 prepare_environment
 
-# threads beyond two do not speed up a model so small, and active waiting burns time on a busy machine
+# More than two threads do not speed up such a small model, and active waiting wastes time on a busy machine.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 overwrite=
@@ -42,16 +42,16 @@ fi
 cat <<END
 
 The run is in $output
-    checkpoint_best.pth, checkpoint_ema_best.pth   the best weights, and the best of their average
-    checkpoint_last.pth                            to resume from, with --resume
-    log.txt                                        a JSON object an epoch
+    checkpoint_best.pth, checkpoint_ema_best.pth   the best weights, and the best of their running average
+    checkpoint_last.pth                            resumes the run, with --resume
+    log.txt                                        one JSON object per epoch
     curves.png                                     its curves
 
-Next, photographs of your own, in a folder for each class:
+Next, your own photographs, with one folder per class:
     source $VENV/bin/activate
     cd $root
     python train.py --config configs/digits.yaml --data-set IMNET --data-path photos --val-split 0.2 --epochs 30 \\
         --hflip 0.5 --output-dir output/mine
-    python scripts/predict.py output/mine/checkpoint_ema_best.pth photos --picture answers.png
-ImageNet and all else: README.md
+    python scripts/predict.py output/mine/checkpoint_ema_best.pth photos --picture predictions.png
+ImageNet and everything else: README.md
 END

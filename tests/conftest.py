@@ -1,7 +1,7 @@
-"""Fixtures of small real runs: a folder of images, their flags, and a run that nothing has disturbed.
+"""Fixtures of small real runs: a folder of images, their flags, and an undisturbed run.
 
-To add a test: put it into the file of the room that it tests, and name it as a sentence that can be false. Run the real
-code on small data: nano.train(flags) in this process, nano.start(flags, ranks=2) in processes that may be killed,
+To add a test, put it into the file of its subject and name it as a sentence that can be false. Run the real code on
+small data: nano.train(flags) in this process, nano.start(flags, ranks=2) in processes that may be killed,
 nano.small() for a model without a run. Break the code once and see the test fail. Mark minutes as `soak`.
 """
 import logging
@@ -9,21 +9,22 @@ import os
 import signal
 import sys
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import nano
 
-import nano  # noqa: E402
-
-torch.set_num_threads(1)  # the processes that tests fork have one as well, so that bits can be compared
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # for subprocesses
+torch.set_num_threads(1)  # for this process and its forks, so that bits can be compared
+# autograd chooses its threads at the first backward pass. After a compilation it starts some, which break forks.
+torch.ones(1, requires_grad=True).backward()
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
-    """main() installs signal handlers and loggers of its own."""
+def _restore_process():
+    """Undo what main() changes: signal handlers, loggers, sys.argv."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     argv = sys.argv
     yield
@@ -48,11 +49,11 @@ def mistake(tmp_path, monkeypatch, capsys):
         before = files()
         with pytest.raises(SystemExit) as stop:
             script.main()
-        said = capsys.readouterr()
-        start = f'{script.__name__}.py: error: '
-        assert stop.value.code == 2 and not said.out and files() == before
-        assert said.err.startswith(start) and said.err.endswith('\n') and said.err.count('\n') == 1
-        return said.err.removeprefix(start)
+        printed = capsys.readouterr()
+        prefix = f'{script.__name__}.py: error: '
+        assert stop.value.code == 2 and not printed.out and files() == before
+        assert printed.err.startswith(prefix) and printed.err.endswith('\n') and printed.err.count('\n') == 1
+        return printed.err.removeprefix(prefix)
     return run
 
 
@@ -61,9 +62,9 @@ def images(tmp_path_factory):
     """100 training and 27 validation images of 8 x 8 pixels, PNG and JPEG, in three classes."""
     root = tmp_path_factory.mktemp('images')
     rng = np.random.default_rng(0)
-    for part, counts in (('train', (40, 24, 36)), ('val', (8, 9, 10))):
+    for split, counts in (('train', (40, 24, 36)), ('val', (8, 9, 10))):
         for label, count in enumerate(counts):
-            folder = root / part / f'class_{label}'
+            folder = root / split / f'class_{label}'
             folder.mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 100, (8, 8, 3), dtype=np.uint8)
@@ -72,15 +73,36 @@ def images(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def renamed(images, tmp_path):
+    """Return a function that makes a data set of some classes under other names."""
+    def make(**names):
+        for split in ('train', 'val'):
+            (tmp_path / 'data' / split).mkdir(parents=True, exist_ok=True)
+            for new, old in names.items():
+                (tmp_path / 'data' / split / new).symlink_to(images / split / old)
+        return tmp_path / 'data'
+    return make
+
+
 @pytest.fixture(scope='session')
 def flags(images):
-    """Three epochs of six updates with all that draws random numbers: about two seconds."""
+    """Three epochs of six steps with everything that draws random numbers: about two seconds."""
     return [*nano.FLAGS, '--data-path', str(images)]
 
 
 @pytest.fixture(scope='session')
 def whole(flags, tmp_path_factory):
-    """The folder of a run that nothing has disturbed."""
+    """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp('whole')
     nano.finish(nano.start([*flags, '--output-dir', str(folder)]))
     return folder
+
+
+@pytest.fixture(scope='session')
+def pair(flags, tmp_path_factory):
+    """The folder of an undisturbed run of two epochs on two ranks; ../out.txt has their output."""
+    folder = tmp_path_factory.mktemp('pair')
+    run = [*flags, '--epochs', 2, '--output-dir', folder / 'run']
+    nano.finish(nano.start(run, ranks=2, output=folder / 'out.txt'))
+    return folder / 'run'

@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces with names and addresses of their own, and a SLURM cluster on them."""
+"""Hosts on one machine: network namespaces with their own names and addresses, and a SLURM cluster on them."""
 import contextlib
 import itertools
 import os
@@ -15,7 +15,7 @@ def ip(*arguments, check=True) -> str:
 
 
 def why_no_hosts() -> str | None:
-    """Return why this machine cannot have hosts, or None."""
+    """Return why this machine cannot have hosts, or None if it can."""
     if os.geteuid() != 0:
         return 'network namespaces need root'
     missing = [command for command in ('ip', 'unshare', 'hostname') if not shutil.which(command)]
@@ -41,23 +41,17 @@ done
 
 
 class Hosts:
-    """Network namespaces joined by a bridge: 10.77.0.1, .2, ... without a way out.
+    """Network namespaces of the given names, joined by a bridge: 10.77.0.1, .2, ... and no other network."""
 
-    Args:
-        names: host names.
-        files: /etc/hosts of hosts that have another than all names with their addresses.
-    """
-
-    def __init__(self, names: list[str], files: dict[str, str] | None = None):
+    def __init__(self, names: list[str]):
         self.address = {name: f'10.77.0.{number}' for number, name in enumerate(names, 1)}
-        self.files = files or {}
         self.bridge = f'cmt{os.getpid()}.{next(NUMBERS)}'
 
     def namespace(self, name: str) -> str:
         return f'{self.bridge}-{name}'
 
     def __enter__(self):
-        # also after SIGKILL of this process; a process that waits for its end outlives Ctrl-C in a session of its own
+        # The guard removes the hosts if this process is killed. Its own session protects it from Ctrl-C.
         self.guard = subprocess.Popen(
             ['sh', '-c', GUARD, str(os.getpid()), *map(self.namespace, self.address), self.bridge],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -65,13 +59,13 @@ class Hosts:
             ip('netns', 'add', self.bridge)
             ip('-n', self.bridge, 'link', 'add', 'bridge', 'type', 'bridge')
             ip('-n', self.bridge, 'link', 'set', 'bridge', 'up')
-            known = ''.join(f'{address} {name}\n' for name, address in self.address.items())
+            entries = ''.join(f'{address} {name}\n' for name, address in self.address.items())
             for name, address in self.address.items():
                 namespace = self.namespace(name)
                 ip('netns', 'add', namespace)
                 folder = Path('/etc/netns') / namespace
                 folder.mkdir(parents=True)
-                (folder / 'hosts').write_text('127.0.0.1 localhost\n' + self.files.get(name, known))
+                (folder / 'hosts').write_text('127.0.0.1 localhost\n' + entries)
                 ip('-n', self.bridge, 'link', 'add', 'name', name, 'type', 'veth',
                    'peer', 'name', 'eth0', 'netns', namespace)
                 ip('-n', self.bridge, 'link', 'set', 'dev', name, 'master', 'bridge', 'up')
@@ -111,16 +105,13 @@ class Hosts:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
 
-    def cut(self, name: str) -> None:
-        """Cut the link of a host."""
-        ip('-n', self.bridge, 'link', 'set', 'dev', name, 'down')
-
-    def mend(self, name: str) -> None:
-        ip('-n', self.bridge, 'link', 'set', 'dev', name, 'up')
+    def set_link(self, name: str, state: str) -> None:
+        """Set the link of a host 'up' or 'down'."""
+        ip('-n', self.bridge, 'link', 'set', 'dev', name, state)
 
 
 def why_no_slurm() -> str | None:
-    """Return why this machine cannot have a SLURM cluster, or None."""
+    """Return why this machine cannot have a SLURM cluster, or None if it can."""
     missing = [command for command in ('slurmctld', 'slurmd', 'sbatch', 'munged') if not shutil.which(command)]
     return why_no_hosts() or (f'{missing[0]} is not installed (Debian: slurm-wlm, munge)' if missing else None)
 
@@ -156,9 +147,9 @@ class Slurm(Hosts):
     """A SLURM cluster: slurmctld on host ctl, a slurmd on each of n1, n2, ...
 
     Args:
-        folder: for configuration, state and logs; shared by the hosts, as all of the file system is.
-        nodes: number of nodes, of 2 CPUs each.
-        gpus: make-believe GPUs of a node.
+        folder: for configuration, state and logs; the hosts share it, like all files.
+        nodes: number of nodes with 2 CPUs each.
+        gpus: number of simulated GPUs a node.
         more: further lines of slurm.conf.
     """
 
@@ -192,7 +183,7 @@ class Slurm(Hosts):
         return self
 
     def start_munged(self) -> None:
-        """Start a munged with a key and a socket of its own, so that clusters of two test runs share nothing."""
+        """Start a munged with its own key and socket, so that two test runs share nothing."""
         folder = self.folder / 'munge'
         folder.mkdir(mode=0o711)
         (folder / 'key').touch(0o600)
@@ -209,7 +200,7 @@ class Slurm(Hosts):
         self.start(node, ['slurmd', '-D', '-N', node], self.folder / 'out.txt', env=self.env)
 
     def run(self, *command, env=None, cwd=None, timeout=60) -> subprocess.CompletedProcess:
-        """Run a command as a user on host ctl."""
+        """Run a command on host ctl."""
         return subprocess.run(
             ['ip', 'netns', 'exec', self.namespace('ctl'), 'unshare', '--uts', 'sh', '-c', 'hostname ctl; exec "$@"',
              'sh', *map(str, command)], env={**self.env, **(env or {})}, cwd=cwd, timeout=timeout, text=True,
@@ -227,10 +218,10 @@ class Slurm(Hosts):
     def wait_for(self, job: str, *states: str, timeout: float = 300) -> dict[str, str]:
         """Wait until a job is in one of `states`."""
         deadline = time.monotonic() + timeout
-        while (found := self.state(job)).get('JobState') not in states:
-            assert time.monotonic() < deadline, found
+        while (state := self.state(job)).get('JobState') not in states:
+            assert time.monotonic() < deadline, state
             time.sleep(0.5)
-        return found
+        return state
 
     def wait_idle(self, timeout: float = 60) -> None:
         """Wait until all nodes are idle."""

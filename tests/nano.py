@@ -1,5 +1,7 @@
 """python tests/nano.py ARGS: train.py ARGS with `cmt_nano`, a CMT small enough for a test to train in seconds."""
+import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,12 +14,15 @@ from pathlib import Path
 import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cmt  # noqa: E402
 
 default_cfgs = generate_default_cfgs({'cmt_nano': cmt._cfg(size=32)})
 
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 FLAGS = (
     '--model cmt_nano --device cpu --input-size 32 --batch-size 8 --accum-steps 2 --num-workers 0 '
     '--epochs 3 --cooldown-epochs 0 --warmup-epochs 1 --warmup-lr 1e-3 --lr 0.1 --model-ema-decay 0.9 '
@@ -35,7 +40,7 @@ def cmt_nano(pretrained: bool = False, **kwargs) -> cmt.CMT:
 
 
 def warm(seed=0, **kwargs) -> cmt.CMT:
-    """cmt_nano at 64 px in eval mode, with the statistics of a batch and logits far apart."""
+    """Return cmt_nano at 64 px in eval mode, with BatchNorm statistics of a batch and logits far apart."""
     torch.manual_seed(seed)
     model = timm.create_model('cmt_nano', img_size=64, **kwargs).train()
     with torch.no_grad():
@@ -48,31 +53,29 @@ SMALL = dict(img_size=64, stem_chs=8, embed_dims=(8, 16, 32, 64), depths=(1, 2, 
 
 
 def small(seed=0, **kwargs) -> cmt.CMT:
-    """A CMT at 64 px, for tests that need no training."""
+    """Return a CMT at 64 px, for tests that need no training."""
     torch.manual_seed(seed)
     return cmt.CMT(**{**SMALL, **kwargs})
 
 
-def train(argv, **changes) -> None:
-    """main() in this process."""
+def train(argv) -> None:
+    """Run train.py's main() in this process."""
     import options
     import train
     train.main(options.parse_args([str(arg) for arg in argv]))
 
 
 def start(argv, ranks=1, output=os.devnull, before=None, command='train') -> list[multiprocessing.Process]:
-    """cli() in forked processes, which import nothing anew: seconds less than a subprocess each.
+    """Run cli() in forked processes, which save the seconds of importing torch.
 
     Args:
         argv: flags of train.py.
-        ranks: processes, which meet as torchrun's would.
+        ranks: number of processes, which meet as torchrun's would.
         output: file for what they print.
-        before: called with the rank in the new process first.
+        before: called with the rank first in each new process.
         command: module with a cli().
     """
-    with socket.socket() as found:
-        found.bind(('127.0.0.1', 0))
-        port = found.getsockname()[1]
+    port = free_port()
 
     def child(rank):
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -81,7 +84,7 @@ def start(argv, ranks=1, output=os.devnull, before=None, command='train') -> lis
         sys.stdout = os.fdopen(1, 'w', buffering=1)
         sys.stderr = os.fdopen(2, 'w', buffering=1)
         os.setpgid(0, 0)
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # not as an earlier run left them in the test's process
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # An earlier run may have left its handlers in this process.
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if ranks > 1:
@@ -101,26 +104,81 @@ def start(argv, ranks=1, output=os.devnull, before=None, command='train') -> lis
     return processes
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        return server.getsockname()[1]
+
+
+class Killed(Exception):
+    """End a run in this process as abruptly as an exception can."""
+
+
+def die():
+    raise Killed
+
+
 def full_disk(*args, **kwargs):
     raise OSError(28, 'No space left on device')
 
 
-def at_step(monkeypatch, number, action):
-    """Do `action` in the training step after `number` others."""
-    import engine
-    step, calls = engine.TrainStep.__call__, []
+def at_step(number, action):
+    """Call `action` in the optimizer step after `number` others, until the returned handle's `with` block ends."""
+    steps = itertools.count()
 
-    def patched(self, *args):
-        calls.append(1)
-        if len(calls) == number + 1:
+    def hook(*_):
+        if next(steps) == number:
             action()
-        return step(self, *args)
 
-    monkeypatch.setattr(engine.TrainStep, '__call__', patched)
+    return register_optimizer_step_pre_hook(hook)
+
+
+def on_forward(action):
+    """Call `action` with each CMT and its images before a forward pass, as long as at_step does."""
+    def hook(module, images):
+        if isinstance(module, cmt.CMT):
+            action(module, *images)
+
+    return register_module_forward_pre_hook(hook)
+
+
+def poison(*numbers):
+    """Make an image NaN in the training batches with these numbers, as long as at_step does."""
+    batches = itertools.count()
+
+    def spoil(model, images):
+        if model.training and next(batches) in numbers:
+            images[1] = float('nan')
+
+    return on_forward(spoil)
+
+
+def on_log(action):
+    """Call `action` in this process whenever a line of log.txt is on disk."""
+    sync = os.fsync
+
+    def hook(descriptor):
+        sync(descriptor)
+        if os.readlink(f'/proc/self/fd/{descriptor}').endswith('/log.txt'):
+            action()
+
+    os.fsync = hook
+
+
+def torchrun(options, argv) -> list[str]:
+    return [sys.executable, '-m', 'torch.distributed.run', *options.split(), '--max-restarts', '3',
+            '--monitor-interval', '0.1', __file__, *map(str, argv)]
+
+
+def wait_for(condition, seconds=200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, 'waited in vain'
+        time.sleep(0.02)
 
 
 def finish(processes, status=0, timeout=120) -> None:
-    """Wait for processes that are to end with `status`; else what they printed is shown."""
+    """Wait for processes that must end with `status`; show what they printed if they do not."""
     try:
         for process in processes:
             process.join(timeout)
@@ -132,12 +190,29 @@ def finish(processes, status=0, timeout=120) -> None:
                 process.kill()
 
 
+def children_of(pid) -> list[int]:
+    with contextlib.suppress(FileNotFoundError):
+        threads = Path(f'/proc/{pid}/task').glob('*/children')
+        return sorted(int(child) for thread in threads for child in thread.read_text().split())
+    return []
+
+
 def read(folder, name='checkpoint_last.pth'):
     return torch.load(Path(folder) / name, weights_only=True)
 
 
+def epochs(folder) -> list[int]:
+    return [line['epoch'] for line in log(folder)]
+
+
+def updates(folder) -> int:
+    """Return the number of optimizer steps that checkpoint_last.pth holds."""
+    number, = {int(state['step']) for state in read(folder)['optimizer']['state'].values()}
+    return number
+
+
 def log(folder) -> list[dict]:
-    """Lines of log.txt without what no two runs share."""
+    """Return the lines of log.txt without the figures in which two equal runs differ."""
     lines = [json.loads(line) for line in (Path(folder) / 'log.txt').read_text().splitlines()]
     for line in lines:
         for key in ('train_images_per_s', 'epoch_seconds', 'memory_mb'):
@@ -146,7 +221,7 @@ def log(folder) -> list[dict]:
 
 
 def same(a, b) -> bool:
-    """Equal bit by bit."""
+    """Return whether nested tensors are equal bit by bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -169,8 +244,6 @@ def assert_same_run(folder, other) -> None:
 
 if __name__ == '__main__':
     import train as command
-    pause = float(os.environ.get('NANO_PAUSE', 0))  # seconds in each step, for tests that disturb a run
-    if pause:
-        once = command.TrainStep.__call__
-        command.TrainStep.__call__ = lambda *args: time.sleep(pause) or once(*args)
+    pause = float(os.environ.get('NANO_PAUSE', 0))  # Seconds a step, so that a test can disturb the run.
+    register_optimizer_step_pre_hook(lambda *_: time.sleep(pause))
     sys.exit(command.cli())

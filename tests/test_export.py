@@ -45,20 +45,20 @@ def run(path):
     return model, json.loads(extra['cmt'])
 
 
-@pytest.mark.parametrize('fuse', [[], ['--fuse']])
-@pytest.mark.parametrize('suffix, allowed', [('onnx', 1e-4), ('pt2', 1e-5), ('ts', 1e-5)])
+@pytest.mark.parametrize('suffix, allowed, fuse', [('onnx', 1e-4, True), ('pt2', 1e-5, False), ('ts', 1e-5, True)])
 def test_logits_and_metadata(checkpoint, tmp_path, capsys, suffix, allowed, fuse):
     if suffix == 'onnx':
         for package in ('onnx', 'onnxruntime', 'onnxscript'):
             pytest.importorskip(package)
     path = tmp_path / f'cats.{suffix}'
-    export.main([str(checkpoint), str(path), *fuse])
-    said = capsys.readouterr().out
-    assert len(said.splitlines()) == 1 and 'cmt_nano (EMA of the weights) at 64x64, 3 classes' in said
+    export.main([str(checkpoint), str(path), *['--fuse'] * fuse])
+    assert 'EMA' in capsys.readouterr().out
     exported, metadata = run(path)
     assert metadata == {
         'model': 'cmt_nano', 'input_size': [3, 64, 64], 'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225],
         'classes': ['cat', 'dog', 'eel']}
+    if suffix == 'ts':
+        assert len(exported.state_dict()) < len(torch.load(checkpoint, weights_only=True)['model'])
     for batch in (1, 3, 5):
         x = torch.randn(batch, 3, 64, 64)
         with torch.no_grad():
@@ -68,7 +68,7 @@ def test_logits_and_metadata(checkpoint, tmp_path, capsys, suffix, allowed, fuse
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_the_snippet_of_the_docs_gives_the_logits_of_evaluation(checkpoint, tmp_path, monkeypatch):
+def test_the_snippet_of_the_docs_gives_evaluations_logits(checkpoint, tmp_path, monkeypatch):
     for package in ('onnx', 'onnxruntime', 'onnxscript'):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
@@ -97,50 +97,55 @@ def test_torchscript_of_other_sizes(checkpoint, tmp_path, flags, kind, sizes):
         x = torch.randn(2, 3, *size)
         expected = reference(checkpoint, kind, x, dynamic_img_size=True)
         torch.testing.assert_close(exported(x), expected, rtol=0, atol=1e-5)
-    with pytest.raises(Exception, match='multiples of 32' if len(sizes) > 1 else 'built for'):
+    with pytest.raises(torch.jit.Error, match='33x64'):
         exported(torch.randn(1, 3, 33, 64))
 
 
-@pytest.mark.parametrize('argv, reason', [
-    (['CKPT', 'a.tflite'], 'must end in'),
-    (['CKPT', 'a.onnx', '--dynamic-img-size'], 'one input size'),
-    (['CKPT', 'a.pt2', '--dynamic-img-size'], 'one input size'),
-    (['CKPT', 'a.ts', '--input-size', '50'], 'multiples of 32'),
-    (['CKPT', 'a.ts', '--input-size', '32', '64', '96'], 'height and width'),
-    (['CKPT', 'nowhere/a.ts'], "'nowhere/a.ts' cannot be written"),
-    (['CKPT', '.'], "'.' cannot be written (Is a directory)"),
-    (['CKPT', 'a.ts', '--random-weights'], 'unknown model'),
-    (['resnet18', 'a.ts'], 'resnet18 is no CMT'),
-    (['missing.pth', 'a.ts'], 'no checkpoint at missing.pth, nor a model of that name (cmt_b, '),
+@pytest.mark.parametrize('argv, named', [
+    (['CKPT', 'a.tflite'], '.onnx'),
+    (['CKPT', 'a.onnx', '--dynamic-img-size'], '--dynamic-img-size'),
+    (['CKPT', 'a.pt2', '--dynamic-img-size'], '--dynamic-img-size'),
+    (['CKPT', 'a.ts', '--input-size', '50'], '32'),
+    (['CKPT', 'a.ts', '--input-size', '32', '64', '96'], '--input-size'),
+    (['CKPT', 'nowhere/a.ts'], 'nowhere/a.ts'),
+    (['CKPT', '.'], "'.'"),
+    (['CKPT', 'a.ts', '--random-weights'], 'cats.pth'),
+    (['resnet18', 'a.ts'], 'resnet18'),
+    (['missing.pth', 'a.ts'], 'missing.pth'),
 ])
-def test_mistakes(checkpoint, mistake, argv, reason):
-    assert reason in mistake(export, *(checkpoint if arg == 'CKPT' else arg for arg in argv))
+def test_mistakes_are_named_and_write_nothing(checkpoint, mistake, argv, named):
+    assert named in mistake(export, *(checkpoint if arg == 'CKPT' else arg for arg in argv))
 
 
-def test_nothing_is_replaced_unasked(checkpoint, tmp_path, mistake):
-    path, own = tmp_path / 'model.PT', tmp_path / 'own.pt'
+def test_only_overwrite_replaces_a_file(checkpoint, tmp_path, mistake):
+    path, copy = tmp_path / 'model.PT', tmp_path / 'copy.pt'
     path.write_text('mine')
-    own.write_bytes(checkpoint.read_bytes())
-    assert 'exists: --overwrite' in mistake(export, own, path)
+    copy.write_bytes(checkpoint.read_bytes())
+    assert '--overwrite' in mistake(export, copy, path)
     for overwrite in ([], ['--overwrite']):
-        assert 'the checkpoint itself' in mistake(export, own, own, *overwrite)
-    export.main([str(own), str(path), '--overwrite'])
+        assert 'copy.pt' in mistake(export, copy, copy, *overwrite)
+    export.main([str(copy), str(path), '--overwrite'])
     run(path)
 
 
 @pytest.mark.parametrize('error', [1e-4, float('nan')])
-def test_nothing_is_written_that_disagrees(checkpoint, monkeypatch, mistake, error):
-    monkeypatch.setitem(export.FORMATS, '.ts', (lambda model, *_: (b'', lambda x: model(x) + error), 1e-5))
-    assert 'differ by' in mistake(export, checkpoint, 'a.ts')
+def test_a_file_with_other_logits_is_not_written(checkpoint, monkeypatch, mistake, error):
+    """Let torch load another model than it saved."""
+    load = torch.jit.load
+
+    def load_another(file):
+        exported = load(file)
+        return lambda x: exported(x) + error
+
+    monkeypatch.setattr(torch.jit, 'load', load_another)
+    assert mistake(export, checkpoint, 'a.ts')
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize('suffix', ['onnx', 'pt2', 'ts'])
 @pytest.mark.parametrize('name', ['cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'])
-def test_published_models(name, suffix, tmp_path, capsys):
+def test_published_models(name, suffix, tmp_path):
     """Export from released names, with the tensors of the golden values."""
     state = {key: drawn(key, shape) for key, shape in FIGURES[name]['state'].items()}
     torch.save({'model': state}, tmp_path / 'released.pth')
     export.main([str(tmp_path / 'released.pth'), str(tmp_path / f'{name}.{suffix}')])
-    with capsys.disabled():
-        print(capsys.readouterr().out)

@@ -11,14 +11,11 @@ LOGITS = torch.tensor([[2., 0., -1.], [0., 1., 3.]])
 LOG_P = [[x - math.log(sum(map(math.exp, row))) for x in row] for row in LOGITS.tolist()]
 
 
-def test_class_indices_without_smoothing():
-    expected = -(LOG_P[0][0] + LOG_P[1][1]) / 2
-    assert build_criterion(False, 0.)(LOGITS, torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_smoothing_spreads_its_share_over_all_classes():
-    expected = sum(-0.8 * row[label] - 0.2 * sum(row) / 3 for row, label in zip(LOG_P, (0, 1))) / 2
-    assert build_criterion(False, 0.2)(LOGITS, torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize('smoothing', [0., 0.2])
+def test_class_indices_and_smoothing(smoothing):
+    expected = sum(-(1 - smoothing) * row[i] - smoothing * sum(row) / 3 for row, i in zip(LOG_P, (0, 1))) / 2
+    loss = build_criterion(False, smoothing)(LOGITS, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize('mixup, cutmix', [(0.8, 0.), (0., 1.), (0.8, 1.)])

@@ -1,5 +1,4 @@
-"""Flags, their checks, YAML files of defaults, and the ranks that launchers set."""
-import argparse
+"""Flags, their checks, YAML defaults, and the ranks that launchers set."""
 import functools
 import os
 import re
@@ -13,12 +12,11 @@ from timm.utils import distributed
 
 import launch
 import options
-from options import get_parser, parse_args, policy
-from transforms import build_transform
+from options import parse_args
 
 ROOT = Path(options.__file__).parent
 
-# as the authors publish them
+# the command lines that the authors publish
 PUBLISHED = {
     'cmt_ti': '--batch-size 256 --input-size 160 --weight-decay 0.05 --drop-path 0.1  --epochs 800 --test_freq 100 '
               '--test_epoch 760 --warmup-lr 1e-7 --warmup-epochs 20 --lr 8e-4 --min-lr 1e-5 --no-model-ema --apex-amp',
@@ -79,14 +77,7 @@ def test_every_flag_of_the_authors_works_or_says_why_not(mistake):
     for flags in AUTHORS.split('|'):
         parse_args(flags.split())
     for flags in map(str.split, REFUSED.split('|')):
-        assert re.search(f'{flags[0].replace("_", "-")} is not supported: .+', mistake(*flags))
-
-
-def test_each_help_text_is_complete_by_itself():
-    bare = {'--seed', '--train-interpolation', '--sched', '--warmup-epochs', '--apex-opt-level'}
-    for action in get_parser()._actions:
-        text = re.sub(r'^\(default: .*\)$', '', action.help or '')
-        assert '...' not in text and (text or bare & set(action.option_strings)), action
+        assert re.search(f'{flags[0].replace("_", "-")} .{{20,}}', mistake(*flags))
 
 
 @pytest.mark.parametrize('flags, status', [('--help', 0), ('--lr fast', 2)])
@@ -99,70 +90,40 @@ def test_help_and_mistakes_start_without_torch(flags, status):
 
 
 def test_a_config_may_come_through_a_pipe():
-    done = subprocess.run([sys.executable, 'train.py', '--config', '/dev/stdin'], input='model: cmt_q\ndevice: cpu\n',
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and 'error: unknown model cmt_q' in done.stderr
+    read, write = os.pipe()
+    os.write(write, b'model: cmt_b\nlr: 1')
+    os.close(write)
+    args = parse_args(['--config', f'/dev/fd/{read}'])
+    os.close(read)
+    assert (args.model, args.lr) == ('cmt_b', 1)
 
 
 def test_both_spellings():
-    dashes, lines = ['--model-ema-decay', '0.5', '--output-dir=a_b'], ['--model_ema_decay', '0.5', '--output_dir=a_b']
-    assert parse_args(dashes) == parse_args(lines)
-    assert parse_args(lines).output_dir == 'a_b'
+    dashes, underscores = '--model-ema-decay 0.5 --output-dir=a_b', '--model_ema_decay 0.5 --output_dir=a_b'
+    assert parse_args(dashes.split()) == parse_args(underscores.split())
+    assert parse_args(underscores.split()).output_dir == 'a_b'
     assert parse_args(['--no_model_ema']).model_ema is False and parse_args(['--local-rank=1']).local_rank == 1
 
 
-@pytest.mark.parametrize('argv, words', [
-    ('--batch-size -1', '-1 is not at least 1'),
-    ('--batch-size 2.5', "'2.5' is not a whole number"),
-    ('--lr 0', '0 is not above 0'),
-    ('--lr nan', 'nan'),
-    ('--reprob 1.5', '1.5 is not at least 0 and at most 1'),
-    ('--sched linear', 'linear'),
-    ('--data-set IMAGENET', 'IMAGENET'),
-    ('--mode cmt_s', r'unrecognized arguments: --mode cmt_s \(--model\?\)'),
-    ('--qqq 1', 'unrecognized arguments: --qqq 1$'),
-    ('--batch-size 7', '--batch-size 7 is odd: mixup'),
-    ('--opt-betas 0.9', '--opt-betas needs two numbers'),
-    ('--scale 1 0.5', '--scale 1.0 0.5: give the smaller number first'),
-    ('--teacher-model resnet18', 'a teacher needs --distillation-type'),
-    ('--distillation-type soft', 'needs --teacher-model or --teacher-path'),
-    ('--eval', '--eval needs --resume'),
-    ('--resume auto', '--resume auto needs --output-dir'),
-    ('--config nowhere.yaml', 'nowhere.yaml'),
-    ('--cache none', '--cache is not supported: .*page cache'),
-    ('--cache_size=1G', '--cache-size is not supported: .*page cache'),
-    ('--no-kernels', '--no-kernels is not supported: .*9777bd7'),
-    ('--aa rand-m9-foo5', "'rand-m9-foo5' is no policy of timm"),
-])
-def test_mistakes_get_one_line(mistake, argv, words):
-    assert re.search(words, mistake(*argv.split()))
+@pytest.mark.parametrize('argv', """--batch-size -1 | --batch-size 2.5 | --batch-size 7 | --lr 0 | --lr nan | --lr inf |
+    --reprob 1.5 | --seed 5000000000 | --sched linear | --data-set IMAGENET | --qqq 1 | --opt-betas 0.9 |
+    --scale 1 0.5 | --cutmix-minmax 0.5 0.2 | --config nowhere.yaml | --mode cmt_s --model | --eval --resume |
+    --resume auto --output-dir | --teacher-model resnet18 --distillation-type |
+    --distillation-type soft --teacher-model""".split('|'))
+def test_mistakes_name_their_flag(mistake, argv):
+    """Or the flag that is missing: the second one of a case."""
+    first, *values = argv.split()
+    missing = [value for value in values if value.startswith('--')]
+    assert re.search(f'{(missing or [first])[0]}', mistake(first, *(v for v in values if v not in missing)))
 
 
-@pytest.mark.parametrize('name, is_policy', [
-    ('rand-m9-mstd0.5-inc1', True), ('rand-m7-n3-p0.4-mmax12-tweights', True), ('augmix-m5-w4-d2-a1.5', True),
-    ('original-mstd0.5', True), ('v0r', True), ('3a', True), ('None', True),
-    ('foo', False), ('rand-mx', False), ('original-m9', False), ('augmix-n3', False), ('v0-mstd.5', False)])
-def test_policies_are_those_of_timm_without_its_assertions(name, is_policy):
-    """python -O leaves timm's checks out. timm itself takes every name that is taken here."""
-    if not is_policy:
-        with pytest.raises(argparse.ArgumentTypeError, match='is no policy of timm'):
-            policy(name)
-    elif policy(name) != 'None':
-        build_transform(True, 64, auto_augment=name)
-
-
-def test_a_run_that_was_moved_is_not_begun_anew_in_its_old_place(tmp_path, mistake, monkeypatch):
-    (tmp_path / 'new').mkdir()
-    (tmp_path / 'new' / 'config.yaml').write_text('output-dir: old\n')
-    argv = ['--config', str(tmp_path / 'new' / 'config.yaml'), '--resume', 'auto']
-    assert parse_args(argv).output_dir == 'old'  # a recipe, with no run beside it
-    (tmp_path / 'new' / 'checkpoint_last.pth').touch()
-    assert re.search(r'names --output-dir old: add --output-dir .*/new$', mistake(*argv).strip())
-    assert parse_args([*argv, '--output-dir=old']).output_dir == 'old'
-    assert parse_args(['--config', argv[1], '--eval', '--resume', 'x.pth']).output_dir == 'old'
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'old').symlink_to('new')
-    assert parse_args(argv).output_dir == 'old'
+def test_a_run_stays_in_the_folder_of_its_config(tmp_path, mistake):
+    (tmp_path / 'config.yaml').write_text('epochs: 3\n')
+    argv = ['--config', str(tmp_path / 'config.yaml'), '--resume', 'auto']
+    assert '--output-dir' in mistake(*argv)  # a recipe without a run next to it
+    (tmp_path / 'checkpoint_last.pth').touch()
+    assert parse_args(argv).output_dir == str(tmp_path)
+    assert parse_args([*argv, '--output-dir=other']).output_dir == 'other'
 
 
 def test_odd_batches_without_mixup():
@@ -170,28 +131,20 @@ def test_odd_batches_without_mixup():
     assert parse_args('--batch-size 7 --eval --resume x'.split()).batch_size == 7
 
 
-def test_mistakes_of_a_launched_group_come_from_the_first_rank(capsys, monkeypatch):
-    for name, value in (('RANK', '1'), ('LOCAL_RANK', '1'), ('WORLD_SIZE', '2')):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit):
-        parse_args(['--lr', 'x'])
-    assert not capsys.readouterr().err
-
-
 LAUNCHED = {
     'torchrun': dict(LOCAL_RANK=1, RANK=5, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4),
     'Kubernetes': dict(RANK=5, WORLD_SIZE=8),
     'Open MPI': dict(OMPI_COMM_WORLD_LOCAL_RANK=3, OMPI_COMM_WORLD_RANK=4, OMPI_COMM_WORLD_SIZE=5),
-    'Intel MPI': dict(MPI_LOCALRANKID=0, PMI_RANK=3, PMI_SIZE=6),
+    'MPICH': dict(MPI_LOCALRANKID=0, PMI_RANK=3, PMI_SIZE=6),
     'srun': dict(SLURM_STEP_ID=0, SLURM_LOCALID=2, SLURM_PROCID=6, SLURM_NTASKS=16),
-    'nobody': {},
+    'none': {},
 }
 STEP = LAUNCHED['srun']
 
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Return a function that sets variables and removes all others of launchers."""
+    """Return a function that sets variables and removes all other launcher variables."""
     def change(**variables):
         for name in list(os.environ):
             if re.match('(SLURM|OMPI|PMI|MPI|MASTER|TORCHELASTIC)_|(LOCAL_)?(RANK|WORLD_SIZE)$', name):
@@ -199,7 +152,7 @@ def environment(monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
     for name in ('MASTER_ADDR', 'MASTER_PORT'):
-        monkeypatch.setenv(name, '')  # what the code sets is undone after the test
+        monkeypatch.setenv(name, '')  # so that the test's end undoes what the code sets
     change()
     return change
 
@@ -210,22 +163,21 @@ def test_ranks_are_those_that_timm_reads(environment, launcher):
     assert launch.read_launch()[1:4] == distributed.world_info_from_env()
 
 
-@pytest.mark.parametrize('variables, found', [
+@pytest.mark.parametrize('variables, expected', [
     ({**STEP, **LAUNCHED['torchrun']}, ('torchrun', 1, 5, 8, 4)),  # srun torchrun
     ({**STEP, **LAUNCHED['Open MPI']}, ('mpirun', 3, 4, 5, 0)),  # mpirun starts its own helpers by srun
-    ({**STEP, **LAUNCHED['Intel MPI']}, ('mpirun', 0, 3, 6, 0)),
+    ({**STEP, **LAUNCHED['MPICH']}, ('mpirun', 0, 3, 6, 0)),
     ({**STEP, 'PMI_RANK': 6, 'PMI_SIZE': 16}, ('srun', 2, 6, 16, 0)),  # srun --mpi=pmi2
     ({**LAUNCHED['Open MPI'], 'OMPI_COMM_WORLD_LOCAL_SIZE': 5}, ('mpirun', 3, 4, 5, 5)),
     ({**STEP, 'WORLD_SIZE': 16}, ('srun', 2, 6, 16, 0)),  # scripts that export WORLD_SIZE=$SLURM_NTASKS
     ({**STEP, 'LOCAL_RANK': 2}, ('srun', 2, 6, 16, 0)),
-    ({'PMI_RANK': 3, 'PMI_SIZE': 6, 'PMI_LOCAL_RANK': 1, 'PMI_LOCAL_SIZE': 2}, ('mpirun', 1, 3, 6, 2)),
     ({'SLURM_NTASKS': 16, 'SLURM_PROCID': 0, 'SLURM_LOCALID': 0}, (None, 0, 0, 1, 0)),  # a batch script, salloc
     ({'SLURM_STEP_ID': 4294967290, 'SLURM_NTASKS': 16, 'SLURM_STEP_NUM_TASKS': 1}, ('srun', 0, 0, 1, 0)),  # its shell
 ])
-def test_the_nearest_launcher_counts(environment, variables, found):
+def test_the_innermost_launcher_counts(environment, variables, expected):
     environment(**variables)
-    assert launch.read_launch() == found
-    assert launch.tasks_without_srun() == (16 if found[3] == 1 else 1)
+    assert launch.read_launch() == expected
+    assert launch.tasks_without_srun() == (16 if expected[3] == 1 else 1)
 
 
 @pytest.mark.parametrize('nodes, host', [
@@ -240,8 +192,8 @@ def test_slurms_first_host_is_the_address(environment, nodes, host):
     assert launch.set_master_address() == ('mine', 24123)
 
 
-def test_steps_side_by_side_have_ports_of_their_own(environment):
-    """Below the kernel's range of outgoing ports."""
+def test_concurrent_steps_have_different_ports(environment):
+    """All are below the kernel's range of outgoing ports."""
     ports = []
     for job, step in [(40123, step) for step in range(10)] + [(job, 0) for job in range(40124, 40130)] + [(2 ** 31, 5)]:
         environment(**{**STEP, 'SLURM_STEP_ID': step}, SLURM_JOB_ID=job, SLURM_STEP_NODELIST='n1')
@@ -250,7 +202,7 @@ def test_steps_side_by_side_have_ports_of_their_own(environment):
 
 
 def test_runs_have_the_launchers_name(environment):
-    """The head and the other hosts of mpirun do not have the same variables of SLURM."""
+    """mpirun's head and its other hosts have different SLURM variables."""
     names = set()
     for more in ({'SLURM_JOB_ID': 77}, {'SLURM_JOB_ID': 77, 'SLURM_STEP_ID': 0}, {}):
         environment(**LAUNCHED['Open MPI'], **more)
@@ -267,7 +219,7 @@ def test_mpirun_needs_an_address_for_several_hosts(environment):
     assert launch.set_master_address() == ('127.0.0.1', 29500)
     for more in ({}, {'OMPI_COMM_WORLD_LOCAL_SIZE': 4}):
         environment(**variables, **more)
-        with pytest.raises(ValueError, match='mpirun -x MASTER_ADDR=HOST'):
+        with pytest.raises(ValueError, match='MASTER_ADDR'):
             launch.set_master_address()
         environment(**variables, **more, MASTER_ADDR='n1')
         assert launch.set_master_address() == ('n1', 29500)
@@ -278,8 +230,15 @@ def test_half_of_a_launchers_variables_is_named(environment, missing):
     variables = dict(RANK=1, WORLD_SIZE=8, MASTER_ADDR='n1', MASTER_PORT=29500)
     del variables[missing]
     environment(**variables)
-    with pytest.raises(ValueError, match=f'WORLD_SIZE is 8, but {missing} is not set'):
+    with pytest.raises(ValueError, match=missing):
         launch.set_master_address()
+
+
+def test_only_the_first_rank_prints_a_mistake(environment, capsys):
+    environment(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2)
+    with pytest.raises(SystemExit):
+        parse_args(['--lr', 'x'])
+    assert not capsys.readouterr().err
 
 
 # YAML
@@ -293,11 +252,8 @@ def test_yaml_sets_defaults_that_flags_override(tmp_path):
     flags = config(tmp_path, """
         lr: 8e-3
         warmup_epochs: 3
-        min-lr: 1.0e-6
         opt-betas: [0.9, 0.95]
-        lr-noise: [0.1, 0.9]
         model-ema: false
-        repeated-aug: true
         apex-amp: true
         eval: false
         test-epoch: -1
@@ -307,71 +263,43 @@ def test_yaml_sets_defaults_that_flags_override(tmp_path):
     """)
     for argv in ([*flags, '--warmup-epochs', '7'], ['--warmup-epochs', '7', *flags]):
         args = parse_args(argv)
-        assert (args.lr, args.warmup_epochs, args.min_lr, args.opt_betas) == (8e-3, 7, 1e-6, [0.9, 0.95])
-        assert (args.model_ema, args.repeated_aug, args.apex_amp, args.eval) == (False, True, True, False)
-        assert (args.test_epoch, args.data_path, args.aa, args.clip_grad) == (-1, '/data of mine', '', None)
+        assert (args.lr, args.warmup_epochs, args.opt_betas, args.test_epoch) == (8e-3, 7, [0.9, 0.95], -1)
+        assert (args.model_ema, args.apex_amp, args.eval) == (False, True, False)
+        assert (args.data_path, args.aa, args.clip_grad) == ('/data of mine', '', None)
     assert parse_args([*flags, '--model-ema']).model_ema
     assert parse_args([*flags, '--opt-betas', '0.8', '0.9']).opt_betas == [0.8, 0.9]
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, mistake):
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path / 'c.yaml').write_text('output-dir: ~/out\n')
     for name in ('data-path', 'resume', 'finetune', 'class-map', 'teacher-path', 'output-dir', 'stopped-file'):
         args = parse_args([f'--{name}=~/x', '--config=~/c.yaml', '--distillation-type=soft', '--teacher-model=t'])
         assert getattr(args, name.replace('-', '_')) == f'{tmp_path}/x'
         assert args.output_dir == (f'{tmp_path}/x' if name == 'output-dir' else f'{tmp_path}/out')
-
-
-def test_a_tilde_without_a_home_is_no_folder(mistake):
-    for name in ('output-dir', 'data-path', 'resume'):
-        assert 'there is no such home folder' in mistake(f'--{name}=~nobody_of_this_name/x')
+    assert '~nobody_of_this_name/x' in mistake('--output-dir=~nobody_of_this_name/x')
 
 
 @pytest.mark.parametrize('name', ['WORLD_SIZE', 'RANK', 'LOCAL_RANK'])
-def test_variables_that_are_no_numbers_are_named(environment, capsys, name):
+def test_variables_that_are_not_numbers_are_named(environment, capsys, name):
     environment(**{'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', name: 'two'})
     with pytest.raises(SystemExit) as stop:
         launch.read_launch()
-    assert stop.value.code == 2 and f"{name} is 'two' in the environment" in capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(f"{name} .*'two'", capsys.readouterr().err)
 
 
-def test_every_switch_of_a_yaml_can_be_turned_off_again(tmp_path):
-    lasting = ('apex-amp', 'grad-checkpointing', 'compile', 'sync-bn', 'sched-on-updates', 'model-ema', 'pin-mem')
-    flags = config(tmp_path, ''.join(f'{name}: true\n' for name in lasting))
-    args = vars(parse_args([*flags, *(f'--no-{name}' for name in lasting)]))
-    assert not any(args[name.replace('-', '_')] for name in lasting)
-
-
-def test_the_yaml_of_a_run_of_commit_9777bd7_parses(tmp_path):
-    """Its config.yaml contains every flag that was not null, with the defaults of flags that are gone."""
-    ours = vars(parse_args(['--lr', '1e-3', '--aa', 'none']))
-    text = ''.join(f'{name.replace("_", "-")}: {value!r}\n' for name, value in ours.items()
-                   if name not in ('config', 'local_rank', 'resume', 'overwrite') and value is not None)
-    flags = config(tmp_path, text.replace('True', 'true').replace('False', 'false') + 'cache: none\nkernels: false\n')
-    assert vars(parse_args(flags)) == {**ours, 'config': flags[1]}
-    parse_args(config(tmp_path, 'cache: none\ncache_dir: null\ncache-dir: null\ncache_size: null\nkernels: null\n'))
+def test_flags_can_turn_off_every_switch_of_a_yaml(tmp_path):
+    switches = ('apex-amp', 'grad-checkpointing', 'compile', 'sync-bn', 'sched-on-updates', 'model-ema', 'pin-mem')
+    flags = config(tmp_path, ''.join(f'{name}: true\n' for name in switches))
+    args = vars(parse_args([*flags, *(f'--no-{name}' for name in switches)]))
+    assert not any(args[name.replace('-', '_')] for name in switches)
 
 
 @pytest.mark.parametrize('text, words', [
-    ('cache: disk', '--cache is not supported: .*page cache'),
-    ('kernels: true', '--kernels is not supported: .*9777bd7'),
-    ('learning-rate: 1', '--learning-rate is not supported: use --lr'),
-    ('lerning_rate: 1', r"unknown key 'lerning_rate' \(--learning-rate\?\)"),
-    ('epoch: 1', r"unknown key 'epoch' \(--epochs\?\)"),
-    ('config: x.yaml', "unknown key 'config'"),
-    ('help: true', "unknown key 'help'"),
-    ('lr: fast', "'fast' is not a number"),
-    ('lr: true', 'lr'),
-    ('lr: [1, 2]', ''),
-    ('lr: {a: 1}', ''),
-    ('apex-amp: 1', 'apex-amp'),
-    ('epochs: 2.5', 'epochs'),
-    ('debug: 1', '--debug is not supported'),
-    ('- lr', 'is no list of "flag: value" lines'),
-    ('', 'is no list of "flag: value" lines'),
-    ('lr: [', 'c.yaml'),
-    ('7: 3', 'unknown key'),
+    ('learning-rate: 1', 'learning-rate'), ('lerning_rate: 1', 'lerning_rate'), ('epoch: 1', "'epoch' .*--epochs"),
+    ('config: x.yaml', "'config'"), ('help: true', "'help'"), ('7: 3', '7'), ('debug: 1', '--debug'),
+    ('lr: fast', 'fast'), ('lr: true', 'lr'), ('lr: [1, 2]', ''), ('lr: {a: 1}', ''), ('apex-amp: 1', 'apex-amp'),
+    ('epochs: 2.5', 'epochs'), ('- lr', 'c.yaml'), ('', 'c.yaml'), ('lr: [', 'c.yaml'),
 ])
 def test_yaml_mistakes(tmp_path, mistake, text, words):
     assert re.search(words, mistake(*config(tmp_path, text)))

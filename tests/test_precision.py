@@ -1,4 +1,4 @@
-"""Number formats, loss scaling, and what autocast to bfloat16 costs."""
+"""Dtypes, loss scaling, and the error of autocast to bfloat16."""
 import sys
 import types
 
@@ -29,15 +29,15 @@ def test_apex_is_found_only_with_the_amp_of_nvidia(monkeypatch):
             raise RuntimeError('written for Python 2')
 
     amp = types.SimpleNamespace(initialize=None, scale_loss=None)
-    for apex, found in ((None, None), (types.SimpleNamespace(), None), (Raises(), None),
-                        (types.SimpleNamespace(amp=types.SimpleNamespace()), None),
-                        (types.SimpleNamespace(amp=amp), amp)):
+    for apex, expected in ((None, None), (types.SimpleNamespace(), None), (Raises(), None),
+                           (types.SimpleNamespace(amp=types.SimpleNamespace()), None),
+                           (types.SimpleNamespace(amp=amp), amp)):
         monkeypatch.setitem(sys.modules, 'apex', apex)
-        assert find_apex() is found
+        assert find_apex() is expected
 
 
 def test_scaling_changes_no_gradient():
-    """A scale of 1024 is gone after unscale_; a disabled scaler multiplies by nothing."""
+    """unscale_ removes a scale of 1024; a disabled scaler applies none."""
     weight = torch.nn.Parameter(torch.tensor([3.]))
     spare = torch.nn.Parameter(torch.tensor([3.]))
     optimizer = torch.optim.SGD([weight, spare], lr=1.)

@@ -1,4 +1,4 @@
-"""scripts/slurm.sbatch: its decisions with stand-ins for SLURM's commands, and real jobs on a real cluster (soak)."""
+"""scripts/slurm.sbatch with stand-ins for SLURM's commands, and with a real cluster (soak)."""
 import os
 import re
 import signal
@@ -13,21 +13,22 @@ import hosts
 import nano
 
 SCRIPT = Path(nano.__file__).parent.parent / 'scripts' / 'slurm.sbatch'
+EPOCHS = ('--epochs', '4', '--print-freq', '1')
 SIZE = ('--nodes=2', '--gpus-per-node=1', '--cpus-per-task=1')
 
 
 def folder_with_train_py(folder: Path) -> Path:
-    """A folder from which jobs are submitted: its train.py is that of cmt_nano."""
+    """Make a folder to submit jobs from, with a train.py that knows cmt_nano."""
     folder.mkdir(exist_ok=True)
     (folder / 'train.py').write_text(f'import runpy\nrunpy.run_path({nano.__file__!r}, run_name="__main__")\n')
     return folder
 
 
-# decisions
+# restart, requeue or give up
 
 @pytest.fixture
 def script(tmp_path):
-    """Return a function that runs the script with a stand-in for srun, and returns its status, calls and output."""
+    """Return a function that runs the script with a stand-in for srun, and returns status, calls and stderr."""
     folder = folder_with_train_py(tmp_path / 'repository')
     commands = tmp_path / 'bin'
     commands.mkdir()
@@ -59,13 +60,12 @@ REQUEUE = 'scontrol requeue 7'
     ('trap "" USR1; kill -USR1 $PPID; sleep 0.5;' + STOPPED + 'exit 0', 0, 1, True),
     ('trap "" USR1; kill -USR1 $PPID; sleep 0.5; exit 138', 138, 1, True),  # before it could save
     ('trap "" USR1; kill -USR1 $PPID; sleep 0.5; exit 2', 2, 1, False),
-    (STOPPED + 'exit 0', 0, 1, False),  # by a signal of the user
+    (STOPPED + 'exit 0', 0, 1, False),  # a signal from the user
 ])
-def test_a_job_is_started_again_or_requeued_only_if_that_helps(script, srun, status, attempts, requeued):
-    found, calls, said = script(srun, '--model', 'cmt_b')
-    assert (found, sum(call.startswith('srun') for call in calls), REQUEUE in calls) == (status, attempts, requeued)
+def test_a_job_restarts_or_is_requeued_only_if_that_helps(script, srun, status, attempts, requeued):
+    result, calls, _ = script(srun, '--model', 'cmt_b')
+    assert (result, sum(call.startswith('srun') for call in calls), REQUEUE in calls) == (status, attempts, requeued)
     assert 'python train.py --resume auto' in calls[0] and calls[0].endswith('--model cmt_b')
-    assert said.count(' in attempt ') == (attempts if attempts > 1 else 0)
 
 
 def test_a_warning_reaches_the_processes(script):
@@ -82,47 +82,37 @@ def test_a_warning_reaches_the_processes(script):
     ({'SLURM_GPUS_ON_NODE': 8, 'SLURM_CPUS_PER_TASK': 12, 'SLURM_NTASKS_PER_NODE': 8}, 8, 12, 1),
 ])
 def test_each_gpu_has_a_process(script, variables, processes, cpus, threads):
-    status, (call,), said = script(
+    status, (call,), stderr = script(
         'echo threads $OMP_NUM_THREADS $SLURM_GPUS_PER_NODE$SLURM_NTASKS_PER_NODE$SLURM_CPUS_PER_TASK >&2',
         OMP_NUM_THREADS='', SLURM_GPUS_PER_NODE=8, **variables)
-    assert said == f'threads {threads}\n'
+    assert stderr == f'threads {threads}\n'
     assert f'--nodes=2 --ntasks-per-node={processes} --cpus-per-task={cpus} --kill-on-bad-exit=0' in call
 
 
-def test_tasks_of_an_array_have_folders_of_their_own(script):
-    for flag in (['--output-dir', 'out/seed_%a'], ['--output_dir=out/seed_%a']):
-        status, calls, said = script('exit 0', '--seed', '%a', *flag, SLURM_ARRAY_TASK_ID=3)
-        assert status == 0 and calls[0].endswith(f'--seed 3 {" ".join(flag).replace("%a", "3")}')
-    status, calls, said = script('exit 0', '--seed', '%a', '--output-dir', 'out', SLURM_ARRAY_TASK_ID=3)
-    assert status == 2 and not calls and re.fullmatch(r'slurm.sbatch: .*--output-dir output/run_%a\n', said)
+@pytest.mark.parametrize('flag', [['--output-dir', 'out/seed_%a'], ['--output_dir=out/seed_%a']])
+def test_tasks_of_an_array_have_different_folders(script, flag):
+    status, calls, _ = script('exit 0', '--resume', 'auto', '--seed', '%a', *flag, SLURM_ARRAY_TASK_ID=3)
+    assert status == 0 and calls[0].endswith(f'--seed 3 {" ".join(flag).replace("%a", "3")}')
 
 
-def test_a_job_resumes_nothing_but_itself(script):
-    for flags in (['--resume', 'x.pth'], ['--resume=x.pth', '--lr', '1']):
-        status, calls, said = script('exit 0', *flags)
-        assert status == 2 and not calls and re.fullmatch('slurm.sbatch: leave --resume out: .*\n', said)
-    assert script('exit 0', '--resume', 'auto')[0] == script('exit 0', '--resume=auto')[0] == 0
+@pytest.mark.parametrize('argv, more, words', [
+    (['--seed', '%a', '--output-dir', 'out'], {'SLURM_ARRAY_TASK_ID': 3}, '--output-dir .*%a'),
+    (['--resume', 'x.pth'], {}, '--resume'), (['--resume=x.pth', '--lr', '1'], {}, '--resume'),
+    ([], {'cwd': '/'}, 'train.py.*--chdir')])
+def test_a_job_that_could_not_resume_itself_is_refused(script, argv, more, words):
+    status, calls, stderr = script('exit 0', *argv, **more)
+    assert status == 2 and not calls and re.fullmatch(f'slurm.sbatch: .*{words}.*\n', stderr)
 
 
-def test_a_node_that_never_launches_does_not_requeue_for_ever(script):
+def test_a_node_that_never_launches_does_not_requeue_forever(script):
     assert REQUEUE not in script('exit 233', SLURM_RESTART_COUNT=20)[1]
-
-
-def test_a_job_from_another_folder_is_refused_in_a_line(script, tmp_path):
-    status, calls, said = script('exit 0', cwd=tmp_path)
-    assert status == 2 and not calls and re.fullmatch(r'slurm.sbatch: no train.py in .*--chdir=REPOSITORY\n', said)
 
 
 # a real cluster
 
-pytestmark_soak = [
-    pytest.mark.soak, pytest.mark.skipif(bool(hosts.why_no_slurm()), reason=hosts.why_no_slurm() or '')]
-
-
 def soak(function):
-    for mark in pytestmark_soak:
-        function = mark(function)
-    return function
+    reason = hosts.why_no_slurm()
+    return pytest.mark.soak(pytest.mark.skipif(bool(reason), reason=reason or '')(function))
 
 
 class Cluster(hosts.Slurm):
@@ -136,7 +126,7 @@ class Cluster(hosts.Slurm):
         self.env['OMP_NUM_THREADS'] = '1'
 
     def train(self, flags, *sbatch, pause=0.2) -> str:
-        """sbatch scripts/slurm.sbatch with `flags`; `pause` seconds in each step."""
+        """Submit scripts/slurm.sbatch with `flags` and a `pause` of seconds in each step; return the job."""
         return self.submit(*SIZE, *sbatch, 'scripts/slurm.sbatch', *flags, cwd=self.repository,
                            env={'NANO_PAUSE': str(pause)})
 
@@ -144,54 +134,45 @@ class Cluster(hosts.Slurm):
         path = self.repository / f'slurm-{job}.log'
         return path.read_text() if path.exists() else ''
 
-    def until(self, job, words, timeout=120) -> None:
-        deadline = time.monotonic() + timeout
-        while words not in self.log(job):
-            assert time.monotonic() < deadline, self.log(job)
-            time.sleep(0.2)
+    def until(self, job, words) -> None:
+        nano.wait_for(lambda: words in self.log(job), seconds=120)
 
     def finish(self, job, state='COMPLETED') -> str:
-        found = self.wait_for(job, 'COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT')
-        assert found['JobState'] == state, (found, self.log(job))
+        end = self.wait_for(job, 'COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT')
+        assert end['JobState'] == state, (end, self.log(job))
         return self.log(job)
 
     def run_again(self, job) -> None:
-        """Do not wait two minutes for a requeued job to start."""
+        """Start a requeued job, which would wait for two minutes."""
         self.wait_for(job, 'PENDING')
-        time.sleep(2)  # SLURM refuses a start in the second in which the job was killed
+        time.sleep(2)  # SLURM refuses to start a job within the second of its kill.
         assert self.run('scontrol', 'update', f'JobId={job}', 'StartTime=now').returncode == 0
 
 
 @pytest.fixture(scope='module')
 def cluster(tmp_path_factory):
-    with Cluster(tmp_path_factory.mktemp('cluster'), more='SlurmdTimeout=20\nKillWait=30') as found:
-        yield found
+    with Cluster(tmp_path_factory.mktemp('cluster'), more='SlurmdTimeout=20\nKillWait=30') as started:
+        yield started
 
 
 @pytest.fixture(scope='module')
-def job_flags(flags):
-    return [*flags, '--epochs', '4', '--print-freq', '1']
-
-
-@pytest.fixture(scope='module')
-def undisturbed(job_flags, tmp_path_factory):
-    """The folder of a local run of two ranks."""
+def undisturbed(flags, tmp_path_factory):
+    """The folder of a local run with two ranks."""
     folder = tmp_path_factory.mktemp('undisturbed')
-    nano.finish(nano.start([*job_flags, '--output-dir', folder], ranks=2))
+    nano.finish(nano.start([*flags, *EPOCHS, '--output-dir', folder], ranks=2))
     return folder
 
 
 @soak
 @pytest.mark.parametrize('what', [
     'nothing', 'early warning', 'warning', 'time limit', 'requeue', 'scancel', 'process', 'node'])
-def test_a_job_ends_with_the_bits_of_an_undisturbed_run(cluster, job_flags, undisturbed, tmp_path, what):
-    """Whatever happens to it in between."""
+def test_a_job_ends_with_the_bits_of_an_undisturbed_run(cluster, flags, undisturbed, tmp_path, what):
     more = ['--time=2', '--signal=B:USR1@90'] if what == 'time limit' else ['--time=60']
-    flags = [*job_flags, '--save-every-steps', '2', '--output-dir', tmp_path / 'run']
-    job = cluster.train(flags, *more, pause=4 if what == 'time limit' else 0.5)
+    run = [*flags, *EPOCHS, '--save-every-steps', '2', '--output-dir', tmp_path / 'run']
+    job = cluster.train(run, *more, pause=4 if what == 'time limit' else 0.5)
     if what == 'early warning':
         cluster.wait_for(job, 'RUNNING')
-    elif what == 'time limit':  # whose warning comes up to 60 s early
+    elif what == 'time limit':  # SLURM warns up to 60 s early.
         cluster.until(job, 'back into the queue')
     elif what != 'nothing':
         cluster.until(job, 'epoch 1/3  step 1/3')
@@ -206,32 +187,31 @@ def test_a_job_ends_with_the_bits_of_an_undisturbed_run(cluster, job_flags, undi
         cluster.kill_host('n2')
         cluster.wait_for(job, 'PENDING')
         cluster.start_node('n2')
-        time.sleep(10)  # SLURM would wait two minutes: it still ends the job's first start on n2
+        time.sleep(10)  # SLURM is still ending the job's first start on n2.
     if what == 'scancel':
         cluster.run('scancel', job)
         cluster.finish(job, 'CANCELLED')
-        assert 'stopped in epoch' in cluster.log(job)
-        job = cluster.train(flags, pause=0)
+        job = cluster.train(run, pause=0)
     if what in ('early warning', 'warning', 'time limit', 'requeue', 'node'):
         cluster.run_again(job)
     text = cluster.finish(job)
     assert ('resuming at epoch' in text) == (what not in ('nothing', 'early warning'))
-    assert 'Traceback' not in text and ('lost another process' in text) == (what in ('process', 'node'))
+    assert 'Traceback' not in text and ('train.py: error: rank' in text) == (what in ('process', 'node'))
     nano.assert_same_run(undisturbed, tmp_path / 'run')
 
 
 @soak
-def test_a_mistake_is_not_started_again(cluster, job_flags, tmp_path):
-    for flags in ([*job_flags, '--lr', 'x', '--output-dir', 'out'], ['--data-path', 'nowhere', '--output-dir', 'out']):
-        job = cluster.train(flags)
+def test_a_job_with_a_mistake_does_not_restart(cluster, flags):
+    for change in (['--lr', 'x'], ['--data-path', 'nowhere']):
+        job = cluster.train([*flags, *change, '--output-dir', 'out'])
         text = cluster.finish(job, 'FAILED')
         assert text.count('train.py: error: ') == 1 and 'attempt' not in text and 'Traceback' not in text
         assert cluster.state(job)['ExitCode'] == '2:0' and cluster.state(job)['Restarts'] == '0'
 
 
 @soak
-def test_a_node_on_which_nothing_can_be_launched_sends_the_job_back_into_the_queue(cluster, job_flags, tmp_path):
-    job = cluster.train([*job_flags, '--output-dir', tmp_path / 'run'], '--begin=now', '--hold')
+def test_a_node_that_cannot_launch_requeues_the_job(cluster, flags, tmp_path):
+    job = cluster.train([*flags, '--output-dir', tmp_path / 'run'], '--begin=now', '--hold')
     cluster.kill_host('n2')
     cluster.run('scontrol', 'release', job)
     try:
@@ -244,38 +224,38 @@ def test_a_node_on_which_nothing_can_be_launched_sends_the_job_back_into_the_que
 
 
 @soak
-def test_an_allocation_is_one_process_and_its_steps_do_not_meet(cluster, job_flags, undisturbed, tmp_path):
-    """Two at once on both nodes, each of two tasks, and one on a part of the nodes."""
+def test_steps_of_an_allocation_do_not_meet(cluster, flags, undisturbed, tmp_path):
+    """The allocation itself is one process. Two concurrent steps use both nodes, and a third step one node."""
     def command(name):
-        return f'python train.py {" ".join(map(str, job_flags))} --output-dir {tmp_path / name}'
-    cluster.wait_idle()  # the shell that asks here is none that SLURM can call back later
+        return f'python train.py {" ".join(map(str, [*flags, *EPOCHS]))} --output-dir {tmp_path / name}'
+    cluster.wait_idle()  # SLURM cannot call back the shell that asks here.
     done = cluster.run(
         'salloc', '--nodes=2', '--ntasks=4', 'bash', '-c',
         f'{command("alone")} --epochs 1; unset SLURM_NTASKS_PER_NODE;'
         f'srun -N2 -n2 --exact {command("a")} & srun -N2 -n2 --exact {command("b")} & wait;'
-        f'srun -N1 -n2 -w n2 {command("part")}', cwd=cluster.repository, timeout=200)
-    assert done.returncode == 0 and 'one process, though the SLURM job has 4 tasks' in done.stdout, done
+        f'srun -N1 -n2 -w n2 {command("third")}', cwd=cluster.repository, timeout=200)
+    assert done.returncode == 0 and 'srun python train.py' in done.stdout, done
     assert 'accumulated x 1 processes' in done.stdout
-    assert [record['epoch'] for record in nano.log(tmp_path / 'alone')] == [0]
-    for name in ('a', 'b', 'part'):
+    assert nano.epochs(tmp_path / 'alone') == [0]
+    for name in ('a', 'b', 'third'):
         nano.assert_same_run(undisturbed, tmp_path / name)
 
 
 @soak
-def test_nodes_without_gpus(job_flags, undisturbed, tmp_path):
+def test_nodes_without_gpus_train(flags, undisturbed, tmp_path):
     with Cluster(tmp_path, nodes=1, gpus=0) as cluster:
-        for variables, more in (({}, ['--nodes=1']), ({'GPUS_PER_NODE': '2'}, ['--nodes=1'])):
+        for variables in ({}, {'GPUS_PER_NODE': '2'}):
             job = cluster.submit(
-                *more, '--gpus-per-node=0', '--cpus-per-task=2', 'scripts/slurm.sbatch', *job_flags,
+                '--nodes=1', '--gpus-per-node=0', '--cpus-per-task=2', 'scripts/slurm.sbatch', *flags, *EPOCHS,
                 '--output-dir', tmp_path / f'run{len(variables)}', cwd=cluster.repository, env=variables)
             assert f'accumulated x {2 if variables else 1} processes' in cluster.finish(job)
     nano.assert_same_run(undisturbed, tmp_path / 'run1')
 
 
 @soak
-def test_gres_and_arrays(cluster, job_flags, tmp_path):
+def test_gres_and_arrays(cluster, flags, tmp_path):
     job = cluster.submit('--nodes=1', '--gres=gpu:1', '--cpus-per-task=1', '--array=1-2', 'scripts/slurm.sbatch',
-                         *job_flags, '--seed', '%a', '--output-dir', f'{tmp_path}/%a', cwd=cluster.repository)
+                         *flags, '--seed', '%a', '--output-dir', f'{tmp_path}/%a', cwd=cluster.repository)
     for task in ('1', '2'):
         cluster.wait_for(f'{job}_{task}', 'COMPLETED')
         assert nano.read(tmp_path / task)['args']['seed'] == int(task)

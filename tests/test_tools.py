@@ -1,6 +1,6 @@
-"""Tools that act on modules, weights and gradients work on CMT: by stand-ins, and by the tools themselves (soak).
+"""Tools that act on modules, weights and gradients work on CMT: imitated here, and the packages themselves (soak).
 
-test_cmt.py has what these come down to: each module with weights is called once a forward, and its output counts.
+test_cmt.py tests what they need: each module with weights is called once a forward pass, and its output counts.
 
     pip install '.[tools]' && pytest -m soak tests/test_tools.py
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from timm.layers import LayerNorm2d, set_fused_attn, use_fused_attn
+from timm.layers import LayerNorm2d
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,16 +30,15 @@ def layers(model, kinds=(nn.Conv2d, nn.Linear)):
 
 
 def counted(fused, **kwargs):
-    """CMT-Ti, whose products inside of the fused attention kernel no counter of operations sees."""
-    before = use_fused_attn()
-    set_fused_attn(fused)
-    try:
-        return timm.create_model('cmt_ti', **kwargs).eval()
-    finally:
-        set_fused_attn(before)
+    """Return CMT-Ti. Counters of operations miss the products in the fused attention kernel."""
+    model = timm.create_model('cmt_ti', **kwargs).eval()
+    for module in model.modules():
+        if isinstance(module, cmt.LMHSA):
+            module.fused_attn = fused
+    return model
 
 
-# what holds, moves or rewrites weights
+# weights that are held, moved or rewritten
 
 def test_a_pruned_state_dict_loads_into_a_pruned_model():
     pair = small(0).eval(), small(1).eval()
@@ -71,7 +70,7 @@ def test_reparametrized_weights_train(norm):
 
 @torch.no_grad()
 def test_weights_that_stay_on_meta_between_calls():
-    """Keep weights off the device outside of the forward of the module that owns them, as accelerate's offload does."""
+    """Keep weights off the device except during the forward pass of their module, as accelerate's offload does."""
     model = small().eval()
     expected = model(images())
     for module in model.modules():
@@ -85,7 +84,7 @@ def test_weights_that_stay_on_meta_between_calls():
 
 
 def test_fully_sharded_layers():
-    """FSDP2 of every layer by itself, on a mesh of one process."""
+    """Shard every layer separately with FSDP2, on a mesh of one process."""
     from torch.distributed.fsdp import fully_shard
     model = small().eval()
     expected = model(images())
@@ -102,7 +101,7 @@ def test_fully_sharded_layers():
     assert all(p.grad is not None for p in model.parameters())
 
 
-# what is put in a convolution's place
+# replaced and rewritten layers
 
 @pytest.mark.parametrize('make', [
     lambda c: nn.Conv2d(c, c, 3, padding=2, dilation=2, groups=c),
@@ -127,7 +126,7 @@ def test_other_modules_in_place_of_a_depthwise_convolution(make):
 
 @torch.no_grad()
 def test_the_hidden_width_of_an_irffn_can_be_cut():
-    """Structural pruning: without some hidden channels a network is what it was with nothing projected from them."""
+    """Structural pruning: removing hidden channels equals projecting nothing from them."""
     irffn, y = small().stages[1].blocks[0].irffn, torch.randn(2, 16, 8, 8)
     irffn.train()(torch.randn(8, 16, 8, 8))  # statistics
     keep = torch.randperm(64)[:24].sort().values
@@ -159,12 +158,12 @@ def test_static_quantization_by_fx_reaches_every_layer():
 
 @pytest.mark.parametrize('train', [False, True])
 def test_gradients_of_every_modules_output(train):
-    """Backward hooks, which also refuse an operation in place on a module's output."""
+    """Use backward hooks, which also refuse in-place operations on a module's output."""
     model, gradients = small().train(train), {}
     for name, module in model.named_modules():
         module.register_full_backward_hook(lambda _, __, output, name=name: gradients.update({name: output[0]}))
     model(images().requires_grad_()).square().sum().backward()
-    uncalled = nn.ModuleList, nn.Dropout  # torch's fused kernel does the dropout of attention
+    uncalled = nn.ModuleList, nn.Dropout  # torch's fused kernel applies the dropout of attention
     assert {name for name, m in model.named_modules() if not isinstance(m, uncalled)} <= set(gradients)
     assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
 
@@ -216,21 +215,21 @@ def test_peft(kind, options):
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for p in adapters.values():
         nn.init.normal_(p, std=0.3)
-    found = model(x)
-    found.square().sum().backward()
+    logits = model(x)
+    logits.square().sum().backward()
     assert adapters and all(p.grad.abs().sum() > 0 for p in adapters.values())
-    assert (found - expected).abs().max() > 0.01
+    assert (logits - expected).abs().max() > 0.01
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize('way', ['cpu_offload', 'disk_offload'])
+@pytest.mark.parametrize('offload', ['cpu_offload', 'disk_offload'])
 @torch.no_grad()
-def test_accelerate(tmp_path, way):
+def test_accelerate(tmp_path, offload):
     accelerate = pytest.importorskip('accelerate')
     model, x = tiny(), images()
     expected = model(x)
-    folder = (tmp_path,) if way == 'disk_offload' else ()
-    model = getattr(accelerate, way)(model, *folder, execution_device='cpu')
+    folder = (tmp_path,) if offload == 'disk_offload' else ()
+    model = getattr(accelerate, offload)(model, *folder, execution_device='cpu')
     assert all(p.is_meta for p in model.parameters())
     for _ in range(2):
         assert torch.allclose(model(x), expected, atol=1e-6)
@@ -243,8 +242,8 @@ def test_captum(method):
     model, x = tiny(), images()
     for name, layer in layers(model, nn.Conv2d).items():
         if name.startswith(('stages.3', 'head_proj')):
-            found = attribution(model, layer).attribute(x, target=0)
-            assert found.isfinite().all() and found.abs().sum() > 0, name
+            scores = attribution(model, layer).attribute(x, target=0)
+            assert scores.isfinite().all() and scores.abs().sum() > 0, name
 
 
 @pytest.mark.soak
@@ -255,19 +254,19 @@ def test_grad_cam(method):
     model = tiny()
     for layer in list(layers(model, nn.Conv2d).values())[-3:]:  # irffn.dw, irffn.project, head_proj.proj
         with getattr(cam, method)(model=model, target_layers=[layer]) as explain:
-            found = explain(input_tensor=images(), targets=targets)
-        assert found.shape == (2, 64, 64) and found.max() > 0
+            maps = explain(input_tensor=images(), targets=targets)
+        assert maps.shape == (2, 64, 64) and maps.max() > 0
 
 
 @pytest.mark.soak
 def test_torch_pruning():
-    """Without `dw` among the layers that may change nothing is pruned, on timm's pvt_v2 neither."""
+    """Nothing is pruned unless `dw` may change, as with timm's pvt_v2."""
     pruning = pytest.importorskip('torch_pruning')
     model = tiny()
-    kept = [layer for name, layer in layers(model).items() if not name.endswith(('irffn.expand', 'irffn.dw'))]
+    fixed = [layer for name, layer in layers(model).items() if not name.endswith(('irffn.expand', 'irffn.dw'))]
     widths = [m.expand.out_channels for m in model.modules() if isinstance(m, cmt.IRFFN)]
     pruning.pruner.MagnitudePruner(
-        model, images(), importance=pruning.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=kept,
+        model, images(), importance=pruning.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=fixed,
     ).step()
     assert [m.dw.groups for m in model.modules() if isinstance(m, cmt.IRFFN)] == [width // 2 for width in widths]
     model(images()).square().sum().backward()
@@ -303,7 +302,7 @@ def test_lightning(tmp_path):
 
 @pytest.mark.soak
 def test_thop():
-    """thop counts layers by their exact type: neither products in attention, nor parameters of timm's LayerNorm2d."""
+    """thop counts layers by their exact type, so it misses attention's products and timm's LayerNorm2d."""
     thop = pytest.importorskip('thop')
     model = counted(True)
     macs, parameters = thop.profile(model, inputs=(torch.zeros(1, 3, 160, 160),), verbose=False)
@@ -337,6 +336,6 @@ def test_fvcore(fused, allowed):
 def test_torchinfo():
     """torchinfo counts a linear layer once an image, not once a token: 0.75 of CMT-Ti, 0.2 of timm's pvt_v2_b0."""
     torchinfo = pytest.importorskip('torchinfo')
-    found, expected = torchinfo.summary(counted(True), (1, 3, 160, 160), verbose=0), profile_flops.profile('cmt_ti')
-    assert found.total_params == expected['params']
-    assert 0.7 * expected['macs'] < found.total_mult_adds < expected['macs']
+    summary, expected = torchinfo.summary(counted(True), (1, 3, 160, 160), verbose=0), profile_flops.profile('cmt_ti')
+    assert summary.total_params == expected['params']
+    assert 0.7 * expected['macs'] < summary.total_mult_adds < expected['macs']

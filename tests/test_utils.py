@@ -1,7 +1,9 @@
-"""Profiles, trackers, limits, and what a run says of its machine."""
+"""Profiles, trackers, limits, and the description of the machine."""
+import importlib.util
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -20,14 +22,15 @@ def test_profile_writes_a_trace_of_so_many_steps(flags, tmp_path):
     assert len(steps) == 2
 
 
-# trackers, with their packages
+# trackers
 
-def test_tensorboard_shows_each_epoch_once_also_after_a_resume(flags, tmp_path):
+def test_tensorboard_shows_each_epoch_once(flags, tmp_path):
+    """Also an epoch that is trained again after a resume."""
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     run = [*flags, '--log-tensorboard', '--output-dir', tmp_path]
     nano.train([*run, '--epochs', '2'])
-    (tmp_path / 'checkpoint_prev.pth').replace(tmp_path / 'checkpoint_last.pth')  # epoch 1 is trained again
+    (tmp_path / 'checkpoint_prev.pth').replace(tmp_path / 'checkpoint_last.pth')
     nano.train([*run, '--resume', 'auto'])
     events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
     records = [json.loads(line) for line in (tmp_path / 'log.txt').read_text().splitlines()]
@@ -35,6 +38,13 @@ def test_tensorboard_shows_each_epoch_once_also_after_a_resume(flags, tmp_path):
     for name in records[0]:
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         assert shown == [(epoch, pytest.approx(record[name])) for epoch, record in enumerate(records)], name
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(flags, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('tensorboard')
+    monkeypatch.setattr('torch.utils.tensorboard.SummaryWriter.add_scalar', lambda *_: 1 / 0)
+    nano.train([*flags, '--batch-size', 48, '--log-tensorboard', '--output-dir', tmp_path])
+    assert nano.epochs(tmp_path) == [0, 1, 2] and capsys.readouterr().out.count('division by zero') == 1
 
 
 def test_wandb_offline_keeps_its_id_until_the_run_is_replaced(flags, tmp_path, monkeypatch):
@@ -58,7 +68,7 @@ def test_an_old_run_stays_if_wandb_cannot_start(flags, tmp_path, monkeypatch, ch
     for name, value in {'HOME': str(tmp_path), 'NETRC': str(tmp_path / 'none'), **change}.items():
         monkeypatch.setenv(name, value)
     nano.finish(nano.start([*run, '--overwrite', '--log-wandb'], output=output), status=2)
-    assert re.search('^train.py: error: --log-wandb: .*WANDB_MODE=offline', output.read_text(), re.M)
+    assert re.search('^train.py: error: .*--log-wandb.*WANDB_MODE=offline', output.read_text(), re.M)
     assert 'Traceback' not in output.read_text()
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not (tmp_path / 'run' / 'wandb_id.txt').exists()
@@ -67,9 +77,9 @@ def test_an_old_run_stays_if_wandb_cannot_start(flags, tmp_path, monkeypatch, ch
 @pytest.mark.parametrize('name', ['wandb', 'tensorboard'])
 @pytest.mark.parametrize('module', [None, types.ModuleType('folder')])
 def test_trackers_that_are_not_installed_are_named(monkeypatch, name, module):
-    """A folder of the package's name can be imported as well."""
+    """A folder with the package's name can be imported too."""
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard' if name == 'tensorboard' else 'wandb', module)
-    with pytest.raises(ValueError, match=f'--log-{name} needs .* pip install {name}'):
+    with pytest.raises(ValueError, match=f'--log-{name} .*pip install {name}'):
         utils.check_trackers(name == 'tensorboard', name == 'wandb')
     utils.check_trackers(False, False)
 
@@ -86,22 +96,23 @@ def test_the_limit_of_open_files_is_raised(monkeypatch, hard, wanted):
 
 
 def test_the_system_names_the_commit_of_the_project_alone(tmp_path, monkeypatch):
-    def commit():
-        return re.match(r'commit (\S+), Python 3', utils.describe_system(torch.device('cpu')))[1]
+    def commit(folder):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(utils.__file__, folder)
+        spec = importlib.util.spec_from_file_location('copy', folder / 'utils.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return re.match(r'commit (\S+), Python 3', module.describe_system(torch.device('cpu')))[1]
 
     def git(*args):
         subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=b', '-C', tmp_path, *args], check=True,
                        capture_output=True)
 
-    (tmp_path / 'cmt').mkdir()
-    monkeypatch.setattr(utils, '__file__', str(tmp_path / 'cmt' / 'utils.py'))
     git('init')
-    git('commit', '--allow-empty', '-m', 'of another project')
-    assert commit() == 'unknown'
-    monkeypatch.setattr(utils, '__file__', str(tmp_path / 'utils.py'))
-    assert re.fullmatch('[0-9a-f]{7,}', commit())
-    (tmp_path / 'file').touch()
-    git('add', 'file')
-    assert commit().endswith('-dirty')
+    git('commit', '--allow-empty', '-m', 'another project')
+    assert commit(tmp_path / 'cmt') == 'unknown'
+    assert re.fullmatch('[0-9a-f]{7,}', commit(tmp_path))
+    git('add', 'utils.py')
+    assert commit(tmp_path).endswith('-dirty')
     monkeypatch.setenv('PATH', '')
-    assert commit() == 'unknown'
+    assert commit(tmp_path) == 'unknown'

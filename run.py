@@ -1,0 +1,304 @@
+"""A run's folder from lock to last line, for train.py and scripts/detection.py: resume, open, save, log, finish."""
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import checkpoints
+import processes
+import utils
+from checkpoints import LAST, PREVIOUS, atomic_write
+from errors import TrainingFault, UsageError, printable
+from processes import usage_errors
+from weights import read, read_file
+
+logger = logging.getLogger(__name__)
+
+LOG, CONFIG = 'log.txt', 'config.yaml'
+# Flags of one launch, which config.yaml leaves out. The output folder is the folder of the file.
+UNSAVED_FLAGS = 'config', 'eval', 'local_rank', 'output_dir', 'overwrite', 'resume', 'stopped_file', 'throughput'
+
+
+def setup_process(args: argparse.Namespace) -> torch.device:
+    """Join the other ranks, if any, and return the device of this rank."""
+    utils.setup_logging()
+    utils.raise_file_limit()
+    with usage_errors():
+        return processes.init_distributed(args.device, args.dist_url, args.dist_timeout)
+
+
+# Resuming
+
+def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, dict[str, Any]] | tuple[None, None]:
+    """Check --output-dir, and return the file of the checkpoint to resume, with its contents.
+
+    --resume is a file or an address; 'auto' for the newest readable checkpoint in --output-dir; '' for none. In
+    training, the previous checkpoint replaces a damaged checkpoint_last.pth.
+
+    Raises:
+        UsageError: --output-dir cannot be used, or there is no readable checkpoint.
+    """
+    folder = Path(args.output_dir) if args.output_dir else None
+    if is_training and folder:
+        check_output_dir(folder, may_hold_run=args.overwrite or args.resume == 'auto'
+                         or is_in_folder(args.resume, folder))
+    file, checkpoint = None, None
+    if args.resume == 'auto':
+        file, checkpoint = checkpoints.newest_checkpoint(folder)
+    elif is_training and Path(args.resume).name == LAST and Path(args.resume).is_file():
+        file, checkpoint = checkpoints.newest_checkpoint(Path(args.resume).parent)
+    elif args.resume:
+        file, checkpoint = args.resume, read(args.resume) if os.path.isdir(args.resume) else read_file(args.resume)
+    if args.eval and checkpoint is None:
+        raise UsageError(f'no checkpoint in {folder}: --eval needs one')
+    return file, checkpoint
+
+
+def is_in_folder(path: str | Path | None, folder: str | Path) -> bool:
+    """Return whether the file `path`, if any, is directly in `folder`."""
+    return bool(path) and Path(path).resolve().parent == Path(folder).resolve()
+
+
+def check_output_dir(folder: Path, may_hold_run: bool) -> None:
+    """Raise UsageError if `folder` cannot be written to or contains a run that would be lost; write nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f'--output-dir {folder}: {existing} is not a folder that can be written to')
+    for path in (folder / LOG, folder / utils.WANDB_ID, folder / CONFIG, *folder.glob('*.pth'), *folder.glob('.*.tmp')):
+        if path.is_dir():
+            raise UsageError(f'--output-dir {folder}: {path} is a folder')
+    if not may_hold_run and run_files(folder):
+        raise UsageError(f'{folder} contains a run: --resume auto resumes it, --overwrite replaces it')
+
+
+def copy_best(resumed: Path, folder: Path, best: dict[str, Any], metric: str) -> None:
+    """Copy the best checkpoints of a run that is resumed in another folder.
+
+    Args:
+        resumed: file that the run resumes.
+        folder: folder of the run from now on.
+        best: its best scores, `metric` and 'epoch', and with the prefix 'ema_' those of the EMA. Scores are removed if
+            their checkpoint is not next to `resumed`.
+        metric: key of the score.
+    """
+    old_folder, is_same_folder = resumed.resolve().parent, is_in_folder(resumed, folder)
+    for prefix in ('', 'ema_'):
+        name, epoch = f'checkpoint_{prefix}best.pth', best.get(f'{prefix}epoch')
+        if epoch is None:
+            continue
+        try:
+            if is_same_folder and resumed.name in (LAST, PREVIOUS):  # written together with them
+                exists = (old_folder / name).is_file()
+            else:
+                exists = checkpoints.read_checkpoint(old_folder / name).get('epoch') == epoch
+        except ValueError:
+            exists = False
+        if not exists:
+            logger.warning('%s of epoch %d is not in %s: the best score starts over', name, epoch, old_folder)
+            del best[f'{prefix}{metric}'], best[f'{prefix}epoch']
+        elif not is_same_folder:
+            checkpoints.copy(old_folder / name, folder / name)
+
+
+# Opening
+
+@usage_errors()
+def open_run(
+        args: argparse.Namespace, prog: str, device: torch.device, epoch: int, resumed: str | None,
+        best: dict[str, Any], metric: str = 'acc1') -> 'RunWriter | None':
+    """Lock --output-dir, write config.yaml, and remove what the run replaces or trains again.
+
+    Args:
+        args: flags of the run; --log-wandb and --log-tensorboard start trackers.
+        prog: name of the command.
+        device: device of this rank.
+        epoch: first epoch to train.
+        resumed: file that the run resumes, or None.
+        best, metric: the best scores so far, as in copy_best.
+
+    Returns:
+        The writer of the folder on rank 0; None on other ranks and without --output-dir.
+    """
+    if not args.output_dir and processes.get_rank() == 0:
+        logger.warning('no --output-dir: nothing will be saved')
+    if args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    if not args.output_dir or processes.get_rank() != 0:
+        return None
+    folder, flags = Path(args.output_dir), vars(args)
+    replace = (resumed is None or args.overwrite) and not is_in_folder(resumed, folder)
+    settings = {key.replace('_', '-'): value for key, value in flags.items()
+                if key not in UNSAVED_FLAGS and value is not None}
+    writer = RunWriter(folder, flags.get('keep_checkpoints', 0))
+    wandb_id = None
+    if flags.get('log_wandb'):
+        wandb_id = utils.read_wandb_id(folder, is_new=replace)
+        writer.trackers.append(utils.wandb_tracker(folder, settings, wandb_id))
+    if flags.get('log_tensorboard'):
+        writer.trackers.append(utils.tensorboard_tracker(folder, epoch))
+    header = '\n# '.join(map(printable, (  # A line break would end the comment.
+        f'{prog} {shlex.join(sys.argv[1:])}', utils.describe_system(device), f'begun on {time.strftime("%F")}')))
+    with atomic_write(folder / CONFIG) as file:
+        file.write(f'# {header}\n{yaml.safe_dump(settings, sort_keys=False)}'.encode())
+        file.flush()
+        os.fsync(file.fileno())  # On a full disk the run ends here, before anything is removed.
+        if replace:
+            remove_run(folder)
+        if resumed is not None and Path(resumed).is_file() and Path(resumed).resolve() != (folder / LAST).resolve():
+            # Else a damaged checkpoint_last.pth would become the previous file at the next save, and a run that is
+            # resumed in another folder could not be resumed there before its first save.
+            checkpoints.copy(Path(resumed), folder / LAST)
+        rewind(folder, epoch)
+    if wandb_id is not None:
+        (folder / utils.WANDB_ID).write_text(wandb_id)
+    if resumed is not None:
+        copy_best(Path(resumed), folder, best, metric)
+    return writer
+
+
+def run_files(folder: Path) -> list[Path]:
+    """List the files of a run in its folder, without config.yaml."""
+    return [*folder.glob('checkpoint_*.pth'), *folder.glob(LOG), *folder.glob(utils.WANDB_ID)]
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the run in `folder`, or raise OSError and leave all of it there."""
+    moved = []
+    try:
+        for path in run_files(folder):
+            moved.append((path.rename(path.with_name(f'.{path.name}.tmp')), path))
+    except OSError:
+        for temporary, path in moved:
+            temporary.rename(path)
+        raise
+    for temporary, _ in moved:
+        temporary.unlink()
+
+
+def rewind(folder: Path, epoch: int) -> None:
+    """Remove what `folder` contains of `epoch` and later epochs, which will be trained again.
+
+    This removes checkpoints of these epochs and lines of the log, also a half-written last line.
+    """
+    for path in folder.glob('checkpoint_[0-9]*.pth'):
+        if int(path.stem.split('_')[1]) >= epoch:
+            path.unlink()
+    path = folder / LOG
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text(errors='replace').splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)['epoch'] < epoch:
+                lines.append(line + '\n')
+    with atomic_write(path) as file:
+        file.write(''.join(lines).encode())
+
+
+# Writing
+
+class RunWriter:
+    """Write a run's checkpoints in the background, and its log. At any moment a whole checkpoint is on disk.
+
+    Args:
+        folder: folder of the run.
+        keep: number of recent epochs whose checkpoints are kept as checkpoint_EEEE.pth.
+
+    Raises:
+        UsageError: another run is writing to `folder`.
+
+    Attributes:
+        error: the first error of the disk, after which nothing more is written; ranks agree to stop.
+        trackers: functions that also get each record of the log.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 0):
+        self.folder = Path(folder)
+        self.lock = checkpoints.lock_file(self.folder / '.lock')  # Closing the file would unlock it.
+        self.keep = keep
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.trackers: list[Callable] = []
+
+    def save(self, state: dict[str, Any], copies: tuple[str, ...] = ()) -> None:
+        """Copy `state` to host memory, then write it as checkpoint_last.pth and under the names `copies`."""
+        self.wait()
+        if self.error is None:
+            self.thread = threading.Thread(
+                target=self._write, args=(checkpoints.to_cpu(state), copies), name='checkpoint')
+            self.thread.start()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one JSON object to log.txt as a line, synced to disk."""
+        if self.error is None:
+            try:
+                with open(self.folder / LOG, 'a') as file:
+                    file.write(json.dumps(record) + '\n')
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                self.error = error
+        for tracker in list(self.trackers):
+            try:
+                tracker(record)
+            except Exception as error:  # log.txt has the record.
+                logger.warning('a tracker failed and gets no more records: %s', str(error) or type(error).__name__)
+                self.trackers.remove(tracker)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk, or has failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, state: dict[str, Any], copies: tuple[str, ...]) -> None:
+        try:
+            with atomic_write(self.folder / LAST, keep_previous=True) as file:
+                torch.save(state, file)
+                file.flush()
+                for name in copies:  # Before checkpoint_last.pth: a run killed between them repeats the epoch.
+                    checkpoints.copy(Path(file.name), self.folder / name)
+            if self.keep:
+                for old in sorted(self.folder.glob('checkpoint_[0-9]*.pth'))[:-self.keep]:
+                    old.unlink()
+        except Exception as error:  # On a full disk torch.save raises a RuntimeError of its own.
+            self.error = error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+def check_written(writer: RunWriter | None) -> None:
+    """Wait for the last checkpoint; raise TrainingFault on all ranks if it could not be written."""
+    error = None
+    if writer is not None:
+        writer.wait()
+        error = writer.error and f'{writer.folder} can no longer be written to ({writer.error}); earlier files are good'
+    errors = [error for error in processes.gather_from_ranks(error) if error]
+    if errors:
+        raise TrainingFault(errors[0])
+
+
+def raise_stopped(args: argparse.Namespace, stop_signal: int, where: str, is_complete: bool) -> None:
+    """Log where a signal stopped the run, touch --stopped-file, and raise SystemExit with the run's exit status.
+
+    Args:
+        args: flags of the run.
+        stop_signal: the signal.
+        where: position of the run, for the log.
+        is_complete: whether all epochs are done.
+    """
+    logger.info('stopped %s%s', where, ', which was the last' if is_complete else '; --resume auto resumes there')
+    if args.stopped_file and args.output_dir and processes.get_rank() == 0 and not is_complete:
+        Path(args.stopped_file).touch()
+    resumes_itself = args.resume == 'auto' and stop_signal != signal.SIGINT
+    raise SystemExit(0 if resumes_itself else 128 + stop_signal)

@@ -1,0 +1,245 @@
+"""A run that was stopped or killed, and then resumed, ends with the bits of one that nothing disturbed."""
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import errors
+import nano
+
+
+def stop_at(step, number=signal.SIGTERM, rank=0):
+    """Return a function for nano.start(before=): `rank` sends itself the signal in that step."""
+    return lambda this: nano.at_step(step, lambda: this == rank and signal.raise_signal(number))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_the_same_command_gives_the_same_bits(flags, whole, tmp_path, workers):
+    nano.train([*flags, '--output-dir', tmp_path / 'run', '--num-workers', workers])
+    nano.assert_same_run(whole, tmp_path / 'run')
+    nano.train([*flags, '--output-dir', tmp_path / 'other', '--seed', 1, '--epochs', 1])
+    assert nano.log(tmp_path / 'other')[0]['train_loss'] != nano.log(whole)[0]['train_loss']
+
+
+@pytest.mark.parametrize('damage, resume', [(0, 'auto'), (1000, 'auto'), (1000, 'checkpoint_last.pth')])
+def test_resume_from_the_end_of_an_epoch(flags, whole, tmp_path, capsys, damage, resume):
+    """If the newest file is damaged, from the end of the epoch before."""
+    run, path = [*flags, '--output-dir', tmp_path / 'run'], tmp_path / 'run' / 'checkpoint_last.pth'
+    with nano.at_step(13, nano.die), pytest.raises(nano.Killed):
+        nano.train(run)
+    with open(tmp_path / 'run' / 'log.txt', 'a') as file:
+        file.write('{"epoch": 2, "train_l')  # A kill while the line is written leaves this.
+    assert nano.read(tmp_path / 'run')['epoch'] == 1
+    path.write_bytes(path.read_bytes()[:path.stat().st_size - damage])
+    capsys.readouterr()
+    nano.train([*run, '--resume', resume if resume == 'auto' else path])
+    assert bool(re.search(rf'{path} .*damaged', capsys.readouterr().out)) == bool(damage)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_resume_in_mid_epoch(flags, whole, tmp_path, monkeypatch):
+    """From a file that is written while training continues."""
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--save-every-steps', 2]
+    steps, overtaken = [], []
+
+    def save_late(*args, save=torch.save):
+        step, deadline = len(steps), time.monotonic() + 5
+        while step % 6 and step == len(steps) and time.monotonic() < deadline:  # No step follows an epoch's last one.
+            time.sleep(0.01)
+        overtaken.append(step % 6 == 0 or step < len(steps))
+        save(*args)
+
+    monkeypatch.setattr(torch, 'save', save_late)
+    with register_optimizer_step_pre_hook(lambda *_: steps.append(1)), nano.at_step(11, nano.die), \
+            pytest.raises(nano.Killed):
+        nano.train(run)
+    monkeypatch.undo()
+    assert all(overtaken)
+    saved = nano.read(tmp_path / 'run')
+    assert (saved['epoch'], saved['step'], saved['samples_seen']) == (1, 4, 64)
+    nano.train(run)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_resume_of_a_finished_run_changes_nothing(flags, tmp_path):
+    run = [*flags, '--output-dir', tmp_path, '--resume', 'auto', '--epochs', 1]
+    nano.train(run)
+    before = [(tmp_path / name).read_bytes() for name in ('checkpoint_last.pth', 'log.txt')]
+    nano.train(run)
+    assert before == [(tmp_path / name).read_bytes() for name in ('checkpoint_last.pth', 'log.txt')]
+
+
+@pytest.mark.parametrize('steps', [3, 6])
+def test_the_speed_of_a_resumed_epoch_counts_all_steps(flags, tmp_path, steps):
+    """Also if it stopped after its last step, and then again during the evaluation."""
+    run = [*flags, '--epochs', 1, '--output-dir', tmp_path, '--resume', 'auto']
+    nano.finish(nano.start(run, before=stop_at(steps - 1)))
+    before = nano.read(tmp_path)
+    assert before['step'] == steps and before['seconds'] > 0
+    nano.finish(nano.start(run, before=lambda rank: nano.on_forward(
+        lambda model, _: model.training or signal.raise_signal(signal.SIGTERM))))
+    seconds = nano.read(tmp_path)['seconds']
+    assert seconds == before['seconds'] if steps == 6 else seconds > before['seconds']
+    nano.train(run)
+    assert json.loads((tmp_path / 'log.txt').read_text())['train_images_per_s'] == 96 / seconds
+
+
+def test_another_number_of_training_images_is_logged(flags, whole, renamed, tmp_path, capsys):
+    data = renamed(class_0='class_0', class_1='class_1', class_2='class_2')
+    (data / 'train' / 'class_1').unlink()
+    shutil.copytree(whole, tmp_path / 'run')
+    with nano.at_step(0, nano.die), pytest.raises(nano.Killed):
+        nano.train([*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--epochs', 4, '--data-path', data])
+    assert re.search(r'\b76 training images.*\b100\b', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('opt', ['lookahead_adamw', 'adafactor', 'adafactorbv', 'lamb'])
+def test_optimizers_resume_where_they_stood(flags, tmp_path, opt):
+    """Some of timm's keep counts among their settings, or moments of other shapes than the weights."""
+    run = [*flags, '--epochs', 1, '--accum-steps', 1, '--opt', opt, '--no-model-ema', '--save-every-steps', 8]
+    nano.train([*run, '--output-dir', tmp_path / 'whole'])
+    batches = itertools.count()
+    with nano.on_forward(lambda *_: next(batches) == 10 and nano.die()), pytest.raises(nano.Killed):
+        nano.train([*run, '--output-dir', tmp_path / 'run'])
+    assert nano.read(tmp_path / 'run')['step'] == 8
+    nano.train([*run, '--output-dir', tmp_path / 'run', '--resume', 'auto'])
+    nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+# kills
+
+def kill_and_restart(run, rng, kills, longest):
+    for _ in range(kills):
+        process, = nano.start(run)
+        time.sleep(rng.uniform(0.3, longest))
+        process.kill()
+        process.join()
+    nano.finish(nano.start(run))
+
+
+def test_kill_9_at_any_moment(flags, whole, tmp_path):
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--save-every-steps', 1]
+    kill_and_restart(run, random.Random(0), kills=3, longest=2)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('workers', [0, 1, 3])
+def test_kill_9_at_twenty_moments(flags, whole, tmp_path, workers):
+    for point in range(20):
+        run = [*flags, '--output-dir', tmp_path / f'run{point}', '--resume', 'auto', '--save-every-steps', 2,
+               '--num-workers', workers]
+        kill_and_restart(run, random.Random(point), kills=1, longest=6)
+        nano.assert_same_run(whole, tmp_path / f'run{point}')
+
+
+@pytest.mark.parametrize('name', ['checkpoint_best.pth', 'checkpoint_last.pth'])
+def test_a_kill_between_best_and_last_repeats_the_epoch(flags, whole, tmp_path, name):
+    """Kill at the last write of checkpoint_best.pth, or at the first of checkpoint_last.pth."""
+    scores = [-1, *(line['test_acc1'] for line in nano.log(whole))]
+    count = sum(score > max(scores[:i]) for i, score in enumerate(scores) if i) if 'best' in name else 1
+
+    def kill_at_last(rank, replace=os.replace):
+        writes = itertools.count(1)
+
+        def patched(source, target):
+            if Path(target).name == name and next(writes) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+        os.replace = patched
+
+    run = [*flags, '--output-dir', tmp_path, '--resume', 'auto']
+    nano.finish(nano.start(run, before=kill_at_last), status=-signal.SIGKILL)
+    nano.train(run)
+    nano.assert_same_run(whole, tmp_path)
+    for best in ('checkpoint_best.pth', 'checkpoint_ema_best.pth'):
+        assert nano.same(*(nano.read(folder, best)['model'] for folder in (whole, tmp_path)))
+
+
+@pytest.mark.parametrize('name, lines', [('checkpoint_mine.pth', 1), ('checkpoint_best.pth', 2)])
+def test_best_checkpoints_of_more_than_a_first_save_stay(flags, whole, tmp_path, name, lines):
+    shutil.copy(whole / 'checkpoint_best.pth', tmp_path / name)
+    (tmp_path / 'log.txt').write_text(''.join((whole / 'log.txt').read_text().splitlines(keepends=True)[:lines]))
+    with pytest.raises(errors.UsageError, match=name):
+        nano.train([*flags, '--output-dir', tmp_path, '--resume', 'auto'])
+    assert (tmp_path / name).read_bytes() == (whole / 'checkpoint_best.pth').read_bytes()
+
+
+# signals
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops_within_a_step(flags, whole, tmp_path, number, status):
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+    nano.finish(nano.start(run, before=stop_at(8, number)), status)
+    saved = nano.read(tmp_path / 'run')
+    assert (saved['epoch'], saved['step']) == (1, 3)
+    nano.train(run)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('owner, name', [(resource, 'getrlimit'), (ModelEmaV3, '__init__')], ids=['first', 'last'])
+def test_a_warning_during_the_set_up_stops_the_first_step(flags, whole, tmp_path, owner, name):
+    """SIGUSR1 is SLURM's warning. SIGTERM ends a run that has nothing to save, as torchrun's restarts need."""
+    def signal_in_set_up(number):
+        call = getattr(owner, name)
+        setattr(owner, name, lambda *args, **kwargs: signal.raise_signal(number) or call(*args, **kwargs))
+
+    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+    nano.finish(nano.start(run, before=lambda rank: signal_in_set_up(signal.SIGUSR1)))
+    assert nano.read(tmp_path / 'run')['step'] == 1
+    nano.finish(nano.start(run, before=lambda rank: signal_in_set_up(signal.SIGTERM)), status=-signal.SIGTERM)
+    nano.train(run)
+    nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_job_scripts_see_whether_a_stopped_run_has_epochs_left(flags, tmp_path):
+    """The exit status under --resume auto is 0 for both."""
+    stopped = tmp_path / 'stopped'
+    run = [*flags, '--epochs', 1, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--stopped-file', stopped]
+    nano.finish(nano.start(run, before=stop_at(2, signal.SIGUSR1)))
+    assert stopped.exists()
+    nano.finish(nano.start(run, before=lambda rank: nano.on_log(lambda: signal.raise_signal(signal.SIGUSR1))))
+    assert nano.epochs(tmp_path / 'run') == [0] and not stopped.exists()
+    assert '\nstopped-file' not in (tmp_path / 'run' / 'config.yaml').read_text()
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both(flags, pair, tmp_path):
+    run = [*flags, '--epochs', 2, '--resume', 'auto', '--output-dir', tmp_path / 'run']
+    nano.finish(nano.start(run, ranks=2, before=stop_at(4, rank=1)))
+    saved = nano.read(tmp_path / 'run')
+    assert (saved['epoch'], saved['step'], saved['samples_seen']) == (1, 2, 64)
+    nano.finish(nano.start(run, ranks=2))
+    nano.assert_same_run(pair, tmp_path / 'run')
+
+
+def test_elastic_restart_sees_each_sample_once(flags, tmp_path, monkeypatch):
+    """One rank after two, in mid-epoch: the rest of the same order."""
+    run = [*flags, '--no-repeated-aug', '--epochs', 1, '--output-dir', tmp_path / 'run', '--resume', 'auto']
+    seen = tmp_path / 'seen.txt'
+
+    def read_bytes(path, read=Path.read_bytes):
+        if 'train' in path.parts:
+            with open(seen, 'a') as file:
+                file.write(f'{path}\n')
+        return read(path)
+
+    monkeypatch.setattr(Path, 'read_bytes', read_bytes)
+    nano.finish(nano.start(run, ranks=2, before=stop_at(1, rank=1)))
+    saved = nano.read(tmp_path / 'run')
+    assert (saved['world_size'], saved['step'], saved['samples_seen']) == (2, 2, 64)
+    output = tmp_path / 'out.txt'
+    nano.finish(nano.start(run, output=output))
+    order = seen.read_text().split()
+    assert len(order) == len(set(order)) == 96 and nano.epochs(tmp_path / 'run') == [0]
+    assert '0.003125 = 0.1 x 16 / 512' in output.read_text()

@@ -1,0 +1,200 @@
+"""The folder of a run: overwriting, locks, kept and best checkpoints, names of any bytes."""
+import os
+import re
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+import errors
+import nano
+import options
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != '.lock'}
+
+
+def test_config_yaml_has_the_settings_in_force(flags, whole):
+    text = (whole / 'config.yaml').read_text()
+    assert text.startswith(f'# train.py {" ".join(flags)}')
+    assert re.search(f'torch {torch.__version__.split("+")[0]}.* timm {timm.__version__}', text.splitlines()[1])
+    again = vars(options.parse_args(['--config', str(whole / 'config.yaml')]))
+    saved = nano.read(whole)['args']
+    again.pop('config'), saved.pop('config')
+    assert again == saved
+    assert yaml.safe_load(text)['model-ema-decay'] == 0.9
+
+
+# what a run leaves of another
+
+def rename_all_but_the_log(source, target, rename=os.rename):
+    if Path(source).name == 'log.txt':
+        raise PermissionError(1, 'Operation not permitted', str(source))
+    rename(source, target)
+
+
+@pytest.mark.parametrize('fault, status', [
+    ((Path, 'read_bytes', lambda path: b'not an image'), 1), ((os, 'fsync', nano.full_disk), 2),
+    ((os, 'rename', rename_all_but_the_log), 2), (None, 2)], ids=['images', 'disk', 'rename', 'compiler'])
+def test_an_old_run_stays_until_nothing_can_fail(flags, tmp_path, monkeypatch, fault, status):
+    run, output = [*flags, '--epochs', 1, '--output-dir', tmp_path / 'run'], tmp_path / 'out.txt'
+    nano.train(run)
+    before = contents(tmp_path / 'run')
+    if not fault:
+        run.append('--compile')
+        monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
+        monkeypatch.setenv('PATH', '')
+    nano.finish(nano.start(
+        [*run, '--overwrite'], output=output, before=lambda rank: fault and setattr(*fault)), status)
+    assert output.read_text().count('train.py: error: ') == 1 and 'Traceback' not in output.read_text()
+    assert contents(tmp_path / 'run') == before
+
+
+def test_the_compiler_check_can_be_interrupted(flags, whole, tmp_path, monkeypatch):
+    """A finished run needs no compiler."""
+    run, output = [*flags, '--compile', '--output-dir', tmp_path / 'run'], tmp_path / 'out.txt'
+    shutil.copytree(whole, tmp_path / 'run')
+    monkeypatch.setattr(torch, 'compile', lambda *_, **__: lambda *_: signal.raise_signal(signal.SIGINT))
+    nano.finish(nano.start([*run, '--overwrite'], output=output), status=130)
+    assert contents(tmp_path / 'run') == contents(whole)
+    nano.finish(nano.start([*run, '--resume', 'auto'], output=output))
+
+
+@pytest.mark.parametrize('resumes', [False, True])
+def test_overwrite_clears_the_folder(flags, whole, tmp_path, resumes):
+    """Also for a run that resumes another folder's checkpoint."""
+    run = [*flags, '--batch-size', 48, '--output-dir', tmp_path]
+    nano.train([*run, '--keep-checkpoints', 2])
+    assert sorted(path.name[11:15] for path in tmp_path.glob('checkpoint_0*')) == ['0001', '0002']
+    assert nano.same(nano.read(tmp_path, 'checkpoint_0002.pth'), nano.read(tmp_path))
+    more = ['--epochs', 4, '--resume', whole / 'checkpoint_last.pth'] if resumes else ['--epochs', 1]
+    nano.train([*run, *more, '--overwrite'])
+    assert nano.epochs(tmp_path) == [3 if resumes else 0]
+    assert not list(tmp_path.glob('checkpoint_0*'))
+    assert (tmp_path / 'checkpoint_prev.pth').exists() == resumes  # the checkpoint that was resumed
+
+
+def test_two_runs_do_not_write_to_one_folder(flags, whole, tmp_path):
+    run, output = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto'], tmp_path / 'out.txt'
+    frozen = nano.start(run, before=lambda rank: nano.at_step(8, lambda: os.kill(os.getpid(), signal.SIGSTOP)))
+    nano.wait_for(lambda: os.waitid(os.P_PID, frozen[0].pid, os.WSTOPPED | os.WNOHANG))
+    before = contents(tmp_path / 'run')
+    try:
+        nano.finish(nano.start(run, output=output), status=2)
+        text = output.read_text()
+        assert text.count('train.py: error: ') == 1 and f'{tmp_path}/run/.lock' in text and 'Traceback' not in text
+        assert contents(tmp_path / 'run') == before
+    finally:
+        os.kill(frozen[0].pid, signal.SIGCONT)
+    nano.finish(frozen)
+    nano.assert_same_run(whole, tmp_path / 'run')
+    nano.finish(nano.start(run))
+
+
+@pytest.mark.parametrize('is_damaged', [False, True])
+def test_ranks_that_do_not_share_the_folder_end(flags, whole, tmp_path, is_damaged):
+    """Rank 1 alone has a checkpoint, a good or a damaged one: one line, and no rank waits for the other."""
+    (tmp_path / '0').mkdir()
+    shutil.copytree(whole, tmp_path / '1' / 'run')
+    for path in (tmp_path / '1' / 'run').glob('*.pth') if is_damaged else ():
+        path.write_bytes(b'damaged')
+    output = tmp_path / 'out.txt'
+    run = [*flags[2:], '--resume', 'auto', '--output-dir', 'run']  # Without --model cmt_nano, rank 0 builds cmt_s.
+    nano.finish(nano.start(run, ranks=2, output=output, before=lambda rank: os.chdir(tmp_path / str(rank))), status=2)
+    errors = re.findall('train.py: error: (.*)', output.read_text())
+    assert len(errors) == 1 and ('run: ' if is_damaged else '--output-dir') in errors[0]
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(flags, tmp_path):
+    run, output = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto'], tmp_path / 'out.txt'
+    nano.train([*run, '--epochs', 1])
+    before = nano.read(tmp_path / 'run')
+    nano.finish(nano.start(
+        run, output=output,
+        before=lambda rank: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))), status=1)
+    text = output.read_text()
+    assert len(re.findall(f'^train.py: error: .*{tmp_path}/run', text, re.M)) == 1 and 'Traceback' not in text
+    assert nano.same(nano.read(tmp_path / 'run'), before)
+
+
+def test_a_checkpoint_without_permission_is_not_a_damaged_one(flags, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / 'run')
+    before = contents(tmp_path / 'run')
+
+    def load(path, *args, load=torch.load, **kwargs):
+        if str(path).endswith('checkpoint_last.pth'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, 'load', load)
+    with pytest.raises(errors.UsageError, match='checkpoint_last.pth'):
+        nano.train([*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto'])
+    assert contents(tmp_path / 'run') == before
+
+
+# the best checkpoints
+
+def assert_best_has_files(folder):
+    best = nano.read(folder)['best']
+    for prefix in ('', 'ema_'):
+        assert nano.read(folder, f'checkpoint_{prefix}best.pth')['epoch'] == best[f'{prefix}epoch']
+    return best
+
+
+def test_a_resumed_run_takes_its_best_checkpoints_elsewhere(flags, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / 'a')
+    run = [*flags, '--epochs', 4, '--lr', 1e-9, '--warmup-lr', 0, '--resume', tmp_path / 'a' / 'checkpoint_last.pth']
+    nano.train([*run, '--output-dir', tmp_path / 'b'])
+    assert_best_has_files(tmp_path / 'b')
+    (tmp_path / 'a' / 'checkpoint_best.pth').unlink()
+    nano.train([*run, '--output-dir', tmp_path / 'c'])
+    assert assert_best_has_files(tmp_path / 'c')['epoch'] == 3
+    nano.train([*run, '--output-dir', tmp_path / 'd', '--epochs', 3])  # nothing left to do
+    assert nano.same(nano.read(tmp_path / 'd')['model'], nano.read(whole)['model'])
+
+
+@pytest.mark.parametrize('change', ['rewound', 'missing'])
+def test_a_best_score_has_its_checkpoint(flags, tmp_path, change):
+    run = [*flags, '--output-dir', tmp_path, '--keep-checkpoints', 9]
+    nano.train(run)
+    if change == 'missing':
+        (tmp_path / 'checkpoint_best.pth').unlink()
+        nano.train([*run, '--epochs', 4, '--resume', 'auto'])
+    else:
+        state = nano.read(tmp_path, 'checkpoint_0001.pth')
+        torch.save({**state, 'best': {'acc1': 100., 'epoch': 7}}, tmp_path / 'checkpoint_0001.pth')
+        run += ['--resume', tmp_path / 'checkpoint_0001.pth']
+        with nano.at_step(0, nano.die), pytest.raises(nano.Killed):
+            nano.train(run)
+        assert nano.epochs(tmp_path) == [0, 1] and not (tmp_path / 'checkpoint_0002.pth').exists()
+        nano.train(run)
+    assert_best_has_files(tmp_path)
+
+
+# names of files
+
+def test_names_of_any_bytes_and_lines_go_through_a_run(flags, images, tmp_path):
+    folder, data = os.fsdecode(bytes(tmp_path) + b'/a\xff\nb'), os.fsdecode(bytes(tmp_path) + b'/d\xff\n\xe2\x80\xa8')
+    shutil.copytree(images, data)
+    bad = os.fsdecode(b'bad\xff\nname.png')
+    printed = r'/d\udcff\n\u2028/{}/class_0/bad\udcff\nname.png'
+    Path(data, 'train', 'class_0', bad).write_text('no image')
+    output, run = tmp_path / 'out.txt', [*flags, '--no-repeated-aug', '--data-path', data]
+    nano.finish(nano.start([*run, '--output-dir', folder], output=output))
+    assert printed.format('train') in output.read_text() and 'Logging error' not in output.read_text()
+    again = ['--config', f'{folder}/config.yaml', '--resume', 'auto', '--epochs', 4]
+    nano.finish(nano.start(again, output=output))
+    assert Path(folder, 'config.yaml').read_text().startswith('# train.py --config ')
+    assert nano.epochs(folder) == [0, 1, 2, 3]
+
+    Path(data, 'val', 'class_0', bad).write_text('no image')
+    for workers in (0, 2):
+        output.unlink()
+        nano.finish(nano.start([*again, '--epochs', 5, '--num-workers', workers], output=output), status=1)
+        assert printed.format('val') in re.search('^train.py: error: (.*)', output.read_text(), re.M)[1]
