@@ -1,4 +1,4 @@
-"""Write checkpoint files that are whole whatever happens, and read checkpoint files of anybody safely."""
+"""Write checkpoint files atomically, and read untrusted checkpoint files safely."""
 import argparse
 import contextlib
 import errno
@@ -61,7 +61,7 @@ def atomic_write(path: Path, keep_previous: bool = False):
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file, so that `target` is whole at any moment."""
+    """Copy a file. At any moment `target` is whole."""
     with open(source, 'rb') as original, atomic_write(target) as file:
         shutil.copyfileobj(original, file, 1 << 20)
 

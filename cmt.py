@@ -465,7 +465,7 @@ class CMT(nn.Module):
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
         elif isinstance(m, nn.Linear):
-            # Truncated at 5 std. With the default bounds of 2, float32 rounds one draw in 2^24 to -2, a hundred std.
+            # Truncated at 5 std. With the default bounds of 2, float32 rounds one draw in 2^24 to -2: 100 std.
             trunc_normal_(m.weight, std=.02, a=-.1, b=.1)
         elif isinstance(m, CMTStage) and m.position_bias is not None:
             nn.init.normal_(m.position_bias)

@@ -1,5 +1,6 @@
-"""Build data sets, and hold out a validation split."""
+"""Build data sets, find their splits, and hold out a validation split."""
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,10 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
 from errors import UsageError, first_line
-from sources import EncodedImages, ImageFolder, Samples, has_split, open_image, open_split
+from sources import IGNORED, EncodedImages, ImageFolder, Samples, TarImages, open_image, split_folder, tar_index
+
+# A tar whose file name has one of these words between non-letters belongs to that split.
+SPLIT = re.compile(r'(?<![A-Za-z])(train|val)(?:ing|idation)?(?![A-Za-z])')
 
 
 class INaturalist(EncodedImages):
@@ -106,7 +110,7 @@ def build_dataset(
         name: one of options.DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, or 'wds/NAME' for
             tar shards.
         is_train: True for the training split, False for the validation split.
-        data_path: for IMNET the folder or tar that contains both splits (sources.open_split); for other data sets the
+        data_path: for IMNET the folder or tar that contains both splits (open_split); for other data sets the
             folder to read from or to download to.
         input_size: height and width of the images of DIGITS, in pixels.
         transform: applied to each image, as in sources.EncodedImages.
@@ -150,6 +154,64 @@ def _read_class_map(file: str) -> list[str]:
     if len(set(classes)) != len(classes) or not classes:
         raise UsageError(f'--class-map {file}: {"a class is there twice" if classes else "no classes in it"}')
     return classes
+
+
+def open_split(data_path: str, split: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
+    """Open the split 'train' or 'val' of the images at `data_path`.
+
+    `data_path` is a folder or a tar. A folder contains train/ and val/ (of class folders, or of tars), or tars of each
+    split. A tar belongs to a split if its name has the word train (training) or val (validation) between non-letters,
+    as imagenet-val-000.tar does. If `data_path` is a tar, the other split is in tars next to it, or both are folders
+    in it. A tar of another name contains training images, or both splits.
+
+    Raises:
+        UsageError: no images of that split; a tar that is damaged.
+    """
+    path = Path(data_path)
+    tars = _tars(path, split)
+    if tars:
+        return TarImages(tars, split, transform, classes)
+    if not path.is_file():
+        return ImageFolder(path / split, transform, classes)
+    raise UsageError(f'{path} has no {"training" if split == "train" else "validation"} images by its name: put '
+                     'train.tar and val.tar next to each other, or hold out a share by --val-split 0.1')
+
+
+def has_split(data_path: str, split: str) -> bool:
+    """Return whether `open_split` can open the split 'train' or 'val'."""
+    path = Path(data_path)
+    return bool(_tars(path, split)) or (path / split).is_dir()
+
+
+def _tars(path: Path, split: str) -> list[Path]:
+    """List the tars of a split by the rule of `open_split`."""
+    if path.is_file():
+        named = _split_of(path)
+        if split == (named or 'train'):
+            return [path]
+        others = _named_tars(path.parent, split) if named else []
+        return others or ([path] if set(map(split_folder, tar_index(path))) >= {'train', 'val'} else [])
+    folder = path / split
+    if not folder.is_dir():
+        return _named_tars(path, split)
+    tars = sorted(folder.glob('[!.]*.tar'))
+    folders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not IGNORED.search(entry.name)]
+    if tars and folders:
+        raise UsageError(f'{folder} holds both tars ({tars[0].name}) and folders ({min(folders)}): '
+                         'move away what is not to be read')
+    return tars
+
+
+def _named_tars(folder: Path, split: str) -> list[Path]:
+    """List the tars of a split in a folder; a tar and a link to it are one."""
+    tars = [tar for tar in sorted(folder.glob('[!.]*.tar')) if _split_of(tar) == split]
+    return list({tar.resolve(): tar for tar in tars}.values())
+
+
+def _split_of(tar: Path) -> str | None:
+    """Return the split that a tar's file name names; None if it names none or both."""
+    words = set(SPLIT.findall(tar.name))
+    return words.pop() if len(words) == 1 else None
 
 
 def open_unsplit(data_path: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:

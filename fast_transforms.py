@@ -53,7 +53,7 @@ class Jpeg:
         if self.scale != scale:
             width, height = (-(-side // scale) for side in self.size)
             try:
-                # Left out: the fast inverse DCT darkens images by 0.8 gray levels for 4 % of the decoder's time, and
+                # Not used: the fast inverse DCT darkens images by 0.8 gray levels for 4 % of the decoder's time, and
                 # the fast upsampling of colors changes pixels by a gray level and saves nothing.
                 pixels = simplejpeg.decode_jpeg(self.data, 'RGB', min_height=height, min_width=width)
             except ValueError:
@@ -87,7 +87,7 @@ class FastTransform:
         UsageError: simplejpeg or OpenCV is not installed.
     """
 
-    open_image = staticmethod(open_jpeg)  # sources.EncodedImages opens files by it.
+    open_image = staticmethod(open_jpeg)  # sources.EncodedImages opens files with it.
 
     def __init__(self, transform: tv_transforms.Compose):
         if not HAS_FAST:
@@ -107,14 +107,14 @@ class FastTransform:
 
     def _crop(self, image: Jpeg | Image.Image) -> np.ndarray:
         """Draw a crop, and return it at the input size, (H, W, 3)."""
-        blank = torch.empty(1).expand(1, *image.size[::-1])  # get_params reads nothing but the size of its image.
+        blank = torch.empty(1).expand(1, *image.size[::-1])  # get_params reads only the size of its image.
         box = top, left, height, width = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
         modes = self.crop.interpolation
         mode = (random.choice(modes) if isinstance(modes, (list, tuple)) else modes).value
         # Below 1.5x the target size the difference is visible (1.5 gray levels).
         least = 1.5 * max(self.crop.size)
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(height, width) >= s * least)
-        if scale > 1 and isinstance(image, Jpeg):  # The border of a crop may be inside a pixel, as Pillow alone allows.
+        if scale > 1 and isinstance(image, Jpeg):  # Only Pillow crops within a pixel.
             top, left, height, width = (value / scale for value in box)
             return np.array(Image.fromarray(image.decode(scale)).resize(
                 self.crop.size[::-1], str_to_pil_interp(mode), box=(left, top, left + width, top + height)))

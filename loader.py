@@ -31,7 +31,7 @@ SHARED_MEMORY = Path('/dev/shm')  # Linux
 
 
 class SeededDataset(Dataset):
-    """Read training samples by (index, seed): the seed alone determines a sample's augmentation.
+    """Read training samples by (index, seed): a sample's augmentation depends only on the seed.
 
     timm and torchvision draw from `random`, NumPy and torch, so each sample seeds all three. torch is seeded on the CPU
     alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An unreadable image is logged, and the

@@ -201,8 +201,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--sync-bn', action=toggle, default=False,
                    help='compute BatchNorm statistics over the batches of all ranks (CUDA only)')
     g.add_argument('--dist-bn', default='broadcast', choices=('broadcast', 'reduce'),
-                   help="BatchNorm statistics before evaluation: rank 0's, or the mean of all ranks; after reduce, a "
-                   'run that is resumed within an epoch is no longer bit-identical')
+                   help="BatchNorm statistics before evaluation: rank 0's, or the mean of all ranks (then "
+                   'resuming within an epoch is not bit-identical)')
     g.add_argument('--model-ema', action=toggle, default=True, help='keep an EMA of the weights')
     g.add_argument('--model-ema-decay', type=fraction, default=0.99996, help='decay of the EMA in each optimizer step')
     g.add_argument('--model-ema-force-cpu', action=toggle, default=False, help='keep the EMA in host memory')

@@ -49,7 +49,7 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if launch.world_size > 1:
-        # One rank a node logs. So does rank 1, since rank 0 may be the missing one.
+        # One rank per node logs. So does rank 1, since rank 0 may be the missing one.
         wait = Wait(timeout_s, is_logged=launch.local_rank == 0 or launch.rank == 1)
         ranks = dict(rank=launch.rank, world_size=launch.world_size)
         with exit_after(timeout_s + 30):
@@ -144,7 +144,7 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
             return False
         return True
 
-    # torch's own waiting prints pages of C++ frames, and rank 0's TCPStore waits for the world size without a word.
+    # torch's own waiting prints pages of C++ frames, and rank 0's TCPStore waits for the world size silently.
     if host:
         wait.until(answers, lambda: f'{server} ({problem})')
     try:

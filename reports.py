@@ -124,7 +124,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
         if not styles:
             axes.text(0.5, 0.5, 'not in the log', transform=axes.transAxes, ha='center', color='gray')
         elif '%' not in title and axes.dataLim.ymax > 0:
-            axes.set_ylim(0, 1.05 * axes.dataLim.ymax)  # a speed that varies by 2 % should look like it
+            axes.set_ylim(0, 1.05 * axes.dataLim.ymax)  # from 0, so that a small variation looks small
         if len(styles) > 1:
             axes.legend([Line2D([], [], color='black', linestyle=style) for style in styles.values()], list(styles))
     figure.legend([Line2D([], [], color=f'C{i}', linewidth=3) for i in range(len(runs))], labels,
@@ -172,7 +172,7 @@ def draw_sheet(entries: list[dict[str, Any]], title: str) -> Figure:
         boxes.append(_box(x + 0.5, y + 0.5, card_w, card_h, 10, 'white', '#dadce0'))
         image = entry['image'].resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         cam = Image.fromarray(entry['cam'].astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        bottom = height - (y + PAD + SIDE)  # figimage counts from below
+        bottom = height - (y + PAD + SIDE)  # figimage measures from the bottom
         figure.figimage(np.asarray(image), x + PAD, bottom, zorder=2)
         figure.figimage(overlay(image, np.asarray(cam).clip(0, 1)), x + 2 * PAD + SIDE, bottom, zorder=2)
         boxes += _draw_predictions(axes, entry, x + PAD, y + PAD + SIDE, card_w - 2 * PAD)

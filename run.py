@@ -48,7 +48,7 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
     training, the previous checkpoint replaces a damaged checkpoint_last.pth.
 
     Raises:
-        UsageError: --output-dir cannot be used, or there is no readable checkpoint.
+        UsageError: --output-dir cannot be used, or no checkpoint can be read.
     """
     folder = Path(args.output_dir) if args.output_dir else None
     if is_training and folder:

@@ -57,7 +57,7 @@ class TrainSampler(Sampler):
 
     @property
     def updates(self) -> int:
-        """Count the optimizer steps left in the epoch; a partial one counts only if there is no other."""
+        """Count the optimizer steps left in the epoch; a partial step counts only if it is the only one."""
         if self.epoch_length >= self.batch_size * self.accum_steps * self.world_size:
             return (self.epoch_length - self.samples_seen) // self.samples_per_update
         return int(self.samples_seen == 0)

@@ -22,9 +22,7 @@ from errors import UsageError, printable
 
 logger = logging.getLogger(__name__)
 
-# The word that assigns a tar to a split, anywhere in its name between non-letters.
-SPLIT = re.compile(r'(?<![A-Za-z])(train|val)(?:ing|idation)?(?![A-Za-z])')
-# Path components that begin with a dot, such as macOS's ._NAME, except . and ..; folders of NAS boxes, file systems.
+# Path components that begin with a dot (macOS's ._NAME), except . and ..; folders made by NAS and file systems.
 IGNORED = re.compile(r'(?:^|/)(?:\.(?!\.?(?:/|$))|(?:@eaDir|__MACOSX|lost\+found|Thumbs\.db)(?:/|$))')
 # Photo formats that Pillow decodes without a plugin.
 EXTENSIONS = (*IMG_EXTENSIONS, '.apng', '.avif', '.avifs', '.dib', '.gif', '.j2c', '.j2k', '.jfif', '.jp2', '.jpc',
@@ -249,8 +247,8 @@ class TarImages(EncodedImages):
         members = [
             Member(tar, name, *place) for tar, path in enumerate(paths) for name, place in tar_index(path).items()]
         images = [m for m in members if is_image(m.name)]
-        if {_split_folder(m.name) for m in images} >= {'train', 'val'}:
-            images = [m for m in images if _split_folder(m.name) == split]
+        if {split_folder(m.name) for m in images} >= {'train', 'val'}:
+            images = [m for m in images if split_folder(m.name) == split]
         if not images:
             raise UsageError(f'no images in {where}')
         labels = {(m.tar, key_of(m.name)): self._label(m) for m in members if m.name.endswith('.cls')}
@@ -287,7 +285,7 @@ class TarImages(EncodedImages):
         The class is the uppermost folder below the folder `split`, or below those that all images share; '' for none.
         """
         paths = [m.name.split('/')[:-1] for m in images]
-        if all(_split_folder(m.name) == split for m in images):
+        if all(split_folder(m.name) == split for m in images):
             paths = [folders[folders.index(split) + 1:] for folders in paths]
         else:
             shared = len(os.path.commonprefix(paths))  # accepts any sequences
@@ -334,8 +332,8 @@ def _one_image_a_key(images: list[Member], where: str) -> list[Member]:
     return [image for image in images if chosen[image.tar, key_of(image.name)] is image]
 
 
-def _split_folder(name: str) -> str | None:
-    """Return the first folder named train or val: a class may have such a name too."""
+def split_folder(name: str) -> str | None:
+    """Return the first folder named train or val in a path; a class may have such a name too."""
     return next((folder for folder in name.split('/')[:-1] if folder in ('train', 'val')), None)
 
 
@@ -408,7 +406,7 @@ def _headers(file: BinaryIO, start: int, end: int, where: str) -> Iterator[tarfi
             last = f'after {header.name}'
         file.seek(tar.offset)
         rest = file.read(max(min(end - tar.offset, PADDING + 1), 0))
-        # Zeros end a tar, but more of them than tar writes are what an interrupted download left of the rest.
+        # Zeros end a tar. More zeros than tar writes are left by an interrupted download.
         if 512 <= len(rest) <= PADDING and not rest.strip(b'\0'):
             return
     file.seek(start)
@@ -443,61 +441,3 @@ def _published_val_classes(path: Path, images: Sequence[Member]) -> list[str]:
     if max(indices) >= len(ids):
         raise UsageError(f'{path} has more images than the validation set that {kit} describes')
     return [ids[index] for index in indices]
-
-
-def open_split(data_path: str, split: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
-    """Open the split 'train' or 'val' of the images at `data_path`.
-
-    `data_path` is a folder or a tar. A folder contains train/ and val/ (of class folders, or of tars), or tars of each
-    split. A tar belongs to a split if its name has the word train (training) or val (validation) between non-letters,
-    as imagenet-val-000.tar does. If `data_path` is a tar, the other split is in tars next to it, or both are folders
-    in it. A tar of another name contains training images, or both splits.
-
-    Raises:
-        UsageError: no images of that split; a tar that is damaged.
-    """
-    path = Path(data_path)
-    tars = _tars(path, split)
-    if tars:
-        return TarImages(tars, split, transform, classes)
-    if not path.is_file():
-        return ImageFolder(path / split, transform, classes)
-    raise UsageError(f'{path} has no {"training" if split == "train" else "validation"} images by its name: put '
-                     'train.tar and val.tar next to each other, or hold out a share by --val-split 0.1')
-
-
-def has_split(data_path: str, split: str) -> bool:
-    """Return whether `open_split` can open the split 'train' or 'val'."""
-    path = Path(data_path)
-    return bool(_tars(path, split)) or (path / split).is_dir()
-
-
-def _tars(path: Path, split: str) -> list[Path]:
-    """List the tars of a split by the rule of `open_split`."""
-    if path.is_file():
-        named = _split_of(path)
-        if split == (named or 'train'):
-            return [path]
-        others = _named_tars(path.parent, split) if named else []
-        return others or ([path] if set(map(_split_folder, tar_index(path))) >= {'train', 'val'} else [])
-    folder = path / split
-    if not folder.is_dir():
-        return _named_tars(path, split)
-    tars = sorted(folder.glob('[!.]*.tar'))
-    folders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not IGNORED.search(entry.name)]
-    if tars and folders:
-        raise UsageError(f'{folder} holds both tars ({tars[0].name}) and folders ({min(folders)}): '
-                         'move away what is not to be read')
-    return tars
-
-
-def _named_tars(folder: Path, split: str) -> list[Path]:
-    """List the tars of a split in a folder; a tar and a link to it are one."""
-    tars = [tar for tar in sorted(folder.glob('[!.]*.tar')) if _split_of(tar) == split]
-    return list({tar.resolve(): tar for tar in tars}.values())
-
-
-def _split_of(tar: Path) -> str | None:
-    """Return the split that a tar's name contains the word of; None for no word, and for both."""
-    words = set(SPLIT.findall(tar.name))
-    return words.pop() if len(words) == 1 else None

@@ -31,10 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import cmt
 import processes
-import sources
 import utils
 from checkpoints import FORMAT
-from datasets import build_dataset, check_two_classes
+from datasets import build_dataset, check_two_classes, has_split
 from engine import Meters, Preprocessor, TrainStep, check_faults, evaluate, throughput, train_one_epoch
 from errors import UsageError
 from fast_transforms import HAS_FAST, FastTransform
@@ -280,14 +279,14 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         if args.loader == 'fast':
             transform = FastTransform(transform)
         has_train = is_training or not args.data_path or bool(args.val_split) or \
-            not args.data_set.startswith(('IMNET', 'wds/')) or sources.has_split(args.data_path, 'train')
+            not args.data_set.startswith(('IMNET', 'wds/')) or has_split(args.data_path, 'train')
         folder = Path(args.data_path or '') / 'train'
         is_folder = args.data_set == 'DIGITS' or (
             args.data_set == 'IMNET' and folder.is_dir() and not any(folder.glob('*.tar')))
     build = functools.partial(
         build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
         val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category)
-    # One process a node downloads or indexes tars. Every process lists a plain folder by itself.
+    # One process per node downloads or indexes tars. Every process lists a plain folder by itself.
     local_rank0_first = not all(processes.gather_from_ranks(is_folder))
     with usage_errors(), processes.first_on_each_node() if local_rank0_first else contextlib.nullcontext():
         train = build(is_train=True, transform=transform, classes=saved_classes) if has_train else None
@@ -427,7 +426,7 @@ def learning_rate(args: argparse.Namespace, sampler: TrainSampler) -> float:
 
 def build_preprocessor(
         args: argparse.Namespace, has_mixup: bool, num_classes: int, device: torch.device) -> Preprocessor:
-    """Build what is done with a training batch on the device: normalize, erase, mix."""
+    """Build the preprocessing of a training batch on the device: normalize, erase, mix."""
     mixup = Mixup(
         mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,

@@ -49,7 +49,8 @@ class Weights:
         state: tensors under the names of the file, without prefixes.
         is_ema: whether the tensors are an EMA.
         file: file or model name, for messages.
-        model_args: arguments of cmt.CMT, from the file or inferred from shapes; empty if the weights are not a CMT's.
+        model_args: arguments of cmt.CMT without dropout rates, from the file or inferred from shapes; empty if the
+            weights are not a CMT's.
         name: model name from the file, or of the published model with these shapes; None if unknown.
         input_size: input size in the file's training arguments, or None.
         classes: class names in the order of their index, or None.
@@ -87,6 +88,8 @@ class Weights:
         args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
         try:
             model_args = checkpoint['model_args'] if is_own else model_args_of(state)
+            # Dropout and drop-path rates belong to the run that wrote the file.
+            model_args = {key: value for key, value in model_args.items() if not key.endswith('_rate')}
         except SHAPE_ERRORS as error:
             raise UsageError(f'{file} does not fit the model: unexpected shapes ({error})') from None
         name, size = args.get('model'), args.get('input_size')  # Other tools write anything here.
@@ -315,10 +318,10 @@ def _as_tuple(value: Any) -> Any:
 
 
 def overrides_of(model_args: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the arguments that differ from the defaults of the named model, without the rates of one training run."""
+    """Return the arguments that differ from the defaults of the named model."""
     defaults = create_cmt(name, device='meta').model_args
     return {key: value for key, value in model_args.items()
-            if _as_tuple(value) != _as_tuple(defaults[key]) and not key.endswith('_rate')}
+            if _as_tuple(value) != _as_tuple(defaults[key])}
 
 
 def _names() -> str:
@@ -337,7 +340,7 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
         model = timm.create_model(name, **kwargs)
     except TypeError as error:
         raise UsageError(f'{name} is not a CMT ({error})') from None
-    except RuntimeError as error:  # 'cmt_s.TAG'
+    except (RuntimeError, ValueError) as error:  # an unknown tag; a size that CMT refuses
         raise UsageError(f'{name}: {error}') from None
     if not isinstance(model, cmt.CMT):
         raise UsageError(f'{name} is not a CMT')
@@ -357,9 +360,8 @@ def create_for(weights: Weights, name: str | None = None, **kwargs) -> cmt.CMT:
     """
     weights.check_name(name)
     size = weights.input_size or 224  # for weights that fit any size
-    args = {key: value for key, value in weights.model_args.items() if not key.endswith('_rate')}  # rates of one run
     try:
-        return create_cmt(name or weights.name or 'cmt_s', **{'img_size': size, **args, **kwargs})
+        return create_cmt(name or weights.name or 'cmt_s', **{'img_size': size, **weights.model_args, **kwargs})
     except SHAPE_ERRORS as error:
         raise UsageError(f'no model can be built for {weights.file}: {error}') from None
 

@@ -118,7 +118,7 @@ class Case:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-6, fused=self.form != 'reference') if self.trains else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-        self.seconds, self.cpu_seconds = [], []  # of a step: one entry a measurement
+        self.seconds, self.cpu_seconds = [], []  # of a step: one entry per measurement
         self.compile_seconds = self.compile() if self.form == 'compiled' else None
         self.step()  # warm up
 

@@ -29,14 +29,14 @@ from torchvision.transforms import v2
 
 import _path
 import utils
-from datasets import build_dataset
+from datasets import build_dataset, has_split
 from engine import Preprocessor
 from errors import UnreadableImage, UsageError, one_line
 from fast_transforms import FastTransform
 from loader import build_loader
 from options import Parser, count, output_file, path, positive
 from samplers import TrainSampler
-from sources import EncodedImages, ImageFolder, has_split
+from sources import EncodedImages, ImageFolder
 from transforms import build_transform
 
 assert _path.ROOT  # importing _path puts the repository on sys.path

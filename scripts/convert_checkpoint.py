@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f'{args.output} is a {"folder" if args.output.is_dir() else "file"}: --format '
                              f'{output_format} writes a {"folder" if output_format == "dir" else "file"}')
         if output_format != 'dir' and not args.output.absolute().parent.is_dir():
-            raise UsageError(f'there is no folder {args.output.parent}')
+            raise UsageError(f'the folder {args.output.parent} does not exist')
         loaded = load(args.source, use_ema, args.model)
         if args.weights == 'ema' and 'model_ema' not in loaded:
             raise UsageError(f'{args.source} contains no EMA: leave --weights out')

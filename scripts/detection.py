@@ -70,7 +70,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')  # the first six of COCOeval.stats
 SCORE_THRESHOLD = 0.4  # of detections in the figure
-# Defaults that depend on the data set. COCO's 1x schedule is for 16 images a step.
+# Defaults that depend on the data set. COCO's 1x schedule is for 16 images per step.
 DEFAULTS = {
     'SHAPES': dict(data_path='data/shapes', backbone='cmt_ti', lr=2e-3, weight_decay=0.05, batch_size=8,
                    warmup_steps=50, fpn_channels=64, anchor_size=16, proposals=32, input_size=[128, 128]),
@@ -186,7 +186,7 @@ class CocoDataset(Dataset):
                 raise UsageError(f'{annotations} is not a JSON file in COCO\'s format') from None
         self.coco = self.data.coco
         check_annotations(self.coco, annotations, self.images, masks, skip_empty_boxes)
-        self.categories = sorted(self.coco.cats)  # The ids may have gaps; COCO's have.
+        self.categories = sorted(self.coco.cats)  # COCO's own ids have gaps.
         self.classes = [self.coco.cats[category]['name'] for category in self.categories]
         self.samples = [(str(self.images / self.coco.imgs[i]['file_name']), i) for i in self.data.ids]
         keys = ('boxes', 'labels', 'iscrowd', *(['masks'] if masks else []))
@@ -302,14 +302,14 @@ def build_data(args: argparse.Namespace) -> tuple[CocoDataset | None, CocoDatase
         with processes.first_on_each_node():
             write_shapes(folder)
 
-    def open_split(split: str, **kwargs) -> CocoDataset:
+    def open_annotations(split: str, **kwargs) -> CocoDataset:
         return CocoDataset(
             getattr(args, f'{split}_images') or str(folder / f'{split}2017'),
             getattr(args, f'{split}_json') or str(folder / 'annotations' / f'instances_{split}2017.json'),
             split == 'train', masks, args.skip_empty_boxes, **kwargs)
 
-    val = open_split('val')
-    train = None if args.eval else open_split('train', hflip=args.hflip)
+    val = open_annotations('val')
+    train = None if args.eval else open_annotations('train', hflip=args.hflip)
     if train is not None and train.classes != val.classes:
         raise UsageError('the training and validation annotations have different categories: '
                          f'{", ".join(train.classes[:3])}, ... and {", ".join(val.classes[:3])}, ...')

@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             check_extension(args.picture)
         images = find_images(args.images)
         model, names = load(args)
-    except (ValueError, OSError) as error:  # weights.py raises ValueError
+    except (UsageError, OSError) as error:
         parser.error(str(error))
 
     results, entries = predict(model, names, images, args.top, args.batch_size, MAX_ON_SHEET if args.picture else 0)

@@ -4,7 +4,7 @@ Copy images into tars for --data-path, with large training images resized: a cor
 
 SRC is a folder, a tar or shards as --data-path takes them, or a folder of classes. Each tar is written, read back as
 training reads it, and moved to DST.incomplete, which becomes DST when all tars are there. The same command resumes, and
-replaces tars whose source images have changed. The bytes of a tar depend on the source and the flags alone, so
+replaces tars whose source images have changed. The bytes of a tar depend only on the source and the flags, so
 interrupted runs and any number of workers write the same.
 """
 import argparse
@@ -29,11 +29,11 @@ import _path
 import processes
 import utils
 from checkpoints import atomic_write, lock_file, sync_folder
-from datasets import open_unsplit
+from datasets import has_split, open_split, open_unsplit
 from errors import TrainingFault, UnreadableImage, UsageError, one_line, printable
 from loader import build_loader
 from options import Parser, count, in_range, path, positive
-from sources import DEVKIT, IGNORED, EncodedImages, TarImages, find_devkit, has_split, key_of, open_image, open_split
+from sources import DEVKIT, IGNORED, EncodedImages, TarImages, find_devkit, key_of, open_image
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
 
@@ -168,7 +168,7 @@ def write_tar(tar: Path, split: str, images: EncodedImages, names: list[str], sa
                 continue
             members = [(f'{key_of(name).lstrip("/")}.cls', str(target).encode())] if images.has_labels else []
             for member, content in [*members, (name, data)]:
-                info = tarfile.TarInfo(member)  # the header depends on the name and the size alone
+                info = tarfile.TarInfo(member)  # the header depends only on the name and the size
                 info.size = len(content)
                 out.addfile(info, io.BytesIO(content))
             written.append((name, target, zlib.crc32(data)))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import errors
+import loader
 import nano
 
 # signals
@@ -156,15 +157,16 @@ def test_too_few_open_files_are_one_line_and_cost_no_epoch(flags, images, tmp_pa
     assert nano.epochs(tmp_path / 'run') == [0]
 
 
-@pytest.mark.skipif(not Path('/dev/shm').is_dir(), reason='shared memory has no folder here')
 @pytest.mark.parametrize('batch, workers, free, fits', [
-    (8, 2, 29, False), (8, 2, 30, True),  # Two batches a worker and the one in use: 5 x 8 images of 3 KiB.
+    (8, 2, 29, False), (8, 2, 30, True),  # Two batches per worker and the one in use: 5 x 8 images of 3 KiB.
     (64, 2, 74, False), (64, 2, 75, True),  # The training set has only 100.
     (8, 0, 0, True)])
-def test_shared_memory_holds_the_batches_of_all_workers(flags, monkeypatch, batch, workers, free, fits):
+def test_shared_memory_holds_the_batches_of_all_workers(flags, tmp_path, monkeypatch, batch, workers, free, fits):
     """Of 32 px; `free` is in blocks of 4 KiB."""
+    monkeypatch.setattr(loader, 'SHARED_MEMORY', tmp_path)  # macOS has no folder for it
+
     def statvfs(path, statvfs=os.statvfs):
-        is_shm = str(path) == '/dev/shm'
+        is_shm = path == tmp_path
         return types.SimpleNamespace(f_bavail=free, f_frsize=4096) if is_shm else statvfs(path)
 
     monkeypatch.setattr(os, 'statvfs', statvfs)

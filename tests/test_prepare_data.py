@@ -17,9 +17,9 @@ from test_sources import members, pack, publish_val
 
 import nano
 import prepare_data
-from datasets import build_dataset
+from datasets import build_dataset, open_split
 from errors import TrainingFault, UnreadableImage, UsageError
-from sources import open_image, open_split
+from sources import open_image
 
 SMALL_TARS = '--short-side', 40, '--images-per-tar', 3, '--num-workers'
 

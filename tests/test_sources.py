@@ -16,12 +16,12 @@ from PIL import Image
 from torchvision.datasets import imagenet
 
 import nano
-from datasets import build_dataset
+from datasets import build_dataset, has_split
 from errors import UnreadableImage, UsageError
 from fast_transforms import FastTransform
 from loader import ValidationDataset, build_loader
 from samplers import TrainSampler
-from sources import ImageFolder, Samples, TarImages, has_split, open_image, tar_index
+from sources import ImageFolder, Samples, TarImages, open_image, tar_index
 from transforms import build_transform
 
 
