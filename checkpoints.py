@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import secrets
 import shutil
 import urllib.error
 import zipfile
@@ -14,13 +15,34 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.nn as nn
 
-from errors import UsageError
+from errors import UsageError, one_line
 
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = 'checkpoint_last.pth', 'checkpoint_prev.pth'
+BEST = 'checkpoint_best.pth', 'checkpoint_ema_best.pth'
 FORMAT = 1  # marks the files of this project
+
+
+def is_own(checkpoint: dict[str, Any]) -> bool:
+    """Return whether this project wrote a checkpoint, so that nothing in it needs to be inferred."""
+    return checkpoint.get('format') == FORMAT
+
+
+def epoch_files(folder: Path) -> list[Path]:
+    """List a run's checkpoint_EEEE.pth by epoch. Files of similar names are the user's."""
+    matches = [re.fullmatch(r'checkpoint_([0-9]{4}|[1-9][0-9]{4,})\.pth', path.name) for path in folder.glob('*.pth')]
+    return [folder / match[0] for match in sorted(filter(None, matches), key=lambda match: int(match[1]))]
+
+
+def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], file: str) -> None:
+    """Load a state dict of this project."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(f'{file} does not fit the model that it describes: {one_line(error)}') from None
 
 
 def to_cpu(state: Any) -> Any:
@@ -42,12 +64,27 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_path(folder: Path) -> Path:
+    """Return a new name in `folder`, which does not depend on other names and cannot be guessed."""
+    return folder / f'.cmt-{secrets.token_hex(8)}.tmp'
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed processes left in `folder`; call this under a lock."""
+    for path in folder.glob('.cmt-????????????????.tmp'):
+        path.unlink()
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, keep_previous: bool = False):
-    """Open a temporary file next to `path`, which replaces `path` when the block ends and the file is on disk."""
-    temporary = path.with_name(f'.{path.name}.tmp')
+    """Open a temporary file next to `path`, which replaces `path` when the block ends and the file is on disk.
+
+    Raises:
+        OSError: the disk is full, ...; it names a file.
+    """
+    temporary = temporary_path(path.parent)
     try:
-        with open(temporary, 'wb') as file:
+        with open(temporary, 'xb') as file:  # 'x' follows no link.
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -55,8 +92,11 @@ def atomic_write(path: Path, keep_previous: bool = False):
             _keep_previous(path)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        cause = error.__context__ if type(error) is RuntimeError else error  # torch.save wraps the error.
+        if isinstance(cause, OSError) and cause.errno and cause.filename in (None, str(temporary)):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
 
 
@@ -67,16 +107,15 @@ def copy(source: Path, target: Path) -> None:
 
 
 def _keep_previous(path: Path) -> None:
-    """Link the file at `path` as checkpoint_prev.pth, so that it remains when `path` is replaced."""
+    """Keep the file at `path` as checkpoint_prev.pth. At any moment one of the two names is a whole file."""
     if not path.exists():
         return
-    link = path.with_name(f'.{PREVIOUS}.tmp')
-    link.unlink(missing_ok=True)
+    previous = path.with_name(PREVIOUS)
+    previous.unlink(missing_ok=True)
     try:
-        os.link(path, link)
-    except OSError:  # This file system has no hard links. For a moment only the previous file exists.
-        os.replace(path, link)
-    os.replace(link, path.with_name(PREVIOUS))
+        os.link(path, previous)
+    except OSError:  # This file system has no hard links.
+        os.replace(path, previous)
 
 
 def check_output(output: Path, source: str, overwrite: bool) -> None:
@@ -88,13 +127,18 @@ def check_output(output: Path, source: str, overwrite: bool) -> None:
         raise UsageError(f'{output} exists: --overwrite replaces it')
 
 
+def no_follow(path: str, flags: int) -> int:
+    """Open a file, but not through a link: for open(opener=)."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def lock_file(path: Path) -> BinaryIO:
     """Lock `path` until this process exits, even by SIGKILL. Workers do not inherit the lock.
 
     Raises:
         UsageError: another process has locked it.
     """
-    file = open(path, 'wb')
+    file = open(path, 'ab', opener=no_follow)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -124,34 +168,35 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UsageError: no such file, a damaged file, not a checkpoint, or one that would run code when loaded.
     """
     name = str(path)
-    if not name.startswith(('http://', 'https://')) and not os.path.isfile(name):
+    is_url = name.startswith(('http://', 'https://'))
+    if not is_url and not os.path.isfile(name):
         raise UsageError(no_checkpoint(name))
     # Released checkpoints contain their training arguments; unpickling a Namespace runs nothing. Repeat this at each
     # call, since timm's load_checkpoint removes the type.
     torch.serialization.add_safe_globals([argparse.Namespace])
+    damaged = None
     try:
-        if name.startswith(('http://', 'https://')):
+        if is_url:
             state = torch.hub.load_state_dict_from_url(name, map_location='cpu', weights_only=True)
         else:
             if zipfile.is_zipfile(name):  # torch.load does not verify the checksums.
                 with zipfile.ZipFile(name) as archive:
                     damaged = archive.testzip()
-                if damaged:
-                    raise UsageError(f'{name} is damaged: the checksum of {damaged} is wrong')
-            state = torch.load(name, map_location='cpu', weights_only=True)
+            state = None if damaged else torch.load(name, map_location='cpu', weights_only=True)
     except Exception as error:  # Parsers fail anywhere on a damaged file.
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
-            raise  # The file may be good, so do not fall back to an older one.
+            # The file may be good, so do not fall back to an older one.
+            raise OSError(error.errno, error.strerror, error.filename or name) from None
         code = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if code:
             reason = f'{name} was not loaded: it would run {code[1]}'
         elif isinstance(error, urllib.error.URLError):
             reason = f'{name} could not be downloaded ({error})'
-        elif 'checksum' in str(error):
-            reason = str(error)
         else:
             reason = f'{name} is truncated, damaged, or not a checkpoint'
         raise UsageError(reason) from None
+    if damaged:
+        raise UsageError(f'{name} is damaged: the checksum of {damaged} is wrong')
     if not isinstance(state, dict):
         raise UsageError(f'{name} contains a {type(state).__name__}, not a checkpoint')
     return state
@@ -163,21 +208,19 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, 
     Raises:
         UsageError: every checkpoint is damaged, or none is named checkpoint_last.pth.
     """
-    epochs = sorted(folder.glob('checkpoint_[0-9]*.pth'), reverse=True)
     faults = []
-    for path in (folder / LAST, folder / PREVIOUS, *epochs):
+    for path in (folder / LAST, folder / PREVIOUS, *reversed(epoch_files(folder))):
         if path.is_file():
             try:
                 return str(path), read_checkpoint(path)
-            except ValueError as error:
+            except UsageError as error:
                 faults.append(str(error))
                 logger.warning('%s: trying the next older checkpoint', error)
     if faults:
         raise UsageError(f'no good checkpoint in {folder}: {faults[0]}')
     others, log = {path.name for path in folder.glob('checkpoint_*.pth')}, folder / 'log.txt'
     # A run that is killed in its first save leaves best checkpoints and one line in its log. It starts over.
-    is_first_save = others <= {'checkpoint_best.pth', 'checkpoint_ema_best.pth'} and log.is_file() and \
-        log.read_text(errors='replace').count('\n') == 1
+    is_first_save = others <= set(BEST) and log.is_file() and log.read_text(errors='replace').count('\n') == 1
     if others and not is_first_save:
         raise UsageError(f'{folder} contains {min(others)} but no {LAST}: name a file with --resume, or choose another '
                          '--output-dir')

@@ -657,16 +657,16 @@ def to_model(state_dict: Dict[str, torch.Tensor], model: CMT) -> Dict[str, torch
     state_dict = {name: value.contiguous() for name, value in state_dict.items()}
     for name in model.state_dict():
         released = released_name(name)
-        halves = [released.replace('.kv.', half) for half in ('.k.', '.v.')]
-        if '.kv.' in released and all(half in state_dict for half in halves):
-            state_dict[name] = torch.cat([state_dict.pop(half) for half in halves])
+        k, v = (state_dict.get(released.replace('.kv.', half)) for half in ('.k.', '.v.'))
+        if '.kv.' in released and k is not None and v is not None and k.shape == v.shape and k.ndim:
+            state_dict[name] = torch.cat([state_dict.pop(released.replace('.kv.', half)) for half in ('.k.', '.v.')])
         elif released in state_dict and name not in state_dict:
             state_dict[name] = state_dict.pop(released)
     for i, stage in enumerate(model.stages):
         bias = state_dict.get(f'stages.{i}.position_bias')
         if bias is not None and stage.position_bias is not None:
-            if bias.ndim not in (3, 5):
-                raise ValueError(f'a position bias has 3 or 5 dimensions, not {bias.ndim}')
+            if bias.ndim not in (3, 5) or 0 in bias.shape:
+                raise ValueError(f'a position bias has 3 or 5 dimensions, not the shape {tuple(bias.shape)}')
             bias = _with_grids(bias, stage) if bias.ndim == 3 else bias
             height, width = stage.position_bias.shape[1:3]
             state_dict[f'stages.{i}.position_bias'] = resample_position_bias(bias, height, width, stage.sr_ratio)

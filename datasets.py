@@ -129,11 +129,7 @@ def build_dataset(
     if name == 'DIGITS':
         return Digits(is_train, input_size, transform)
     if name != 'IMNET' and not name.startswith('INAT'):
-        root = data_path or 'data'
-        try:
-            return _torchvision(name, root, is_train, transform)
-        except (OSError, RuntimeError, AssertionError) as error:
-            raise UsageError(f'{name} is not in {root} and could not be downloaded ({first_line(error)})') from error
+        return _torchvision(name, data_path or 'data', is_train, transform)
     if not data_path:
         raise UsageError('--data-path is missing: the folder that contains train/ and val/ '
                          '(--data-set DIGITS needs none and no network)')
@@ -252,19 +248,26 @@ def check_two_classes(dataset: Dataset, data_path: str) -> None:
 
 
 def _torchvision(name: str, root: str, is_train: bool, transform: Callable | None) -> Dataset:
+    splits, settings = [{'train': is_train}], {'download': True}
     if name == 'CARS':  # The address to download from no longer exists.
-        return tv_datasets.StanfordCars(root, 'train' if is_train else 'test', transform)
-    if name == 'PETS':
-        return tv_datasets.OxfordIIITPet(root, 'trainval' if is_train else 'test', transform=transform, download=True)
-    if name == 'FLOWERS102':  # Published results train on both small splits.
-        dataset = ConcatDataset([tv_datasets.Flowers102(root, split, transform, download=True)
-                                 for split in (('train', 'val') if is_train else ('test',))])
-        dataset.classes = list(tv_datasets.Flowers102.classes)
-        return dataset
-    if name.startswith('torch/'):
+        dataset_class, splits, settings = tv_datasets.StanfordCars, [{'split': 'train' if is_train else 'test'}], {}
+    elif name == 'PETS':
+        dataset_class, splits = tv_datasets.OxfordIIITPet, [{'split': 'trainval' if is_train else 'test'}]
+    elif name == 'FLOWERS102':  # Published results train on both small splits.
+        dataset_class = tv_datasets.Flowers102
+        splits = [{'split': split} for split in (('train', 'val') if is_train else ('test',))]
+    elif name.startswith('torch/'):
+        dataset_class, splits = create_dataset, [{'name': name, 'split': 'train' if is_train else 'validation'}]
         transform = tv_transforms.Compose([open_image, *([transform] if transform else [])])  # MNIST is gray.
-        dataset = create_dataset(name, root, 'train' if is_train else 'validation', download=True, transform=transform)
-        if not hasattr(dataset, 'classes'):
-            raise UsageError(f'--data-set {name} does not name its classes')
-        return dataset
-    return getattr(tv_datasets, name)(root, train=is_train, transform=transform, download=True)
+    else:
+        dataset_class = getattr(tv_datasets, name)
+    try:
+        loaded = [dataset_class(root=root, transform=transform, **split, **settings) for split in splits]
+    except (OSError, RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(f'{name} is not in {root} and could not be downloaded ({first_line(error)})') from error
+    dataset = loaded[0] if len(loaded) == 1 else ConcatDataset(loaded)
+    classes = getattr(loaded[0], 'classes', None)
+    if classes is None:
+        raise UsageError(f'--data-set {name} does not name its classes')
+    dataset.classes = list(classes)
+    return dataset

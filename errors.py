@@ -8,6 +8,12 @@ class UsageError(ValueError):
     """
 
 
+def mistake(error: BaseException) -> str | None:
+    """Return the line about a mistake of the user: a UsageError, or an OSError that names a file. None for a bug."""
+    is_mistake = isinstance(error, UsageError) or isinstance(error, OSError) and error.filename is not None
+    return (str(error) or type(error).__name__) if is_mistake else None
+
+
 class TrainingFault(RuntimeError):
     """Report on all ranks that training cannot continue. The last checkpoint is good. One line, exit status 1."""
 

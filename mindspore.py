@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from errors import UsageError
+
 DTYPES = {
     'Float16': torch.float16, 'Float32': torch.float32, 'Float64': torch.float64, 'BFloat16': torch.bfloat16,
     'Int8': torch.int8, 'Int16': torch.int16, 'Int32': torch.int32, 'Int64': torch.int64, 'UInt8': torch.uint8,
@@ -78,12 +80,12 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
     of a large tensor.
 
     Raises:
-        ValueError: a truncated file, a wrong checksum, or another format.
+        UsageError: a truncated file, a wrong checksum, or another format.
     """
     data = Path(path).read_bytes()
     if data[-CRC_TAIL:-10] == b'crc_num':
         if zlib.crc32(data[:-CRC_TAIL]) != int.from_bytes(data[-10:], 'big'):
-            raise ValueError(f'{path} is damaged: its checksum is wrong')
+            raise UsageError(f'{path} is damaged: its checksum is wrong')
         data = data[:-CRC_TAIL]
     slices: dict[str, tuple[list[int], str, bytearray]] = {}
     try:
@@ -92,17 +94,17 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
             name = bytes(entry[1]).decode()
             dims, kind, content = _tensor(entry[2])
             slices.setdefault(name, (dims, kind, bytearray()))[2].extend(content)
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError):
-        raise ValueError('it is truncated or not a MindSpore file') from None
+    except (IndexError, KeyError, TypeError, ValueError):
+        slices = {}
     if not slices:
-        raise ValueError('it is empty')
+        raise UsageError(f'{path} is truncated, damaged, or not a MindSpore file')
     tensors = {}
     for name, (dims, kind, content) in slices.items():
         if kind not in DTYPES:
-            raise ValueError(f'{name} is of type {kind}')
+            raise UsageError(f'{path}: {name} is of type {kind}')
         dtype = DTYPES[kind]
         shape = [] if dims == [0] else dims  # MindSpore writes a scalar with dims [0]
-        if len(content) != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f'{name} has {len(content)} bytes for shape {tuple(shape)}')
+        if not content or len(content) != math.prod(shape) * dtype.itemsize:
+            raise UsageError(f'{path}: {name} has {len(content)} bytes for shape {tuple(shape)}')
         tensors[name] = torch.frombuffer(content, dtype=dtype).reshape(shape)
     return tensors

@@ -7,19 +7,26 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
-from errors import UsageError
+from errors import UsageError, first_line
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Build timm's optimizer of --opt."""
+    """Build timm's optimizer of --opt.
+
+    Raises:
+        UsageError: timm has no such optimizer, or it refuses a setting.
+    """
     settings = dict(eps=args.opt_eps)
     if args.opt_betas:
         settings['betas'] = tuple(args.opt_betas)
     if args.opt in ('adamw', 'adam'):
         settings['fused'] = True  # Only a fused optimizer can skip a step without a host sync.
-    return create_optimizer_v2(
-        model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum,
-        layer_decay=args.layer_decay, **settings)
+    try:
+        return create_optimizer_v2(
+            model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum,
+            layer_decay=args.layer_decay, **settings)
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise UsageError(f'--opt {args.opt}: {first_line(error)}') from None
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):

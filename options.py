@@ -3,6 +3,7 @@
 Nothing here imports torch, NumPy or timm, so --help and mistakes need a tenth of a second instead of seconds.
 """
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -14,11 +15,15 @@ from pathlib import Path
 
 import yaml
 
+from errors import UsageError, mistake
 from launch import read_launch
 
 DATA_SETS = ('IMNET', 'CIFAR10', 'CIFAR100', 'CARS', 'FLOWERS102', 'PETS', 'INAT18', 'INAT19', 'INAT21', 'DIGITS')
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 DTYPES = ('float32', 'bfloat16', 'float16')
+# Paths that config.yaml and checkpoints hold in absolute form. The second group may be names of models too.
+PATHS = 'data_path', 'class_map', 'train_json', 'val_json', 'train_images', 'val_images'
+FILES_OR_NAMES = 'finetune', 'teacher_path', 'weights'
 
 
 # Parser and argument types
@@ -30,6 +35,16 @@ class Parser(argparse.ArgumentParser):
         if read_launch().rank == 0:
             sys.stderr.write(f'{self.prog}: error: ' + message.replace('\n', '\\n') + '\n')
         raise SystemExit(2)
+
+    @contextlib.contextmanager
+    def usage_errors(self):
+        """Report a mistake of the user in the block (errors.mistake) as `error` does; a bug keeps its traceback."""
+        try:
+            yield
+        except (UsageError, OSError) as error:
+            if mistake(error) is None:
+                raise
+            self.error(mistake(error))
 
 
 class Refused(argparse.Action):
@@ -59,6 +74,15 @@ def in_range(kind: type, low: float, high: float = float('inf'), above: bool = F
 
 count, positive = in_range(int, 0), in_range(int, 1)
 non_negative, positive_float, fraction = in_range(float, 0), in_range(float, 0, above=True), in_range(float, 0, 1)
+
+
+def image_size(text: str) -> int:
+    """Check a height or width in pixels."""
+    size = positive(text)
+    if size % 32:
+        nearest = max(32, (size + 16) // 32 * 32)
+        raise argparse.ArgumentTypeError(f'{size} is not a multiple of 32 (nearest: {nearest})')
+    return size
 
 
 def path(text: str) -> str:
@@ -91,6 +115,12 @@ def output_file(text: str) -> Path:
     return path
 
 
+def add_weights_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of a checkpoint's weights, which every command spells as train.py does."""
+    parser.add_argument('--no-model-ema', dest='model_ema', action='store_false',
+                        help="use the model's weights, not their EMA")
+
+
 def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) -> None:
     """Add the flags that train.py and detection.py share, in the group 'run'."""
     g = parser.add_argument_group('run')
@@ -102,7 +132,8 @@ def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) 
                    help='checkpoint to resume, or to evaluate with --eval; '
                    "'auto': the newest good checkpoint in --output-dir, if any")
     g.add_argument('--overwrite', action='store_true', help='replace the run in --output-dir')
-    g.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume and stop')
+    g.add_argument('--eval', action='store_true',
+                   help='evaluate the checkpoint of --resume, by default on the data of its run, and stop')
     g.add_argument('--print-freq', type=positive, default=10, help='steps between two lines with loss and speed')
     g.add_argument('--seed', type=in_range(int, 0, 2 ** 32 - 1), default=seed)
     g.add_argument('--num-workers', type=count, default=num_workers, help='data loading workers of each process')
@@ -154,7 +185,7 @@ def get_parser() -> argparse.ArgumentParser:
                    help='IMNET without val/: share of each class to hold out, the same images in every run')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
                    help='INAT: the rank of the taxonomy to classify by')
-    g.add_argument('--input-size', type=positive, default=224, help='height and width in pixels, a multiple of 32')
+    g.add_argument('--input-size', type=image_size, default=224, help='height and width in pixels, a multiple of 32')
     g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
     g.add_argument('--loader', choices=('fast', 'reference'),
                    help='decode and augment training images by libjpeg-turbo, torch and OpenCV (fast) or by Pillow '
@@ -319,7 +350,36 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
         parser.error('--eval needs --resume CKPT')
     if args.resume == 'auto' and not args.output_dir:
         parser.error('--resume auto needs --output-dir')
+    make_paths_absolute(args)
     return args, {arg.split('=')[0] for arg in from_config + argv if arg.startswith('--')}
+
+
+def make_paths_absolute(args: argparse.Namespace) -> None:
+    """Make paths absolute, so that config.yaml and checkpoints can be used from any folder."""
+    for name in PATHS + FILES_OR_NAMES:
+        value = getattr(args, name, None)
+        if value and (name in PATHS or os.path.isfile(value) or os.path.isfile(os.path.join(value, 'config.json'))):
+            setattr(args, name, os.path.abspath(value))
+
+
+def check_paths(args: argparse.Namespace, file: str, values: dict | None = None) -> None:
+    """Raise UsageError if a path that `file` sets is needed and does not exist.
+
+    Args:
+        args: flags of the run.
+        file: the config, or a checkpoint.
+        values: what `file` sets; None to read it.
+    """
+    values = values if values is not None else yaml.safe_load(Path(file).read_text('utf-8'))
+    for name in PATHS + FILES_OR_NAMES:
+        flag = '--' + name.replace('_', '-')
+        path = os.path.abspath(os.path.expanduser(str(values.get(name) or values.get(flag[2:]))))
+        if path != getattr(args, name, None) or os.path.exists(path):
+            continue  # The command line overrides it, it is the name of a model, or it exists.
+        is_needed = not args.resume if name in ('finetune', 'weights') else \
+            name != 'data_path' or args.data_set.startswith(('IMNET', 'INAT', 'wds/', 'COCO'))  # Others are downloaded.
+        if is_needed:
+            raise UsageError(f'{path}, which {file} sets, does not exist: give {flag}')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -328,11 +388,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args, given = parse_flags(parser, argv)
     if (args.resume or args.finetune) and '--model' not in given:
         args.model = None  # The weights decide.
-    mistake = find_mistake(args)
-    if mistake:
-        parser.error(mistake)
+    problem = find_mistake(args)
+    if problem:
+        parser.error(problem)
     if args.aa.lower() == 'none':
         args.aa = ''
+    if args.eval or args.throughput:
+        args.given = given
     return args
 
 

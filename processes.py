@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from errors import TrainingFault, UsageError, first_line
+from errors import TrainingFault, UsageError, first_line, mistake
 from launch import Launch, has_agent_store, read_launch, run_name, set_master_address, tasks_without_srun
 
 logger = logging.getLogger(__name__)
@@ -127,8 +127,12 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
         UsageError: the port is in use.
         TrainingFault: nobody serves the store.
     """
-    parsed = urllib.parse.urlparse(url)
-    host, port = set_master_address() if url == 'env://' else (parsed.hostname, parsed.port)
+    try:
+        parsed = urllib.parse.urlparse(url)
+        address = parsed.hostname, parsed.port
+    except ValueError as error:
+        raise UsageError(f'--dist-url {url}: {error}') from None
+    host, port = set_master_address() if url == 'env://' else address
     is_torchrun, problem = url == 'env://' and has_agent_store(), ''
     server = f'{"the store of torchrun" if is_torchrun else "rank 0"} at {host}:{port}'
 
@@ -150,7 +154,9 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
     try:
         timeout = datetime.timedelta(seconds=wait.timeout_s)
         store = next(rendezvous(url, rank, 1 if host else world_size, timeout=timeout))[0]
-    except dist.DistError as error:
+    except (ValueError, RuntimeError) as error:  # An address without a port, or of an unknown kind.
+        if not isinstance(error, dist.DistError):
+            raise UsageError(f'--dist-url {url}: {first_line(error)}') from None
         if 'EADDRINUSE' in str(error):
             raise UsageError(f'another process listens at {host}:{port}: set MASTER_PORT to another port') from None
         raise TrainingFault(f'no connection to {server}: {first_line(error)}') from None
@@ -322,12 +328,13 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
     except KeyboardInterrupt:
         exit_now(130)
     except Exception as error:  # Only this rank failed; the others wait for it.
-        line = getattr(error, 'line', None)  # of UnreadableImage
-        if line or explain(error):
-            print_error(line or explain(error))
-        else:
+        unreadable = getattr(error, 'line', None)  # of UnreadableImage
+        line = unreadable or explain(error)
+        if line is None or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             traceback.print_exc()
-        exit_now(unreadable_status if line else 1)
+        if line is not None:
+            print_error(line)
+        exit_now(unreadable_status if unreadable else 1)
     if dist.is_initialized():  # All ranks arrive here.
         dist.destroy_process_group()
     return status
@@ -335,17 +342,18 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
 
 @contextlib.contextmanager
 def usage_errors():
-    """Raise a UsageError on all ranks if the block fails on any rank.
+    """Raise a UsageError on all ranks if the block finds a mistake of the user on any rank (errors.mistake).
 
-    No rank then waits for the others. A failure is a ValueError, an OSError, or an AssertionError, which timm raises
-    for wrong settings.
+    No rank then waits for the others. Any other exception is a bug, and ends this rank with its traceback.
     """
-    error = None
+    line = None
     try:
         yield
-    except (ValueError, OSError, AssertionError) as e:
-        error = str(e)
-    for message in gather_from_ranks(error):
+    except (UsageError, OSError) as error:
+        line = mistake(error)
+        if line is None:
+            raise
+    for message in gather_from_ranks(line):
         if message is not None:
             raise UsageError(message)
 

@@ -6,6 +6,7 @@ import bisect
 import json
 import math
 import os
+import secrets
 import warnings
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,14 @@ def check_extension(path: Path) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format of its extension. A viewer of an earlier file never opens half of the new one."""
-    temporary, extension = path.with_name(f'.{path.name}.tmp'), path.suffix[1:].lower()
+    temporary, extension = path.with_name(f'.cmt-{secrets.token_hex(8)}.tmp'), path.suffix[1:].lower()
     # Level 4 takes half the time of the default, 6, for files 2 % larger.
     options = {'pil_kwargs': {'compress_level': 4}} if extension == 'png' else {}
     try:
         figure.savefig(temporary, format=extension, dpi='figure', **options)
         os.replace(temporary, path)
+    except OSError as error:  # matplotlib names no file on a full disk.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

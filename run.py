@@ -19,7 +19,7 @@ import yaml
 import checkpoints
 import processes
 import utils
-from checkpoints import LAST, PREVIOUS, atomic_write
+from checkpoints import BEST, LAST, PREVIOUS, atomic_write, epoch_files
 from errors import TrainingFault, UsageError, printable
 from processes import usage_errors
 from weights import read, read_file
@@ -27,6 +27,7 @@ from weights import read, read_file
 logger = logging.getLogger(__name__)
 
 LOG, CONFIG = 'log.txt', 'config.yaml'
+DESCRIPTION = 'format', 'model_args', 'detector', 'args', 'classes', 'epoch'  # what a best checkpoint holds too
 # Flags of one launch, which config.yaml leaves out. The output folder is the folder of the file.
 UNSAVED_FLAGS = 'config', 'eval', 'local_rank', 'output_dir', 'overwrite', 'resume', 'stopped_file', 'throughput'
 
@@ -76,10 +77,10 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UsageError(f'--output-dir {folder}: {existing} is not a folder that can be written to')
-    for path in (folder / LOG, folder / utils.WANDB_ID, folder / CONFIG, *folder.glob('*.pth'), *folder.glob('.*.tmp')):
+    for path in (folder / LOG, folder / utils.WANDB_ID, folder / CONFIG, *folder.glob('*.pth')):
         if path.is_dir():
             raise UsageError(f'--output-dir {folder}: {path} is a folder')
-    if not may_hold_run and run_files(folder):
+    if not may_hold_run and (run_files(folder) or any(folder.glob('checkpoint_*.pth'))):
         raise UsageError(f'{folder} contains a run: --resume auto resumes it, --overwrite replaces it')
 
 
@@ -94,8 +95,8 @@ def copy_best(resumed: Path, folder: Path, best: dict[str, Any], metric: str) ->
         metric: key of the score.
     """
     old_folder, is_same_folder = resumed.resolve().parent, is_in_folder(resumed, folder)
-    for prefix in ('', 'ema_'):
-        name, epoch = f'checkpoint_{prefix}best.pth', best.get(f'{prefix}epoch')
+    for prefix, name in zip(('', 'ema_'), BEST):
+        epoch = best.get(f'{prefix}epoch')
         if epoch is None:
             continue
         try:
@@ -103,7 +104,7 @@ def copy_best(resumed: Path, folder: Path, best: dict[str, Any], metric: str) ->
                 exists = (old_folder / name).is_file()
             else:
                 exists = checkpoints.read_checkpoint(old_folder / name).get('epoch') == epoch
-        except ValueError:
+        except UsageError:
             exists = False
         if not exists:
             logger.warning('%s of epoch %d is not in %s: the best score starts over', name, epoch, old_folder)
@@ -156,21 +157,23 @@ def open_run(
         os.fsync(file.fileno())  # On a full disk the run ends here, before anything is removed.
         if replace:
             remove_run(folder)
-        if resumed is not None and Path(resumed).is_file() and Path(resumed).resolve() != (folder / LAST).resolve():
-            # Else a damaged checkpoint_last.pth would become the previous file at the next save, and a run that is
-            # resumed in another folder could not be resumed there before its first save.
-            checkpoints.copy(Path(resumed), folder / LAST)
-        rewind(folder, epoch)
+    if resumed is not None and Path(resumed).is_file() and Path(resumed).resolve() != (folder / LAST).resolve():
+        # Else a damaged checkpoint_last.pth would become the previous file at the next save, and a run that is
+        # resumed in another folder could not be resumed there before its first save.
+        checkpoints.copy(Path(resumed), folder / LAST)
+    rewind(folder, epoch)
     if wandb_id is not None:
-        (folder / utils.WANDB_ID).write_text(wandb_id)
+        with atomic_write(folder / utils.WANDB_ID) as file:
+            file.write(wandb_id.encode())
     if resumed is not None:
         copy_best(Path(resumed), folder, best, metric)
     return writer
 
 
 def run_files(folder: Path) -> list[Path]:
-    """List the files of a run in its folder, without config.yaml."""
-    return [*folder.glob('checkpoint_*.pth'), *folder.glob(LOG), *folder.glob(utils.WANDB_ID)]
+    """List the files of a run in its folder, without config.yaml and without a user's copies of checkpoints."""
+    paths = [folder / name for name in (LAST, PREVIOUS, *BEST, LOG, utils.WANDB_ID)]
+    return [*filter(Path.exists, paths), *epoch_files(folder)]
 
 
 def remove_run(folder: Path) -> None:
@@ -178,7 +181,7 @@ def remove_run(folder: Path) -> None:
     moved = []
     try:
         for path in run_files(folder):
-            moved.append((path.rename(path.with_name(f'.{path.name}.tmp')), path))
+            moved.append((path.rename(checkpoints.temporary_path(folder)), path))
     except OSError:
         for temporary, path in moved:
             temporary.rename(path)
@@ -192,7 +195,7 @@ def rewind(folder: Path, epoch: int) -> None:
 
     This removes checkpoints of these epochs and lines of the log, also a half-written last line.
     """
-    for path in folder.glob('checkpoint_[0-9]*.pth'):
+    for path in epoch_files(folder):
         if int(path.stem.split('_')[1]) >= epoch:
             path.unlink()
     path = folder / LOG
@@ -227,24 +230,31 @@ class RunWriter:
     def __init__(self, folder: str | Path, keep: int = 0):
         self.folder = Path(folder)
         self.lock = checkpoints.lock_file(self.folder / '.lock')  # Closing the file would unlock it.
+        checkpoints.remove_temporary_files(self.folder)
         self.keep = keep
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.trackers: list[Callable] = []
 
-    def save(self, state: dict[str, Any], copies: tuple[str, ...] = ()) -> None:
-        """Copy `state` to host memory, then write it as checkpoint_last.pth and under the names `copies`."""
+    def save(self, state: dict[str, Any], best: dict[str, float] | None = None) -> None:
+        """Copy `state` to host memory, then write it as checkpoint_last.pth.
+
+        Args:
+            state: contents of the checkpoint.
+            best: at the end of an epoch, the scores that are the best so far: 'acc1' of the weights in 'model',
+                'ema_acc1' of those in 'model_ema'. These weights are written to the best checkpoints.
+        """
         self.wait()
         if self.error is None:
             self.thread = threading.Thread(
-                target=self._write, args=(checkpoints.to_cpu(state), copies), name='checkpoint')
+                target=self._write, args=(checkpoints.to_cpu(state), best), name='checkpoint')
             self.thread.start()
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one JSON object to log.txt as a line, synced to disk."""
         if self.error is None:
             try:
-                with open(self.folder / LOG, 'a') as file:
+                with open(self.folder / LOG, 'a', opener=checkpoints.no_follow) as file:
                     file.write(json.dumps(record) + '\n')
                     file.flush()
                     os.fsync(file.fileno())
@@ -263,18 +273,24 @@ class RunWriter:
             self.thread.join()
             self.thread = None
 
-    def _write(self, state: dict[str, Any], copies: tuple[str, ...]) -> None:
+    def _write(self, state: dict[str, Any], best: dict[str, float] | None) -> None:
+        files = {}
+        for metric, score in (best or {}).items():
+            key, name = ('model_ema', BEST[1]) if metric.startswith('ema_') else ('model', BEST[0])
+            files[name] = {key: state[key] for key in DESCRIPTION if key in state} | {
+                'model': state[key], metric.removeprefix('ema_'): score}
+        if self.keep and best is not None:
+            files[f'checkpoint_{state["epoch"]:04d}.pth'] = state
         try:
-            with atomic_write(self.folder / LAST, keep_previous=True) as file:
-                torch.save(state, file)
-                file.flush()
-                for name in copies:  # Before checkpoint_last.pth: a run killed between them repeats the epoch.
-                    checkpoints.copy(Path(file.name), self.folder / name)
-            if self.keep:
-                for old in sorted(self.folder.glob('checkpoint_[0-9]*.pth'))[:-self.keep]:
-                    old.unlink()
-        except Exception as error:  # On a full disk torch.save raises a RuntimeError of its own.
-            self.error = error.__context__ if isinstance(error.__context__, OSError) else error
+            for name, content in {**files, LAST: state}.items():  # A run killed between them repeats the epoch.
+                with atomic_write(self.folder / name, keep_previous=name == LAST) as file:
+                    torch.save(content, file)
+            for old in epoch_files(self.folder)[:-self.keep] if self.keep else ():
+                old.unlink()
+        except Exception as error:
+            self.error = error
+            if not isinstance(error, OSError):
+                raise  # The traceback of a bug.
 
 
 def check_written(writer: RunWriter | None) -> None:

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 import cmt
 import processes
 import utils
-from checkpoints import FORMAT
+from checkpoints import FORMAT, LAST, is_own, load_strictly
 from datasets import build_dataset, check_two_classes, has_split
 from engine import Meters, Preprocessor, TrainStep, check_faults, evaluate, throughput, train_one_epoch
 from errors import UsageError
@@ -58,7 +58,7 @@ CONTINUE, SAVE, STOP, FAIL = range(4)
 @dataclass
 class InitialState:
     """Hold what a run begins with, known before its data is read."""
-    weights: Weights | None  # of --resume or --finetune
+    weights: Weights | None  # of --finetune, of --eval, or of another project's checkpoint in --resume
     checkpoint: dict[str, Any] | None  # of --resume
     file: str | None  # of `checkpoint`
 
@@ -112,47 +112,45 @@ class Run:
             'lr_scheduler': self.scheduler.state_dict(), 'loss_scaler': self.scaler.state_dict(), 'epoch': state.epoch,
             'step': state.step, 'meters': state.meters, 'best': state.best, 'world_size': processes.get_world_size(),
             'samples_seen': state.samples_seen, 'seconds': state.seconds, 'args': vars(self.args),
-            'classes': list(self.val_loader.dataset.dataset.classes), 'training_images': len(self.train_loader.dataset),
+            'classes': list(self.val_loader.dataset.dataset.classes), 'training_images': self.sampler.length,
         }
 
     def load_state_dict(self, checkpoint: dict[str, Any], file: str) -> None:
         """Load a checkpoint, except `model`: it was loaded when the model was built, before apex and DDP.
 
-        `lr_scheduler` follows from the position (position_schedule). Of other code's checkpoints, only weights and
-        epoch are used.
+        `lr_scheduler` follows from the position (position_schedule). Of another project's checkpoint, only the epoch is
+        used: its parameters have another order.
         """
-        if self.ema is not None:
-            weights = Weights.from_checkpoint(checkpoint, file, use_ema=True)
-            load_weights(self.ema.module, replace(weights, notes=()))  # The notes are for users of the EMA.
-        is_own = checkpoint.get('format') == FORMAT and 'optimizer' in checkpoint  # Converted files have only weights.
-        if is_own:
-            if checkpoint['args']['opt'] != self.args.opt:
-                raise UsageError(f"{file} was trained with --opt {checkpoint['args']['opt']}: resume with that")
-            load_optimizer(self.optimizer, checkpoint['optimizer'], file)
-            load_scaler(self.scaler, checkpoint['loss_scaler'], file)
-        else:  # Other code orders its parameters differently.
-            logger.warning('%s has no optimizer state of this project: moments start at zero', file)
         epoch = checkpoint.get('epoch', self.args.start_epoch - 1)
         if type(epoch) is not int or epoch < -1:
             raise UsageError(f'the epoch in {file} is {epoch!r}: start from its weights by --finetune')
-        self.state = RunState(epoch + 1, best=checkpoint['best'] if is_own else {})
-        if is_own and checkpoint['meters']:  # The epoch was in progress.
-            self.state = RunState(epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint['seconds'],
-                                  checkpoint['meters'], self.state.best)
-        saved_images, images = checkpoint.get('training_images'), len(self.train_loader.dataset)
-        if saved_images not in (None, images) and processes.get_rank() == 0:
-            logger.warning('%d training images now, %d before', images, saved_images)
-        saved_world_size, world_size = checkpoint.get('world_size'), processes.get_world_size()
+        self.state = RunState(epoch + 1)
+        if is_own(checkpoint):
+            if checkpoint['args']['opt'] != self.args.opt:
+                raise UsageError(f"{file} was trained with --opt {checkpoint['args']['opt']}: resume with that")
+            if self.ema is not None:
+                load_strictly(self.ema.module, checkpoint['model_ema'] or checkpoint['model'], file)
+            load_optimizer(self.optimizer, checkpoint['optimizer'], file)
+            if checkpoint['loss_scaler']:
+                load_scaler(self.scaler, checkpoint['loss_scaler'], file)
+            self.state.best = checkpoint['best']
+            if checkpoint['meters']:  # The epoch was in progress.
+                self.state = RunState(epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint['seconds'],
+                                      checkpoint['meters'], checkpoint['best'])
+        saved_images, images = checkpoint.get('training_images'), self.sampler.length
+        if saved_images not in (None, images):
+            logger.info('%d training images now, %d before', images, saved_images)
+        saved_world_size, world_size = checkpoint.get('world_size'), self.sampler.world_size
         if saved_world_size not in (None, world_size):
             logger.info('%d processes now, %d before: %d samples of epoch %d are done, the base learning rate is %g',
                         world_size, saved_world_size, self.state.samples_seen, self.state.epoch,
                         learning_rate(self.args, self.sampler))
         logger.info('resuming at epoch %d, step %d', self.state.epoch, self.state.step)
 
-    def save(self, copies: tuple[str, ...] = ()) -> None:
-        """Write a checkpoint in the background, and copies of it under other names."""
+    def save(self, best: dict[str, float] | None = None) -> None:
+        """Write a checkpoint in the background; for `best`, see RunWriter.save."""
         if self.writer is not None:
-            self.writer.save(self.state_dict(), copies)
+            self.writer.save(self.state_dict(), best)
         self.saved_at = time.monotonic()
 
     def save_in_epoch(self) -> None:
@@ -190,6 +188,8 @@ def main(args: argparse.Namespace) -> None:
 
     run = build_run(args, model, train_set, val_set, device)
     with usage_errors():
+        if initial.checkpoint is not None and not is_own(initial.checkpoint):
+            load_other_ema(run, initial)
         if initial.checkpoint is not None:
             run.load_state_dict(initial.checkpoint, initial.file)
     run.stop = stop
@@ -229,16 +229,24 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
     if is_training and processes.get_rank() == 0:
         utils.check_trackers(args.log_tensorboard, args.log_wandb)
 
+    if args.config:
+        options.check_paths(args, args.config)
     file, checkpoint = find_checkpoint(args, is_training)
-    weights = None
-    if checkpoint is not None:
-        weights = Weights.from_checkpoint(checkpoint, file, use_ema=args.model_ema and not is_training)
-    elif args.finetune:
+    weights, saved_name = None, 'cmt_s'
+    if checkpoint is None and args.finetune:
         weights = read_weights(args.finetune)
-    with torch.device('meta'):
-        model = create_model(args, num_classes=1, weights=weights)
-    if model.in_chans != 3:
-        raise UsageError(f'{weights.file} has {model.in_chans} input channels, images here have 3')
+    elif checkpoint is not None and is_own(checkpoint) and is_training:
+        check_resumable(args, checkpoint, file)
+        saved_name = checkpoint['args']['model']
+    elif checkpoint is not None:
+        args = with_saved_flags(args, checkpoint, file) if is_own(checkpoint) else args
+        weights = Weights.from_checkpoint(checkpoint, file, use_ema=args.model_ema and not is_training)
+    if checkpoint is None or weights is not None:
+        with torch.device('meta'):
+            model = create_model(args, num_classes=1, weights=weights)
+        if model.in_chans != 3:
+            raise UsageError(f'{weights.file if weights else args.model} has {model.in_chans} input channels, images '
+                             'here have 3')
     if args.eval and weights.input_size not in (None, args.input_size) and processes.get_rank() == 0:
         logger.warning('%s was trained at %d px and is evaluated at %d px. Use --input-size %d for its own size.',
                        weights.file, weights.input_size, args.input_size, weights.input_size)
@@ -246,9 +254,36 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
     loader = args.loader or ('fast' if HAS_FAST else 'reference')
     if is_training and loader != args.loader and loader == 'reference':
         logger.info('simplejpeg or OpenCV is not installed: using --loader reference')
-    name = args.model or (weights.name if weights else 'cmt_s')
+    name = args.model or (weights.name if weights else saved_name)
     args = argparse.Namespace(**{**vars(args), 'model': name, 'loader': loader})
     return args, InitialState(weights, checkpoint, file)
+
+
+def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: str) -> None:
+    """Raise UsageError if `args` cannot continue the run of this checkpoint."""
+    name, (height, width) = checkpoint['args']['model'], checkpoint['model_args']['img_size']
+    if not checkpoint.get('optimizer'):
+        raise UsageError(f'{file} holds weights alone: start from them by --finetune, or resume a {LAST}')
+    if args.model and cmt.ALIASES.get(args.model, args.model) != cmt.ALIASES.get(name, name):
+        raise UsageError(f'{file} holds {name or "a CMT without a name"}: ' + (
+            f'give --model {name}' if name else 'leave --model out'))
+    if height != args.input_size or width != args.input_size:
+        raise UsageError(f'{file} was trained at {height}x{width} px: give --input-size {height}, or start from its '
+                         'weights by --finetune')
+
+
+# What an evaluation takes from its checkpoint unless a flag says otherwise.
+DATA_FLAGS, SCORE_FLAGS = ('data_set', 'data_path', 'val_split', 'inat_category'), ('input_size', 'amp_dtype')
+
+
+def with_saved_flags(args: argparse.Namespace, checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
+    """Return `args` with the data, input size and dtype of the run that wrote the checkpoint, unless they are given."""
+    names = SCORE_FLAGS if {'--data-set', '--data-path'} & args.given else DATA_FLAGS + SCORE_FLAGS
+    saved = {name: checkpoint['args'][name] for name in names
+             if name in checkpoint['args'] and '--' + name.replace('_', '-') not in args.given}
+    args = argparse.Namespace(**{**vars(args), **saved})
+    options.check_paths(args, file, saved)
+    return args
 
 
 def check_ranks_agree(args: argparse.Namespace, initial: InitialState) -> None:
@@ -257,7 +292,8 @@ def check_ranks_agree(args: argparse.Namespace, initial: InitialState) -> None:
     This is not part of check_before_data: a rank that fails there must not meet the others here.
     """
     position = [(initial.checkpoint or {}).get(key) for key in ('epoch', 'step', 'samples_seen')]
-    state = (args.model, initial.weights and initial.weights.model_args, position)
+    model_args = initial.weights.model_args if initial.weights else (initial.checkpoint or {}).get('model_args')
+    state = (args.model, model_args, position)
     if any(other != state for other in processes.gather_from_ranks(state)):
         raise UsageError('processes found different checkpoints: --output-dir must be on a file system that all '
                          'nodes share')
@@ -270,12 +306,9 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
     """
     is_training, saved_classes = not (args.eval or args.throughput), (initial.checkpoint or {}).get('classes')
     with usage_errors():  # before ranks wait for each other below
-        try:
-            transform = build_transform(
-                True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
-                interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
-        except (AssertionError, ValueError) as error:  # timm's checks of the policy
-            raise UsageError(f'--aa {args.aa}: {error}; give one such as rand-m9-mstd0.5-inc1 or none') from None
+        transform = build_transform(
+            True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
+            interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
         if args.loader == 'fast':
             transform = FastTransform(transform)
         has_train = is_training or not args.data_path or bool(args.val_split) or \
@@ -309,26 +342,35 @@ def val_batch_size(args: argparse.Namespace) -> int:
     return int(1.5 * args.batch_size)
 
 
-def create_model(args: argparse.Namespace, num_classes: int, weights: Weights | None) -> cmt.CMT:
-    """Build the model of `weights`, checked against --model, or of --model."""
+def model_settings(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
+    """Return the arguments of cmt.CMT that flags and data determine."""
     settings = dict(num_classes=num_classes, img_size=args.input_size, drop_path_rate=args.drop_path,
                     proj_drop_rate=args.drop)
-    if args.head_drop is not None:
-        settings['drop_rate'] = args.head_drop
-    model = create_for(weights, args.model, **settings) if weights else create_cmt(args.model or 'cmt_s', **settings)
-    model.set_grad_checkpointing(args.grad_checkpointing)
-    return model
+    return settings if args.head_drop is None else {**settings, 'drop_rate': args.head_drop}
+
+
+def create_model(args: argparse.Namespace, num_classes: int, weights: Weights | None) -> cmt.CMT:
+    """Build the model of `weights`, checked against --model, or of --model."""
+    settings = model_settings(args, num_classes)
+    return create_for(weights, args.model, **settings) if weights else create_cmt(args.model or 'cmt_s', **settings)
 
 
 @usage_errors()
 def load_model(args: argparse.Namespace, initial: InitialState, classes: list[str], device: torch.device) -> cmt.CMT:
     """Build the model, load the initial weights, move it to the device, freeze stages."""
     random_seed(args.seed)
-    model = create_model(args, len(classes), initial.weights)
-    if initial.checkpoint is not None:
-        load_weights(model, initial.weights)
-    elif initial.weights is not None:
-        load_weights(model, initial.weights.drop_other_head(classes), new_head=True)
+    checkpoint, weights = initial.checkpoint, initial.weights
+    if checkpoint is not None and weights is None:
+        model = cmt.CMT(**{**checkpoint['model_args'], **model_settings(args, len(classes))})
+        load_strictly(model, checkpoint['model'], initial.file)
+    else:
+        model = create_model(args, len(classes), weights)
+        if checkpoint is not None:
+            load_weights(model, weights)
+        elif weights is not None:
+            load_weights(model, weights.drop_other_head(classes), new_head=True)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
     model.to(device)
     for module in frozen_modules(model, args.freeze_stages):
         module.requires_grad_(False)
@@ -417,6 +459,14 @@ def build_run(
         # --amp-dtype applies under --apex-amp too, so that --eval prints the figures of the log.
         eval_autocast=autocast_to(resolve_dtype(args.amp_dtype, device), device),
         num_epochs=num_epochs, updates_per_epoch=sampler.updates, state=RunState(args.start_epoch))
+
+
+def load_other_ema(run: Run, initial: InitialState) -> None:
+    """Load the EMA of another project's checkpoint, or else its weights, into the EMA of the run."""
+    logger.warning('%s has no optimizer state of this project: moments start at zero', initial.file)
+    if run.ema is not None:
+        weights = Weights.from_checkpoint(initial.checkpoint, initial.file, use_ema=True)
+        load_weights(run.ema.module, replace(weights, notes=()))  # The notes are for users of the EMA.
 
 
 def learning_rate(args: argparse.Namespace, sampler: TrainSampler) -> float:
@@ -591,14 +641,14 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
 
 def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
     """Log the epoch, save it, and advance to the next."""
-    args, state, record = run.args, run.state, run.record
-    copies = [f'checkpoint_{state.epoch:04d}.pth'] if args.keep_checkpoints else []
+    state, record = run.state, run.record
+    best = {}
     for prefix, stats in scores.items():
         log_scores(stats, 'EMA ' if prefix else '')
         record.update({f'{prefix}test_{key}': stats[key] for key in ('acc1', 'acc5', 'loss')})
         if stats['acc1'] > state.best.get(f'{prefix}acc1', -1):
+            best[f'{prefix}acc1'] = stats['acc1']
             state.best = {**state.best, f'{prefix}acc1': stats['acc1'], f'{prefix}epoch': state.epoch}
-            copies.append(f'checkpoint_{prefix}best.pth')
     run.scheduler.step(state.epoch)
 
     # Log, then save: a run killed between them drops the line when it is resumed.
@@ -606,14 +656,14 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
     if run.writer is not None:
         run.writer.log(record)
     state.meters = []
-    run.save(tuple(copies))
+    run.save(best)
     left = seconds_left(run)
     logger.info('epoch %d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s%s', state.epoch, record['train_loss'],
                 record['train_lr'], record['train_images_per_s'], record['epoch_seconds'],
                 f"  best {state.best['acc1']:.3f}%" if 'acc1' in state.best else '',
                 f'  run ends in {datetime.timedelta(seconds=round(left))}' if left else '')
     if run.wait_share >= 0.1:
-        logger.info(utils.waiting_advice(run.wait_share, args.loader, args.num_workers))
+        logger.info(utils.waiting_advice(run.wait_share, run.args.loader, run.args.num_workers))
     run.state = RunState(state.epoch + 1, best=state.best)
 
 

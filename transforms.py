@@ -6,6 +6,8 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms as tv_transforms
 
+from errors import UsageError, first_line
+
 SMALL = 32  # pixels: up to this input size, training crops with padding and evaluation does not resize, as for CIFAR
 
 
@@ -40,6 +42,9 @@ def build_transform(
         interpolation: bicubic, bilinear, or random to draw one of the two for each image.
         hflip: probability of a horizontal flip.
         scale, ratio: ranges of a crop's share of the image's area and of its width / height; None for timm's.
+
+    Raises:
+        UsageError: timm has no such policy.
     """
     if not is_train:
         if input_size > SMALL:
@@ -47,6 +52,8 @@ def build_transform(
         return tv_transforms.Compose([_resize_and_crop(input_size), tv_transforms.PILToTensor()])
     for name in ('Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'):
         augment.NAME_TO_OP[name] = _posterize
+    if auto_augment:
+        check_policy(auto_augment)
     transform = create_transform(
         input_size,
         is_training=True,
@@ -61,6 +68,16 @@ def build_transform(
     if input_size <= SMALL:
         transform.transforms[0:1] = [_resize_and_crop(input_size), tv_transforms.RandomCrop(input_size, padding=4)]
     return transform
+
+
+def check_policy(name: str) -> None:
+    """Raise UsageError if timm has no augmentation policy of this name."""
+    kinds = {'rand': augment.rand_augment_transform, 'augmix': augment.augment_and_mix_transform}
+    kind = next((kinds[prefix] for prefix in kinds if name.startswith(prefix)), augment.auto_augment_transform)
+    try:
+        kind(name, {})
+    except (AssertionError, ValueError) as error:
+        raise UsageError(f'--aa {name}: {first_line(error)}; give one such as rand-m9-mstd0.5-inc1 or none') from None
 
 
 def _resize_and_crop(size: int) -> Callable:

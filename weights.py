@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,11 @@ from timm.models import adapt_input_conv
 
 import cmt
 import mindspore
-from checkpoints import FORMAT, no_checkpoint, read_checkpoint
+from checkpoints import FORMAT, is_own, no_checkpoint, read_checkpoint
 from errors import UsageError, first_line
 
 logger = logging.getLogger(__name__)
 
-SHAPE_ERRORS = IndexError, RuntimeError, ZeroDivisionError, ValueError  # raised for tensors of unexpected shapes
 MAX_LISTED = 8  # tensors listed in an error
 EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'
 
@@ -49,12 +49,12 @@ class Weights:
         state: tensors under the names of the file, without prefixes.
         is_ema: whether the tensors are an EMA.
         file: file or model name, for messages.
-        model_args: arguments of cmt.CMT without dropout rates, from the file or inferred from shapes; empty if the
-            weights are not a CMT's.
+        model_args: arguments of cmt.CMT, from the file or inferred from shapes; empty if the weights are not a CMT's.
         name: model name from the file, or of the published model with these shapes; None if unknown.
         input_size: input size in the file's training arguments, or None.
         classes: class names in the order of their index, or None.
         epoch: last epoch that was trained, or None.
+        is_own: whether the file is this project's, so that `model_args` are complete.
         notes: what was removed from the names or left out of the file.
     """
     state: dict[str, torch.Tensor]
@@ -65,6 +65,7 @@ class Weights:
     input_size: int | None
     classes: list[str] | None
     epoch: int | None
+    is_own: bool = False
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -74,28 +75,26 @@ class Weights:
         Raises:
             UsageError: the checkpoint has no weights, or their shapes are not those of a model.
         """
-        state, key = find_state_dict(checkpoint, use_ema)
-        try:
-            state, notes = clean_names(state)
-            state = mindspore.to_torch(state) if any(name.endswith('.moving_mean') for name in state) else state
-        except ValueError as error:
-            raise UsageError(f'{file}: {error}') from None
+        args = checkpoint.get('args')
+        args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+        name, size = args.get('model'), args.get('input_size')  # Other tools write anything here.
+        if is_own(checkpoint):
+            key = 'model_ema' if use_ema and checkpoint.get('model_ema') else 'model'
+            state, notes, model_args = checkpoint[key], [], checkpoint['model_args']
+        else:
+            state, key = find_state_dict(checkpoint, use_ema)
+            try:
+                state, notes = clean_names(state)
+            except UsageError as error:
+                raise UsageError(f'{file}: {error}') from None
+            state = mindspore.to_torch(state) if any(tensor.endswith('.moving_mean') for tensor in state) else state
+            model_args = model_args_of(state)
+            if not isinstance(name, str) or name in (*cmt.MODELS, *cmt.ALIASES) or not timm.is_model(name):
+                name = variant_of(model_args)  # Shapes are more reliable.
         if not state:
             keys = ', '.join(map(str, list(checkpoint)[:MAX_LISTED])) + ', ...' * (len(checkpoint) > MAX_LISTED)
             raise UsageError(f"{file}: no weights under a known key; its keys are {keys or 'none'}: save the model's "
                              "state dict under 'model'")
-        args, is_own = checkpoint.get('args'), bool(checkpoint.get('format') == FORMAT and checkpoint.get('model_args'))
-        args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-        try:
-            model_args = checkpoint['model_args'] if is_own else model_args_of(state)
-            # Dropout and drop-path rates belong to the run that wrote the file.
-            model_args = {key: value for key, value in model_args.items() if not key.endswith('_rate')}
-        except SHAPE_ERRORS as error:
-            raise UsageError(f'{file} does not fit the model: unexpected shapes ({error})') from None
-        name, size = args.get('model'), args.get('input_size')  # Other tools write anything here.
-        is_name = isinstance(name, str) and timm.is_model(name)
-        if not is_name or not is_own and name in (*cmt.MODELS, *cmt.ALIASES):  # Shapes are more reliable.
-            name = variant_of(model_args)
         classes, epoch = checkpoint.get('classes') or None, checkpoint.get('epoch')
         classes = classes if isinstance(classes, (list, tuple)) else None
         if checkpoint.get('meters') and isinstance(epoch, int):  # This epoch was not completed.
@@ -103,9 +102,10 @@ class Weights:
         share = _initial_share(checkpoint, args) if key in EMA_KEYS else 0
         if share > 0.05:
             notes.append(f'{share:.0%} of this EMA is still the initial weights of the run, as its decay is slow; the '
-                         "model's own weights, in the same file, may be better")
-        return cls(state, key in EMA_KEYS, file, model_args, name, size if isinstance(size, int) else None, classes,
-                   epoch, tuple(notes))
+                         "model's own weights, in the same file, may be better (--no-model-ema)")
+        size = size if isinstance(size, int) and size > 0 and size % 32 == 0 else None
+        return cls(state, key in EMA_KEYS, file, model_args, name, size, classes, epoch, is_own(checkpoint),
+                   tuple(notes))
 
     def class_names(self, model: nn.Module) -> list[str] | None:
         """Return the class names if there is one for each output of `model`."""
@@ -228,7 +228,9 @@ def read(file: str) -> dict[str, Any]:
     except Exception as error:  # Hub clients raise anything.
         raise UsageError(f'{file} could not be downloaded ({first_line(error)}): download it elsewhere, and give the '
                          'file') from None
-    return {'format': FORMAT, 'model': model.state_dict(), 'model_args': getattr(model, 'model_args', {}),
+    if not isinstance(model, cmt.CMT):
+        raise UsageError(f'{file} is not a CMT')
+    return {'format': FORMAT, 'model': model.state_dict(), 'model_args': model.model_args,
             'args': {'model': model.pretrained_cfg.get('architecture')},
             'classes': model.pretrained_cfg.get('label_names')}
 
@@ -236,15 +238,14 @@ def read(file: str) -> dict[str, Any]:
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read a file by the reader of its type; result and errors are those of `read`."""
     name = str(path)
+    if name.endswith('.ckpt') and os.path.isfile(name) and not _is_torch_file(name):
+        return mindspore.read(name)
+    if not name.endswith('.safetensors') or not os.path.isfile(name):
+        return read_checkpoint(name)
     try:
-        if name.endswith('.safetensors') and os.path.isfile(name):
-            return safetensors.torch.load_file(name)
-        if name.endswith('.ckpt') and os.path.isfile(name) and not _is_torch_file(name):
-            return mindspore.read(name)
-    except Exception as error:  # Parsers fail anywhere on a damaged file.
-        reason = str(error) if 'checksum' in str(error) else f'{name} is truncated, damaged, or not a checkpoint'
-        raise UsageError(reason) from None
-    return read_checkpoint(name)
+        return safetensors.torch.load_file(name)
+    except safetensors.SafetensorError:
+        raise UsageError(f'{name} is truncated, damaged, or not a safetensors file') from None
 
 
 def _is_torch_file(name: str) -> bool:
@@ -271,11 +272,16 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     shapes = {cmt.released_name(name): tuple(value.shape) for name, value in weights.items()}
     stages = [c for c in 'abcdefgh' if f'patch_embed_{c}.proj.weight' in shapes]
     depths = [len({n.split('.')[1] for n in shapes if n.startswith(f'blocks_{c}.')}) for c in stages]
-    required = [f'blocks_{c}.0.mlp.conv1.0.weight' for c in stages] + ['stem_conv1.weight', '_fc.weight']
-    if not stages or any(name not in shapes for name in required):
+    convolutions = ['stem_conv1.weight', '_fc.weight', *(f'patch_embed_{c}.proj.weight' for c in stages),
+                    *(f'blocks_{c}.0.mlp.conv1.0.weight' for c in stages)]
+    tables = [shapes.get(f'relative_pos_{c}') for c in stages]  # position biases: three or five dimensions
+    optional = [(shapes.get(f'blocks_{c}.0.attn.sr.0.weight', (1,) * 4), 4) for c in stages] + [
+        (shapes.get('head.weight', (1, 1)), 2),
+        *((table, 5 if len(tables[0] or ()) == 5 else 3) for table in tables if table is not None)]
+    expected = [(shapes.get(name, ()), 4) for name in convolutions] + optional
+    if not stages or any(len(shape) != ndim or 0 in shape for shape, ndim in expected):
         return {}
     dims = [shapes[f'patch_embed_{c}.proj.weight'][0] for c in stages]
-    tables = [shapes.get(f'relative_pos_{c}') for c in stages]
     args = dict(
         stem_chs=shapes['stem_conv1.weight'][0], in_chans=shapes['stem_conv1.weight'][1], embed_dims=tuple(dims),
         depths=tuple(depths),
@@ -288,11 +294,11 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
                     position_bias=False, act_layer='gelu_tanh', norm_eps=1e-7)
     else:
         args['num_heads'] = tuple(table[0] for table in tables)
-        if len(tables[0]) == 5:
-            args['img_size'] = (4 * tables[0][1], 4 * tables[0][2])
-        elif math.isqrt(tables[0][1]) ** 2 == tables[0][1]:
-            args['img_size'] = (4 * math.isqrt(tables[0][1]),) * 2
-    return args
+        size = (4 * tables[0][1], 4 * tables[0][2]) if len(tables[0]) == 5 else (4 * math.isqrt(tables[0][1]),) * 2
+        is_square = len(tables[0]) == 5 or size[0] ** 2 == 16 * tables[0][1]
+        if is_square and not any(side % 32 for side in size):
+            args['img_size'] = size
+    return args if all(heads <= dim for heads, dim in zip(args['num_heads'], dims)) else {}
 
 
 def _ratio(dim: int, hidden: int) -> float:
@@ -336,15 +342,14 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
     """
     if not timm.is_model(name):
         raise UsageError(f'unknown model {name}: {_names()}')
-    try:
-        model = timm.create_model(name, **kwargs)
-    except TypeError as error:
-        raise UsageError(f'{name} is not a CMT ({error})') from None
-    except (RuntimeError, ValueError) as error:  # an unknown tag; a size that CMT refuses
-        raise UsageError(f'{name}: {error}') from None
-    if not isinstance(model, cmt.CMT):
+    kind = typing.get_type_hints(timm.models.model_entrypoint(name)).get('return', cmt.CMT)
+    if not issubclass(kind, cmt.CMT):
         raise UsageError(f'{name} is not a CMT')
-    return model
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag
+        raise UsageError(f'{name}: {error}') from None
+    return timm.create_model(name, **kwargs)
 
 
 def create_for(weights: Weights, name: str | None = None, **kwargs) -> cmt.CMT:
@@ -356,14 +361,13 @@ def create_for(weights: Weights, name: str | None = None, **kwargs) -> cmt.CMT:
         kwargs: arguments of cmt.CMT that replace those of the weights.
 
     Raises:
-        UsageError: the weights are not a CMT's or do not belong to `name`, or no model has these arguments.
+        UsageError: the weights are not a CMT's or do not belong to `name`.
+        ValueError: `img_size` has a side that is not a multiple of 32.
     """
     weights.check_name(name)
     size = weights.input_size or 224  # for weights that fit any size
-    try:
-        return create_cmt(name or weights.name or 'cmt_s', **{'img_size': size, **weights.model_args, **kwargs})
-    except SHAPE_ERRORS as error:
-        raise UsageError(f'no model can be built for {weights.file}: {error}') from None
+    args, name = {'img_size': size, **weights.model_args, **kwargs}, name or weights.name
+    return cmt.CMT(**args) if weights.is_own or name is None else create_cmt(name, **args)
 
 
 # Loading
@@ -387,7 +391,7 @@ def load_weights(model: nn.Module, weights: Weights, new_head: bool = False) -> 
     if isinstance(model, cmt.CMT):
         try:
             state = cmt.to_model(weights.state, model)
-        except SHAPE_ERRORS as error:
+        except ValueError as error:
             raise UsageError(f'{weights.file} does not fit the model: {error}') from None
         before, now = _as_tuple(weights.model_args.get('img_size')), model.img_size
         resampled = sum(name.endswith('position_bias') for name in model_state) if before not in (None, now) else 0

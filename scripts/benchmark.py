@@ -270,10 +270,8 @@ def main() -> None:
         parser.error('nothing to measure: CMT does not train fused, and other models have only eager and compiled')
     if 'cuda' in args.devices and not torch.cuda.is_available():
         parser.error('--devices cuda: no CUDA device here')
-    try:
+    with parser.usage_errors():
         try_models([setup for group in groups for setup in group])
-    except UsageError as error:
-        parser.error(str(error))
     records = []
     for device, dtype, group in itertools.product(args.devices, args.dtypes, groups):
         records += measure(group, torch.device(device), dtype, args.repeats, args.seconds)

@@ -5,8 +5,10 @@ name of a model with published weights. --format, or else the extension of OUT, 
 
     dir          a folder of safetensors and config.json, for timm.create_model('local-dir:digits_cmt', pretrained=True)
     safetensors  only the weights, under this project's names
-    pth          torch.save of the weights, with class names and epoch, for --resume, --finetune and every script
+    pth          torch.save of the weights, with class names and epoch, for --eval, --finetune and every script
     released     like pth, under the names of the authors' code
+
+Of a checkpoint with model and EMA, the EMA is converted; --no-model-ema converts the model's weights.
 """
 import argparse
 import hashlib
@@ -26,36 +28,24 @@ import cmt
 import utils
 from checkpoints import FORMAT, atomic_write, check_output
 from errors import UsageError
-from options import Parser
-from weights import Weights, build_model, create_cmt, overrides_of, read
+from options import Parser, add_weights_flags
+from weights import Weights, build_model, create_cmt, overrides_of, read_weights
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
 
 logger = logging.getLogger(__name__)
 
 
-def load(file: str, use_ema: list[bool], name: str | None) -> dict[str, tuple[Weights, cmt.CMT]]:
-    """Return weights and models by key, 'model' or 'model_ema'.
-
-    Args:
-        file: file or name.
-        use_ema: for each model, whether to load the EMA if `file` contains one.
-        name: model name, checked against the file; None for any.
+def load(file: str, use_ema: bool, name: str | None) -> tuple[Weights, cmt.CMT]:
+    """Return the weights of a file or name, and their model in the dtype of the file.
 
     Raises:
-        UsageError: not a checkpoint, or not weights of a CMT.
+        UsageError: not a checkpoint, or not weights of a CMT, or not of the model `name`.
     """
-    checkpoint = read(file)
-    loaded = {}
-    for ema in use_ema:
-        weights = Weights.from_checkpoint(checkpoint, file, ema)
-        key = 'model_ema' if weights.is_ema else 'model'
-        if key not in loaded:
-            dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
-            # Every other precision passes through float64 unchanged.
-            model = build_model(weights, name, dtype=torch.float64)
-            loaded[key] = weights, model.to(max(dtypes, key=lambda dtype: dtype.itemsize))
-    return loaded
+    weights = read_weights(file, use_ema)
+    dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
+    model = build_model(weights, name, dtype=torch.float64)  # Every other precision passes through it unchanged.
+    return weights, model.to(max(dtypes, key=lambda dtype: dtype.itemsize))
 
 
 def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
@@ -90,13 +80,11 @@ def write_folder(folder: Path, model: cmt.CMT, weights: Weights) -> None:
     write(folder / 'config.json', lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
-def write_checkpoint(path: Path, loaded: dict[str, tuple[Weights, cmt.CMT]], is_released: bool) -> None:
-    """Write models as a checkpoint, under the names of the authors' code if `is_released`."""
-    rename = cmt.to_released if is_released else dict
-    state = {key: rename(model.state_dict()) for key, (_, model) in loaded.items()}
-    weights, model = next(iter(loaded.values()))
+def write_checkpoint(path: Path, model: cmt.CMT, weights: Weights, is_released: bool) -> None:
+    """Write a checkpoint, under the names of the authors' code if `is_released`."""
     facts = {'epoch': weights.epoch, 'classes': weights.class_names(model)}
-    state.update({key: value for key, value in facts.items() if value is not None})
+    state = {'model': cmt.to_released(model.state_dict()) if is_released else model.state_dict(),
+             **{key: value for key, value in facts.items() if value is not None}}
     if not is_released:
         state.update(format=FORMAT, model_args=model.model_args,
                      args={'input_size': model.img_size[0], 'model': weights.name})
@@ -110,8 +98,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('output', metavar='OUT', type=Path)
     parser.add_argument('--format', choices=['dir', 'released', 'pth', 'safetensors'],
                         help='default: by the extension of OUT, .pth or .safetensors, else dir')
-    parser.add_argument('--weights', choices=['ema', 'model'],
-                        help='default: both if the format can contain both (released, pth), else the EMA if any')
+    add_weights_flags(parser)
     parser.add_argument('--model', help='name of the model, checked against the file')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
@@ -122,29 +109,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     utils.setup_logging()
     output_format = args.format or {'.pth': 'pth', '.safetensors': 'safetensors'}.get(args.output.suffix, 'dir')
-    use_ema = [False, True] if output_format in ('pth', 'released') else [True]
-    use_ema = {'model': [False], 'ema': [True], None: use_ema}[args.weights]
-    try:
+    with parser.usage_errors():
         check_output(args.output, args.source, args.overwrite)
         if args.output.exists() and args.output.is_dir() != (output_format == 'dir'):
             raise UsageError(f'{args.output} is a {"folder" if args.output.is_dir() else "file"}: --format '
                              f'{output_format} writes a {"folder" if output_format == "dir" else "file"}')
         if output_format != 'dir' and not args.output.absolute().parent.is_dir():
             raise UsageError(f'the folder {args.output.parent} does not exist')
-        loaded = load(args.source, use_ema, args.model)
-        if args.weights == 'ema' and 'model_ema' not in loaded:
-            raise UsageError(f'{args.source} contains no EMA: leave --weights out')
-        weights, model = loaded.get('model_ema') or loaded['model']
+        weights, model = load(args.source, args.model_ema, args.model)
+        if output_format == 'released' and not model.model_args['position_bias']:
+            raise UsageError("weights without position bias (MindCV's form) do not fit the authors' code")
         if output_format == 'dir':
             write_folder(args.output, model, weights)
         elif output_format == 'safetensors':
             write_safetensors(args.output, model)
         else:
-            if args.weights:  # Readers take 'model' unless asked for the EMA.
-                loaded = {'model': (weights, model)}
-            write_checkpoint(args.output, loaded, output_format == 'released')
-    except (ValueError, OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError.
-        parser.error(str(error))
+            write_checkpoint(args.output, model, weights, output_format == 'released')
     classes = weights.class_names(model)
     examples = f' ({", ".join(classes[:3])}, ...)' if classes else ''
     height, width = model.img_size

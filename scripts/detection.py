@@ -52,7 +52,7 @@ import _path
 import options
 import processes
 import utils
-from checkpoints import atomic_write
+from checkpoints import LAST, atomic_write
 from errors import TrainingFault, UsageError
 from loader import build_loader
 from optim import load_optimizer
@@ -461,14 +461,16 @@ def train_epoch(
     return {'train_lr': max(rates) * factor, 'train_loss': means.pop('loss'), **means, 'train_images_per_s': speed}
 
 
-def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[str]) -> None:
+def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[str], is_training: bool) -> None:
     """Load the detector of a checkpoint of this script.
 
     Raises:
-        UsageError: a checkpoint of something else.
+        UsageError: a checkpoint of something else, or in training one of weights alone.
     """
     if 'detector' not in checkpoint:
         raise UsageError(f'{file} is not a checkpoint of detection.py: give weights of a classifier with --weights')
+    if is_training and 'optimizer' not in checkpoint:
+        raise UsageError(f'{file} holds weights alone, for --eval: resume a {LAST}')
     if checkpoint['classes'] != classes:
         raise UsageError(f"{file} was trained on other classes ({', '.join(checkpoint['classes'][:3])}, ...)")
     try:
@@ -559,6 +561,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         mistake = '--input-size: give the short side first'
     if mistake:
         parser.error(mistake)
+    options.make_paths_absolute(args)  # The default of SHAPES is relative.
     return args
 
 
@@ -568,6 +571,8 @@ def main(args: argparse.Namespace) -> None:
     with usage_errors():
         if importlib.util.find_spec('pycocotools') is None:
             raise UsageError('pycocotools is not installed: pip install pycocotools')
+        if args.config:
+            options.check_paths(args, args.config)
         file, checkpoint = find_checkpoint(args, is_training=not args.eval)
     args.input_size = args.input_size or ([800, 1333] if device.type == 'cuda' else [256, 427])
     args.backbone_bn = args.backbone_bn or ('frozen' if args.weights else 'train')
@@ -579,7 +584,7 @@ def main(args: argparse.Namespace) -> None:
             args.backbone_bn == 'frozen', tuple(args.input_size), args.drop_path, args.fpn_channels, args.anchor_size,
             args.proposals)
         if checkpoint is not None:
-            load(core, checkpoint, file, val.classes)
+            load(core, checkpoint, file, val.classes, is_training=not args.eval)
     core.to(device)
     shared = dict(rank=processes.get_rank(), world_size=processes.get_world_size())
     loading = dict(num_workers=args.num_workers, pin_memory=device.type == 'cuda', collate_fn=collate)
@@ -623,7 +628,7 @@ def end_epoch(
         args: argparse.Namespace, core: nn.Module, score: Callable, writer: RunWriter | None, state: dict[str, Any],
         record: dict[str, Any], best: dict[str, Any], began: float) -> dict[str, Any]:
     """Evaluate if it is due, log the epoch and save it; return the best score so far, with its epoch."""
-    epoch, copies, device = state['epoch'], (), next(core.parameters()).device
+    epoch, scored, device = state['epoch'], {}, next(core.parameters()).device
     if processes.get_world_size() > 1:  # So that the saved weights are the scored ones.
         distribute_bn(core, processes.get_world_size(), reduce=True)
     if (epoch + 1) % args.eval_every == 0 or epoch == args.epochs - 1:
@@ -635,11 +640,12 @@ def end_epoch(
                 writer.wait()
             raise
         if record['box_ap'] > best.get('box_ap', -1):
-            best, copies = {'box_ap': record['box_ap'], 'epoch': epoch}, ('checkpoint_best.pth',)
+            scored = {'box_ap': record['box_ap']}
+            best = {**scored, 'epoch': epoch}
     record |= {'epoch_seconds': time.monotonic() - began, 'memory_mb': utils.memory_mb(device)}
     if writer is not None:
         writer.log(record)
-        writer.save({**state, 'best': best}, copies)
+        writer.save({**state, 'best': best}, scored)
     check_written(writer)
     logger.info('epoch %d  train loss %.4f  %.0f s', epoch, record['train_loss'], record['epoch_seconds'])
     return best

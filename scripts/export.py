@@ -26,7 +26,7 @@ import _path
 import cmt
 from checkpoints import atomic_write, check_output
 from errors import UsageError
-from options import Parser, output_file
+from options import Parser, add_weights_flags, image_size, output_file
 from weights import build_model, create_cmt, read_weights
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
@@ -137,10 +137,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('source', metavar='CKPT|MODEL',
                         help='a checkpoint, a converted folder, or a name with published weights')
     parser.add_argument('output', metavar='OUT', type=output_file)
-    parser.add_argument('--input-size', type=int, nargs='+', metavar='N',
+    parser.add_argument('--input-size', type=image_size, nargs='+', metavar='N',
                         help="one number or height and width, multiples of 32 (default: the checkpoint's)")
     parser.add_argument('--dynamic-img-size', action='store_true', help='accept images of any size (TorchScript)')
-    parser.add_argument('--model-weights', action='store_true', help='export the weights instead of their EMA')
+    add_weights_flags(parser)
     parser.add_argument('--random-weights', action='store_true',
                         help="export MODEL untrained, to measure a runtime's speed without a download")
     parser.add_argument('--fuse', action='store_true', help='fold BatchNorm into convolutions before the export')
@@ -151,7 +151,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.usage_errors():
         if args.output.suffix.lower() not in FORMATS:
             raise UsageError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
         check_output(args.output, args.source, args.overwrite)
@@ -165,15 +165,13 @@ def main(argv: list[str] | None = None) -> None:
             model = create_cmt(args.source, **options).eval()
             name, classes, origin = args.source, None, ' (random weights)'
         else:
-            weights = read_weights(args.source, use_ema=not args.model_weights)
+            weights = read_weights(args.source, use_ema=args.model_ema)
             model = build_model(weights, **options)
             name, classes = weights.name or 'CMT', weights.class_names(model)
-            origin = ' (EMA of the weights)' if weights.is_ema else ''
+            origin = '; '.join([' (EMA', *weights.notes]) + ')' if weights.is_ema else ''
         content, worst = export(model, name, classes, args.output.suffix.lower(), args.fuse)
         with atomic_write(args.output) as file:
             file.write(content)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     size = 'any size' if args.dynamic_img_size else '{}x{}'.format(*model.img_size)
     print(f'{args.output}: {name}{origin} at {size}, {model.num_classes} classes, {len(content) / 1e6:.1f} MB; largest '
           f'difference of the logits {worst:.1e} (batches of {" and ".join(map(str, BATCHES))})')

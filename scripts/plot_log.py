@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logs = [path / 'log.txt' if path.is_dir() else path for path in args.runs]
     output = args.output or (logs[0].parent if len(logs) == 1 else Path()) / 'curves.png'
-    try:
+    with parser.usage_errors():
         check_extension(output)
         for log in logs:  # with --watch, the first epoch may still be running
             if not log.is_file() and not (args.watch and log.name == 'log.txt' and log.parent.is_dir()):
@@ -65,8 +65,6 @@ def main(argv: list[str] | None = None) -> None:
             if not args.watch:
                 return
             time.sleep(args.watch)
-    except (OSError, UsageError) as error:
-        parser.error(str(error))
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import normalize, to_pil_image
 
 import _path
 from errors import UsageError, first_line, one_line, printable
-from options import Parser, output_file, path, positive
+from options import Parser, add_weights_flags, image_size, output_file, path, positive
 from reports import check_extension, draw_sheet, save
 from sources import is_image, open_image
 from transforms import build_transform
@@ -52,8 +52,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--class-names', type=path, metavar='FILE', help='names of the classes, one a line or JSON')
     parser.add_argument('--picture', type=output_file, metavar='OUT.png',
                         help=f'draw a sheet of the first {MAX_ON_SHEET} images')
-    parser.add_argument('--input-size', type=int, metavar='N', help="a multiple of 32 (default: the checkpoint's)")
-    parser.add_argument('--model-weights', action='store_true', help='use the weights, not their EMA')
+    parser.add_argument('--input-size', type=image_size, metavar='N', help="pixels (default: the checkpoint's)")
+    add_weights_flags(parser)
     parser.add_argument('--random-weights', action='store_true', help='use MODEL untrained, to try the output')
     parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='default: %(default)s')
     parser.add_argument('--device', help='default: cuda if available')
@@ -131,11 +131,11 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
         torch.manual_seed(0)
         model, names = create_cmt(args.model, **size).eval(), None
     else:
-        weights = read_weights(args.model, use_ema=not args.model_weights)
+        weights = read_weights(args.model, use_ema=args.model_ema)
         model = build_model(weights, **size)
         names = weights.class_names(model)
         if weights.is_ema:
-            print('; '.join(['using the EMA of the weights (--model-weights uses the weights)', *weights.notes]),
+            print('; '.join(["using the EMA (--no-model-ema uses the model's own weights)", *weights.notes]),
                   file=sys.stderr)
     if model.img_size[0] != model.img_size[1]:
         raise UsageError(f'{args.model} takes {model.img_size}, evaluation crops squares: give an --input-size')
@@ -229,13 +229,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors='backslashreplace')  # no encoding has every file name
-    try:
+    with parser.usage_errors():
         if args.picture:
             check_extension(args.picture)
         images = find_images(args.images)
         model, names = load(args)
-    except (UsageError, OSError) as error:
-        parser.error(str(error))
 
     results, entries = predict(model, names, images, args.top, args.batch_size, MAX_ON_SHEET if args.picture else 0)
     if entries:

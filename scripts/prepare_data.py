@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Subset
 import _path
 import processes
 import utils
-from checkpoints import atomic_write, lock_file, sync_folder
+from checkpoints import atomic_write, lock_file, remove_temporary_files, sync_folder
 from datasets import has_split, open_split, open_unsplit
 from errors import TrainingFault, UnreadableImage, UsageError, one_line, printable
 from loader import build_loader
@@ -175,7 +175,7 @@ def write_tar(tar: Path, split: str, images: EncodedImages, names: list[str], sa
     if written:
         try:
             reader = TarImages([tar], split, None, images.classes)
-        except ValueError as error:
+        except UsageError as error:
             raise TrainingFault(f'{error}: check the disk; the same command then resumes') from None
         if written != [(file[len(str(tar)) + 1:], target, zlib.crc32(reader.read(i)))
                        for i, (file, target) in enumerate(reader.samples)]:
@@ -263,6 +263,8 @@ def main(args: argparse.Namespace) -> None:
         (folder / '.work').mkdir(parents=True, exist_ok=True)
         with processes.usage_errors():
             lock = lock_file(folder / '.work' / 'lock')
+        for place in folder, folder / '.work':
+            remove_temporary_files(place)
         write(file, settings.encode())
         left_out = sum(write_split(folder, split, images, names[split], args) for split, images in splits.items())
         folder.rename(dst)

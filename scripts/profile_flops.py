@@ -17,7 +17,7 @@ from torchprofile import profile_macs
 
 import _path
 import cmt
-from options import Parser
+from options import Parser, image_size
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
 
@@ -75,12 +75,10 @@ def main() -> None:
     parser = Parser(prog='profile_flops.py', description='Print multiply-adds and parameters of the CMT models.')
     parser.add_argument('--model', choices=[*cmt.MODELS, *cmt.ALIASES], metavar='MODEL',
                         help='one model (default: all four)')
-    parser.add_argument('--input-size', type=int, help="pixels, a multiple of 32 (default: each model's own)")
+    parser.add_argument('--input-size', type=image_size, help="pixels, a multiple of 32 (default: each model's own)")
     parser.add_argument('--per-stage', action='store_true', help='split the counts: stem, the four stages, head')
     parser.add_argument('--json', action='store_true', help='print JSON, with exact multiply-adds and parameters')
     args = parser.parse_args()
-    if args.input_size is not None and (args.input_size < 32 or args.input_size % 32):
-        parser.error(f'--input-size {args.input_size}: must be a multiple of 32')
     names = [cmt.ALIASES.get(args.model, args.model)] if args.model else cmt.MODELS
     results = [profile(name, args.input_size) for name in names]
     if not args.json:

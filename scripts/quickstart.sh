@@ -32,10 +32,9 @@ say "training cmt_ti on digits"
 "$python" "$root/train.py" --config "$config" --output_dir "$output" $overwrite "$@"
 
 say "evaluating the best checkpoint, then the best of the averaged weights"
-"$python" "$root/train.py" --config "$config" "$@" --eval --resume "$output/checkpoint_best.pth" --no-model-ema
-if [ -e "$output/checkpoint_ema_best.pth" ]; then
-    "$python" "$root/train.py" --config "$config" "$@" --eval --resume "$output/checkpoint_ema_best.pth"
-fi
+for checkpoint in "$output"/checkpoint_best.pth "$output"/checkpoint_ema_best.pth; do
+    [ ! -e "$checkpoint" ] || "$python" "$root/train.py" "$@" --eval --resume "$checkpoint"
+done
 
 "$python" "$root/scripts/plot_log.py" "$output" -o "$output/curves.png"
 

@@ -53,15 +53,15 @@ def test_released_names_and_back_are_the_same_bits(tmp_path, name, dtype):
     released = {kind: cmt.to_released(state) for kind, state in states.items()}
     arguments = argparse.Namespace(model=name, lr=1e-3)
     torch.save({**released, 'optimizer': {'state': {}}, 'epoch': 9, 'args': arguments}, tmp_path / 'a.pth')
-    convert(tmp_path, 'a.pth', 'b.pth')
-    convert(tmp_path, 'b.pth', 'c.pth', '--format', 'released')
-    ours, back = (torch.load(tmp_path / name, weights_only=True) for name in ('b.pth', 'c.pth'))
-    assert ours['epoch'] == back['epoch'] == 9
-    for kind, state in states.items():
-        assert nano.same(ours[kind], state)
-        assert {k: v.shape for k, v in back[kind].items()} == {k: v.shape for k, v in released[kind].items()}
-        assert nano.same({k: back[kind][k] for k in released[kind]}, released[kind])
-    convert(tmp_path, 'c.pth', 'folder', '--weights', 'model')
+    for kind, flags in (('model_ema', []), ('model', ['--no-model-ema'])):
+        convert(tmp_path, 'a.pth', 'b.pth', '--overwrite', *flags)
+        convert(tmp_path, 'b.pth', 'c.pth', '--overwrite', '--format', 'released')
+        ours, back = (torch.load(tmp_path / name, weights_only=True) for name in ('b.pth', 'c.pth'))
+        assert ours['epoch'] == back['epoch'] == 9 and 'model_ema' not in {**ours, **back}
+        assert nano.same(ours['model'], states[kind])
+        assert {k: v.shape for k, v in back['model'].items()} == {k: v.shape for k, v in released[kind].items()}
+        assert nano.same({k: back['model'][k] for k in released[kind]}, released[kind])
+    convert(tmp_path, 'c.pth', 'folder')
     opened = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()
     reference = weights.build_model(weights.read_weights(str(tmp_path / 'a.pth')))
     x = torch.randn(1, 3, *reference.img_size)
@@ -122,11 +122,11 @@ def test_the_number_of_classes_is_in_the_config_once(run_file, tmp_path, monkeyp
 
 
 def test_choice_of_weights_and_overwrite(run_file, tmp_path, monkeypatch):
-    for choice, kind in (('ema', 'model_ema'), ('model', 'model')):
-        convert(tmp_path, 'run.pth', f'{choice}.safetensors', '--weights', choice)
+    for choice, kind, flags in (('ema', 'model_ema', []), ('model', 'model', ['--no-model-ema'])):
+        convert(tmp_path, 'run.pth', f'{choice}.safetensors', *flags)
         assert nano.same(dict(sorted(run_file[kind].items())),
                          dict(sorted(safetensors.torch.load_file(tmp_path / f'{choice}.safetensors').items())))
-        convert(tmp_path, 'run.pth', f'{choice}.pth', '--weights', choice)
+        convert(tmp_path, 'run.pth', f'{choice}.pth', *flags)
         state = torch.load(tmp_path / f'{choice}.pth', weights_only=True)
         assert nano.same(state['model'], run_file[kind]) and 'model_ema' not in state
         assert state['classes'] == ['cat', 'dog', 'eel'] and state['epoch'] == 4
@@ -163,7 +163,6 @@ def test_mindspore_file(tmp_path, mistake):
     (['run.pth', 'run.pth', '--overwrite'], 'run.pth'),
     (['text.pth', 'out'], 'text.pth'),
     (['resnet.pth', 'out'], 'resnet.pth'),
-    (['plain.pth', 'out', '--weights', 'ema'], '--weights'),
     (['run.pth', 'out', '--model', 'cmt_s'], 'run.pth'),
 ])
 def test_mistakes_write_nothing(run_file, tmp_path, mistake, argv, named):
@@ -172,5 +171,4 @@ def test_mistakes_write_nothing(run_file, tmp_path, mistake, argv, named):
     (tmp_path / 'there.pth').write_text('mine')
     (tmp_path / 'text.pth').write_text('not weights')
     torch.save({'conv1.weight': torch.zeros(4, 3, 7, 7)}, tmp_path / 'resnet.pth')
-    torch.save({'model': run_file['model']}, tmp_path / 'plain.pth')
     assert named in mistake(convert_checkpoint, *argv)

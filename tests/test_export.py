@@ -86,7 +86,7 @@ def test_the_snippet_of_the_docs_gives_evaluations_logits(checkpoint, tmp_path, 
 
 
 @pytest.mark.parametrize('flags, kind, sizes', [
-    (['--dynamic-img-size', '--model-weights'], 'model', [(64, 64), (32, 96)]),
+    (['--dynamic-img-size', '--no-model-ema'], 'model', [(64, 64), (32, 96)]),
     (['--input-size', '32', '96'], 'model_ema', [(32, 96)]),
 ])
 def test_torchscript_of_other_sizes(checkpoint, tmp_path, flags, kind, sizes):

@@ -129,13 +129,13 @@ def test_class_names(place, capsys):
     assert predict.describe([*ImageNetInfo().label_names(), 'n00000000'], None) == [*imagenet, 'n00000000']
 
 
-def test_the_ema_is_used_unless_model_weights_is_given(place, capsys):
+def test_the_ema_is_used_unless_no_model_ema_is_given(place, capsys):
     state = torch.load('named.pth', weights_only=True)
     state['model_ema'] = {key: value * 0 if key.startswith('head.') else value for key, value in state['model'].items()}
     torch.save(state, 'both.pth')
     top = as_json(capsys, 'both.pth', 'photos/a.png')[0]['predictions'][0]
     assert top['probability'] == pytest.approx(1 / 6)
-    weights = as_json(capsys, 'both.pth', 'photos/a.png', '--model-weights')
+    weights = as_json(capsys, 'both.pth', 'photos/a.png', '--no-model-ema')
     assert weights == as_json(capsys, 'named.pth', 'photos/a.png')
 
 
