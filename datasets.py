@@ -27,8 +27,7 @@ class INaturalist(EncodedImages):
     Args:
         root: folder with train2018.json and val2018.json (2021 also: train.json, val.json), the images under the
             names in these files, and categories.json if these files do not name the species.
-        year: year of the competition.
-        train: True for the training split, False for the validation split.
+        year, train: year of the competition; the training or the validation split.
         category: rank of the classes, one of options.INAT_CATEGORIES.
         transform: as in EncodedImages.
 
@@ -72,8 +71,7 @@ class Digits(Dataset):
 
     Args:
         train: True for the 1,437 training images, False for the 360 validation images.
-        size: height and width of the images (pixels).
-        transform: applied to each image.
+        size, transform: height and width of the images (pixels), and what is applied to each.
     """
 
     def __init__(self, train: bool, size: int, transform: Callable | None = None):
@@ -110,8 +108,7 @@ def build_dataset(
         name: one of options.DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, or 'wds/NAME' for
             tar shards.
         is_train: True for the training split, False for the validation split.
-        data_path: for IMNET the folder or tar that contains both splits (open_split); for other data sets the
-            folder to read from or to download to.
+        data_path: for IMNET the folder or tar that contains both splits (open_split), else the folder of the data set.
         input_size: height and width of the images of DIGITS, in pixels.
         transform: applied to each image, as in sources.EncodedImages.
         classes: class names in the order of their index, for a validation folder; None for those of the folder.

@@ -32,13 +32,8 @@ class Preprocessor:
     """
 
     def __init__(
-            self,
-            device: torch.device,
-            mixup: Mixup | None = None,
-            erasing: RandomErasing | None = None,
-            mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-            std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
-    ):
+            self, device: torch.device, mixup: Mixup | None = None, erasing: RandomErasing | None = None,
+            mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN, std: tuple[float, ...] = IMAGENET_DEFAULT_STD):
         self.device = device
         self.mixup = mixup
         self.erasing = erasing
@@ -211,28 +206,16 @@ class TrainStep:
 
 
 def train_one_epoch(
-        train_step: TrainStep,
-        loader: Iterable,
-        epoch: int,
-        first_step: int,
-        updates: int,
-        accum_steps: int,
-        meters: Meters,
-        progress: Progress,
-        check_every: int = 1,
-        max_skips: int = 0,
-) -> Iterator[int]:
+        train_step: TrainStep, loader: Iterable, epoch: int, first_step: int, updates: int, accum_steps: int,
+        meters: Meters, progress: Progress, check_every: int = 1, max_skips: int = 0) -> Iterator[int]:
     """Train for the rest of an epoch, and yield the number of steps done in the epoch after each optimizer step.
 
     Args:
         train_step: the optimizer step.
         loader: batches from the epoch's position on.
-        epoch: index of the epoch.
-        first_step: steps of the epoch that are already done.
-        updates: steps to do.
-        accum_steps: batches of a step.
-        meters: running sums to add to.
-        progress: bar or lines for a person.
+        epoch, first_step: index of the epoch, and its steps that are already done.
+        updates, accum_steps: steps to do, and batches of a step.
+        meters, progress: running sums to add to, and the bar or lines for a person.
         check_every: steps between two readings of the meters, each a host sync.
         max_skips: consecutive steps that may be skipped because a loss or gradient is not finite.
 
@@ -283,12 +266,8 @@ def check_faults(sums: dict[str, float], epoch: int, step: int, max_skips: int) 
 
 @torch.inference_mode()
 def evaluate(
-        model: nn.Module,
-        loader: Iterable,
-        preprocess: Preprocessor,
-        autocast: Callable,
-        progress: Progress | None = None,
-) -> dict[str, float]:
+        model: nn.Module, loader: Iterable, preprocess: Preprocessor, autocast: Callable,
+        progress: Progress | None = None) -> dict[str, float]:
     """Evaluate `model` on the shares of all ranks.
 
     timm's accuracy() returns percentages of a batch. These are counts, exact over batches and ranks.

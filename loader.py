@@ -167,18 +167,10 @@ def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torc
 
 
 def check_shared_memory(size: int, num_workers: int, processes: int, *splits: tuple[int, int]) -> None:
-    """Check that the workers' batches fit into shared memory.
+    """Raise UsageError if shared memory is too small for the workers' batches; else SIGBUS may end a worker.
 
-    torch reports a shortage by 25 lines of traceback, or SIGBUS ends the worker.
-
-    Args:
-        size: height and width of the images (pixels).
-        num_workers: workers of each process; 0 needs no shared memory.
-        processes: training processes on this host.
-        splits: batch size and length of each data set; only one of them has batches in memory at a time.
-
-    Raises:
-        UsageError: shared memory that is too small, or cannot be written to.
+    Each of `processes` on this host has `num_workers`. `splits` are the batch size and length of each data set, only
+    one of which has batches in memory at a time; `size` is the height and width of the images (pixels).
     """
     if not num_workers or not SHARED_MEMORY.is_dir():
         return
@@ -205,10 +197,7 @@ def build_loader(
         batch_size: images in a batch of this rank.
         sampler: order and seeds of training; None for this rank's share of the data set in order.
         rank, world_size: this process, and the number of processes that share the data set.
-        num_workers: 0 loads in this process.
-        pin_memory: copy batches to page-locked memory.
-        timeout: seconds to wait for a worker's batch; 0 for no limit.
-        collate_fn: makes a batch from a list of samples.
+        num_workers, pin_memory, timeout, collate_fn: as in torch's DataLoader.
     """
     if sampler is None:
         dataset, order = ValidationDataset(dataset), eval_indices(len(dataset), rank, world_size)

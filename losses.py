@@ -7,12 +7,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 
 def build_criterion(soft_targets: bool, smoothing: float = 0.) -> nn.Module:
-    """Build the training loss.
-
-    Args:
-        soft_targets: whether targets are distributions (B, classes), which mixup and CutMix make, already smoothed.
-        smoothing: label smoothing of class indices (B,).
-    """
+    """Build the loss for distributions (B, classes), already smoothed, or for class indices (B,) with smoothing."""
     if soft_targets:
         return SoftTargetCrossEntropy()
     if smoothing > 0.:

@@ -15,36 +15,39 @@ DTYPES = {
 CRC_TAIL = 17  # bytes: b'crc_num', then the CRC-32 of everything before it as 10 bytes, big-endian
 
 
+class _Damaged(Exception):
+    """Report bytes that are not a MindSpore file."""
+
+
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     """Return the protobuf number at offset `at`, and the offset after it."""
     value = shift = 0
-    while True:
+    while at < len(data) and shift <= 63:
         byte = data[at]
         at, value, shift = at + 1, value | (byte & 0x7f) << shift, shift + 7
-        if shift > 70:
-            raise ValueError('not a MindSpore file')
         if byte < 0x80:
             return value, at
+    raise _Damaged
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def _fields(data: int | memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Yield (number, value) of each field of a protobuf message: wire types 0 (number) and 2 (bytes)."""
+    if isinstance(data, int):
+        raise _Damaged
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
         value, at = _varint(data, at)
-        if key & 7 == 2:
-            if at + value > len(data):
-                raise ValueError('it is truncated')
+        if key & 7 == 2 and at + value <= len(data):
             value, at = data[at:at + value], at + value
         elif key & 7 != 0:
-            raise ValueError('not a MindSpore file')
+            raise _Damaged
         yield key >> 3, value
 
 
-def _tensor(message: memoryview) -> tuple[list[int], str, bytes | memoryview]:
+def _tensor(message: memoryview) -> tuple[list[int], str, memoryview]:
     """Return (dims, type, content) of a Tensor message; dims are packed or not."""
-    dims, kind, content = [], 'Float32', b''
+    dims, kind, content = [], b'Float32', memoryview(b'')
     for number, item in _fields(message):
         if number == 1 and isinstance(item, int):
             dims.append(item)
@@ -53,11 +56,13 @@ def _tensor(message: memoryview) -> tuple[list[int], str, bytes | memoryview]:
             while at < len(item):
                 dim, at = _varint(item, at)
                 dims.append(dim)
+        elif isinstance(item, int):
+            raise _Damaged
         elif number == 2:
-            kind = bytes(item).decode()
+            kind = item
         elif number == 3:
             content = item
-    return dims, kind, content
+    return dims, bytes(kind).decode(errors='replace'), content
 
 
 def to_torch(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,10 +96,12 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         for _, value in _fields(memoryview(data)):
             entry = dict(_fields(value))
-            name = bytes(entry[1]).decode()
+            if not isinstance(entry.get(1), memoryview) or not isinstance(entry.get(2), memoryview):
+                raise _Damaged
             dims, kind, content = _tensor(entry[2])
+            name = bytes(entry[1]).decode(errors='replace')
             slices.setdefault(name, (dims, kind, bytearray()))[2].extend(content)
-    except (IndexError, KeyError, TypeError, ValueError):
+    except _Damaged:
         slices = {}
     if not slices:
         raise UsageError(f'{path} is truncated, damaged, or not a MindSpore file')

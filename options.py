@@ -362,24 +362,22 @@ def make_paths_absolute(args: argparse.Namespace) -> None:
             setattr(args, name, os.path.abspath(value))
 
 
-def check_paths(args: argparse.Namespace, file: str, values: dict | None = None) -> None:
-    """Raise UsageError if a path that `file` sets is needed and does not exist.
+def is_downloaded(data_set: str) -> bool:
+    """Return whether torchvision downloads a data set to --data-path."""
+    return not data_set.startswith(('IMNET', 'INAT', 'wds/', 'DIGITS', 'COCO', 'SHAPES'))
 
-    Args:
-        args: flags of the run.
-        file: the config, or a checkpoint.
-        values: what `file` sets; None to read it.
-    """
+
+def check_paths(args: argparse.Namespace, file: str, values: dict | None = None) -> None:
+    """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets."""
     values = values if values is not None else yaml.safe_load(Path(file).read_text('utf-8'))
     for name in PATHS + FILES_OR_NAMES:
         flag = '--' + name.replace('_', '-')
         path = os.path.abspath(os.path.expanduser(str(values.get(name) or values.get(flag[2:]))))
         if path != getattr(args, name, None) or os.path.exists(path):
             continue  # The command line overrides it, it is the name of a model, or it exists.
-        is_needed = not args.resume if name in ('finetune', 'weights') else \
-            name != 'data_path' or args.data_set.startswith(('IMNET', 'INAT', 'wds/', 'COCO'))  # Others are downloaded.
-        if is_needed:
-            raise UsageError(f'{path}, which {file} sets, does not exist: give {flag}')
+        if name == 'data_path' and is_downloaded(args.data_set) or name in ('finetune', 'weights') and args.resume:
+            continue  # The checkpoint's weights take precedence.
+        raise UsageError(f'{path}, which {file} sets, does not exist: give {flag}')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -393,6 +391,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(problem)
     if args.aa.lower() == 'none':
         args.aa = ''
+    if not args.data_path and is_downloaded(args.data_set):
+        args.data_path = os.path.abspath('data')
     if args.eval or args.throughput:
         args.given = given
     return args

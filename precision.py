@@ -80,13 +80,9 @@ def autocast_to(dtype: torch.dtype, device: torch.device) -> Callable:
 def build_precision(
         model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp_dtype: str,
         apex_opt_level: str | None = None) -> tuple[nn.Module, torch.optim.Optimizer, NativeScaler, torch.dtype]:
-    """Choose the dtype of training, and build the loss scaler.
+    """Choose the dtype of autocast by --amp-dtype, and build the loss scaler; apex patches model and optimizer.
 
-    Args:
-        model, optimizer: apex patches both.
-        device: device of the model.
-        amp_dtype: name of the dtype of autocast, or 'auto'.
-        apex_opt_level: use apex.amp at this level if it is installed, else float16 (on a CPU bfloat16).
+    With `apex_opt_level`, apex.amp is used at this level if it is installed, else float16 (on a CPU bfloat16).
 
     Returns:
         Model, optimizer, loss scaler and the dtype of autocast.

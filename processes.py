@@ -28,17 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def init_distributed(device: str | None = None, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
-    """Join the processes that torchrun, srun or mpirun started, if any.
+    """Join the processes that torchrun, srun or mpirun started, if any, and return the device of this process.
 
-    timm's init_distributed_device has no timeout, and leaves SLURM's master address to the user.
-
-    Args:
-        device: 'cuda', 'cpu', ...; None for CUDA if available, else the CPU.
-        dist_url: rendezvous address.
-        timeout_s: seconds that a rank waits for the others.
-
-    Returns:
-        The device of this process.
+    `device` is 'cuda', 'cpu', or None for CUDA if available. timm's init_distributed_device has no timeout, and leaves
+    SLURM's master address to the user.
 
     Raises:
         UsageError: `device` is not available, or the address is unknown or in use.
@@ -297,13 +290,9 @@ def exit_now(status: int) -> None:
 def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -> int:
     """Call `main` with `args`, and return the exit status of the process; report an error in one line.
 
-    0: done, or stopped under --resume auto; 1: a fault; 2: a mistake of the user; 128 + n: stopped by signal n.
-
-    Args:
-        prog: name of the command.
-        main: function that raises UsageError and TrainingFault on all ranks, and anything else on one rank.
-        args: arguments of `main`.
-        unreadable_status: status for an image that cannot be read (errors.UnreadableImage).
+    0: done, or stopped under --resume auto; 1: a fault; 2: a mistake of the user; 128 + n: stopped by signal n;
+    `unreadable_status`: an image cannot be read. `main` raises UsageError and TrainingFault on all ranks, anything else
+    on one rank.
     """
     def print_error(error: Any) -> None:
         line = str(error).replace('\n', '\\n')

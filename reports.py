@@ -98,11 +98,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 # Curves
 
 def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Draw loss, accuracy, learning rate and images per second, by epoch.
+    """Draw loss, accuracy (or average precision), learning rate and images per second by epoch.
 
-    Args:
-        runs: records of read_log by the name of their run. A run has a color, a quantity a line style. Runs of
-            detection.py have average precision in place of accuracy.
+    `runs` maps names to records of read_log. A run has a color, a quantity a line style.
     """
     labels = [name + _best(records) for name, records in runs.items()]
     columns = max(1, min(len(runs), 110 // max(map(len, labels))))  # about 120 characters fit across the figure

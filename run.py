@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -47,9 +48,6 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
 
     --resume is a file or an address; 'auto' for the newest readable checkpoint in --output-dir; '' for none. In
     training, the previous checkpoint replaces a damaged checkpoint_last.pth.
-
-    Raises:
-        UsageError: --output-dir cannot be used, or no checkpoint can be read.
     """
     folder = Path(args.output_dir) if args.output_dir else None
     if is_training and folder:
@@ -77,9 +75,6 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UsageError(f'--output-dir {folder}: {existing} is not a folder that can be written to')
-    for path in (folder / LOG, folder / utils.WANDB_ID, folder / CONFIG, *folder.glob('*.pth')):
-        if path.is_dir():
-            raise UsageError(f'--output-dir {folder}: {path} is a folder')
     if not may_hold_run and (run_files(folder) or any(folder.glob('checkpoint_*.pth'))):
         raise UsageError(f'{folder} contains a run: --resume auto resumes it, --overwrite replaces it')
 
@@ -87,12 +82,8 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
 def copy_best(resumed: Path, folder: Path, best: dict[str, Any], metric: str) -> None:
     """Copy the best checkpoints of a run that is resumed in another folder.
 
-    Args:
-        resumed: file that the run resumes.
-        folder: folder of the run from now on.
-        best: its best scores, `metric` and 'epoch', and with the prefix 'ema_' those of the EMA. Scores are removed if
-            their checkpoint is not next to `resumed`.
-        metric: key of the score.
+    `best` has its best scores, `metric` and 'epoch', and with the prefix 'ema_' those of the EMA. Scores are removed if
+    their checkpoint is not next to the file `resumed`.
     """
     old_folder, is_same_folder = resumed.resolve().parent, is_in_folder(resumed, folder)
     for prefix, name in zip(('', 'ema_'), BEST):
@@ -121,13 +112,7 @@ def open_run(
         best: dict[str, Any], metric: str = 'acc1') -> 'RunWriter | None':
     """Lock --output-dir, write config.yaml, and remove what the run replaces or trains again.
 
-    Args:
-        args: flags of the run; --log-wandb and --log-tensorboard start trackers.
-        prog: name of the command.
-        device: device of this rank.
-        epoch: first epoch to train.
-        resumed: file that the run resumes, or None.
-        best, metric: the best scores so far, as in copy_best.
+    `epoch` is the first to train, `resumed` the file that the run resumes; `best` and `metric` are those of copy_best.
 
     Returns:
         The writer of the folder on rank 0; None on other ranks and without --output-dir.
@@ -143,9 +128,9 @@ def open_run(
     settings = {key.replace('_', '-'): value for key, value in flags.items()
                 if key not in UNSAVED_FLAGS and value is not None}
     writer = RunWriter(folder, flags.get('keep_checkpoints', 0))
-    wandb_id = None
+    wandb_id, wandb_file = None, folder / utils.WANDB_ID
     if flags.get('log_wandb'):
-        wandb_id = utils.read_wandb_id(folder, is_new=replace)
+        wandb_id = wandb_file.read_text().strip() if wandb_file.exists() and not replace else secrets.token_hex(4)
         writer.trackers.append(utils.wandb_tracker(folder, settings, wandb_id))
     if flags.get('log_tensorboard'):
         writer.trackers.append(utils.tensorboard_tracker(folder, epoch))
@@ -163,7 +148,7 @@ def open_run(
         checkpoints.copy(Path(resumed), folder / LAST)
     rewind(folder, epoch)
     if wandb_id is not None:
-        with atomic_write(folder / utils.WANDB_ID) as file:
+        with atomic_write(wandb_file) as file:
             file.write(wandb_id.encode())
     if resumed is not None:
         copy_best(Path(resumed), folder, best, metric)
@@ -191,10 +176,7 @@ def remove_run(folder: Path) -> None:
 
 
 def rewind(folder: Path, epoch: int) -> None:
-    """Remove what `folder` contains of `epoch` and later epochs, which will be trained again.
-
-    This removes checkpoints of these epochs and lines of the log, also a half-written last line.
-    """
+    """Remove checkpoints and log lines of `epoch` and later epochs, which will be trained again, and a half line."""
     for path in epoch_files(folder):
         if int(path.stem.split('_')[1]) >= epoch:
             path.unlink()
@@ -215,9 +197,7 @@ def rewind(folder: Path, epoch: int) -> None:
 class RunWriter:
     """Write a run's checkpoints in the background, and its log. At any moment a whole checkpoint is on disk.
 
-    Args:
-        folder: folder of the run.
-        keep: number of recent epochs whose checkpoints are kept as checkpoint_EEEE.pth.
+    The checkpoints of the last `keep` epochs are kept as checkpoint_EEEE.pth.
 
     Raises:
         UsageError: another run is writing to `folder`.
@@ -305,14 +285,7 @@ def check_written(writer: RunWriter | None) -> None:
 
 
 def raise_stopped(args: argparse.Namespace, stop_signal: int, where: str, is_complete: bool) -> None:
-    """Log where a signal stopped the run, touch --stopped-file, and raise SystemExit with the run's exit status.
-
-    Args:
-        args: flags of the run.
-        stop_signal: the signal.
-        where: position of the run, for the log.
-        is_complete: whether all epochs are done.
-    """
+    """Log where a signal stopped the run, touch --stopped-file, and raise SystemExit with the run's exit status."""
     logger.info('stopped %s%s', where, ', which was the last' if is_complete else '; --resume auto resumes there')
     if args.stopped_file and args.output_dir and processes.get_rank() == 0 and not is_complete:
         Path(args.stopped_file).touch()

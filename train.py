@@ -118,8 +118,8 @@ class Run:
     def load_state_dict(self, checkpoint: dict[str, Any], file: str) -> None:
         """Load a checkpoint, except `model`: it was loaded when the model was built, before apex and DDP.
 
-        `lr_scheduler` follows from the position (position_schedule). Of another project's checkpoint, only the epoch is
-        used: its parameters have another order.
+        `lr_scheduler` follows from the position (position_schedule). Of another project's checkpoint, only weights and
+        epoch are used: its parameters have another order.
         """
         epoch = checkpoint.get('epoch', self.args.start_epoch - 1)
         if type(epoch) is not int or epoch < -1:
@@ -137,6 +137,11 @@ class Run:
             if checkpoint['meters']:  # The epoch was in progress.
                 self.state = RunState(epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint['seconds'],
                                       checkpoint['meters'], checkpoint['best'])
+        else:
+            logger.warning('%s has no optimizer state of this project: moments start at zero', file)
+            if self.ema is not None:
+                weights = Weights.from_checkpoint(checkpoint, file, use_ema=True)
+                load_weights(self.ema.module, replace(weights, notes=()))  # The notes are for users of the EMA.
         saved_images, images = checkpoint.get('training_images'), self.sampler.length
         if saved_images not in (None, images):
             logger.info('%d training images now, %d before', images, saved_images)
@@ -188,8 +193,6 @@ def main(args: argparse.Namespace) -> None:
 
     run = build_run(args, model, train_set, val_set, device)
     with usage_errors():
-        if initial.checkpoint is not None and not is_own(initial.checkpoint):
-            load_other_ema(run, initial)
         if initial.checkpoint is not None:
             run.load_state_dict(initial.checkpoint, initial.file)
     run.stop = stop
@@ -197,7 +200,9 @@ def main(args: argparse.Namespace) -> None:
         with usage_errors():
             utils.check_compiler(device)
     stop.record_all()
-    load_first_batch(run)
+    if run.state.epoch < run.num_epochs:  # Loading errors come before an old run is removed.
+        run.sampler.set_position(run.state.epoch, run.state.samples_seen)
+        run.train_loader.start()
     open_output(run, initial)
     del initial  # Free the tensors of its file.
     describe(run)
@@ -289,7 +294,7 @@ def with_saved_flags(args: argparse.Namespace, checkpoint: dict[str, Any], file:
 def check_ranks_agree(args: argparse.Namespace, initial: InitialState) -> None:
     """Raise UsageError on all ranks if they begin with different models or checkpoints.
 
-    This is not part of check_before_data: a rank that fails there must not meet the others here.
+    A rank that fails in check_before_data must not meet the others here.
     """
     position = [(initial.checkpoint or {}).get(key) for key in ('epoch', 'step', 'samples_seen')]
     model_args = initial.weights.model_args if initial.weights else (initial.checkpoint or {}).get('model_args')
@@ -334,12 +339,8 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
                              f'...) than these data have ({", ".join(val.classes[:3])}, ...): use --finetune')
         check_shared_memory(
             args.input_size, args.num_workers, read_launch().local_world_size or 1,
-            (args.batch_size, len(train) if is_training else 0), (val_batch_size(args), len(val)))
+            (args.batch_size, len(train) if is_training else 0), (int(1.5 * args.batch_size), len(val)))
     return train, val
-
-
-def val_batch_size(args: argparse.Namespace) -> int:
-    return int(1.5 * args.batch_size)
 
 
 def model_settings(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
@@ -390,7 +391,7 @@ def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, 
 
 def build_val_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> DataLoader:
     """Build the loader of this rank's share of the validation set."""
-    return build_loader(val_set, val_batch_size(args), rank=processes.get_rank(),
+    return build_loader(val_set, int(1.5 * args.batch_size), rank=processes.get_rank(),
                         world_size=processes.get_world_size(), **loader_options(args, device))
 
 
@@ -461,14 +462,6 @@ def build_run(
         num_epochs=num_epochs, updates_per_epoch=sampler.updates, state=RunState(args.start_epoch))
 
 
-def load_other_ema(run: Run, initial: InitialState) -> None:
-    """Load the EMA of another project's checkpoint, or else its weights, into the EMA of the run."""
-    logger.warning('%s has no optimizer state of this project: moments start at zero', initial.file)
-    if run.ema is not None:
-        weights = Weights.from_checkpoint(initial.checkpoint, initial.file, use_ema=True)
-        load_weights(run.ema.module, replace(weights, notes=()))  # The notes are for users of the EMA.
-
-
 def learning_rate(args: argparse.Namespace, sampler: TrainSampler) -> float:
     """Return the learning rate for the global batch; --lr is for 512 images."""
     return args.lr * sampler.samples_per_update / 512
@@ -487,13 +480,6 @@ def build_preprocessor(
 
 
 # Output
-
-def load_first_batch(run: Run) -> None:
-    """Load the first training batch, so that loading errors come before an old run is removed."""
-    if run.state.epoch < run.num_epochs:
-        run.sampler.set_position(run.state.epoch, run.state.samples_seen)
-        run.train_loader.start()
-
 
 def open_output(run: Run, initial: InitialState) -> None:
     """Open --output-dir, and start the profiler."""
@@ -594,12 +580,6 @@ def is_validated(run: Run, epoch: int) -> bool:
     return epoch % run.args.test_freq == 0 or epoch > run.args.test_epoch or epoch == run.num_epochs - 1
 
 
-def seconds_left(run: Run) -> float:
-    """Estimate the time to the end of the run from the training of this epoch and the last validation, if any."""
-    epochs = range(run.state.epoch + 1, run.num_epochs)
-    return len(epochs) * run.state.seconds + sum(is_validated(run, epoch) for epoch in epochs) * run.eval_seconds
-
-
 def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     """Evaluate model and EMA if validation is due in this epoch.
 
@@ -657,7 +637,8 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
         run.writer.log(record)
     state.meters = []
     run.save(best)
-    left = seconds_left(run)
+    epochs = range(state.epoch + 1, run.num_epochs)
+    left = len(epochs) * state.seconds + sum(is_validated(run, epoch) for epoch in epochs) * run.eval_seconds
     logger.info('epoch %d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s%s', state.epoch, record['train_loss'],
                 record['train_lr'], record['train_images_per_s'], record['epoch_seconds'],
                 f"  best {state.best['acc1']:.3f}%" if 'acc1' in state.best else '',

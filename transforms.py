@@ -19,16 +19,9 @@ def _posterize(img: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 
 
 def build_transform(
-        is_train: bool,
-        input_size: int,
-        *,
-        auto_augment: str | None = 'rand-m9-mstd0.5-inc1',
-        color_jitter: float | None = 0.4,
-        interpolation: str = 'bicubic',
-        hflip: float = 0.5,
-        scale: tuple[float, float] | None = None,
-        ratio: tuple[float, float] | None = None,
-) -> Callable:
+        is_train: bool, input_size: int, *, auto_augment: str | None = 'rand-m9-mstd0.5-inc1',
+        color_jitter: float | None = 0.4, interpolation: str = 'bicubic', hflip: float = 0.5,
+        scale: tuple[float, float] | None = None, ratio: tuple[float, float] | None = None) -> Callable:
     """Return the transform from a PIL image to a uint8 tensor (3, input_size, input_size).
 
     Evaluation resizes the short side to int(256 / 224 * input_size), bicubic, and crops the center. For inputs up to
@@ -55,16 +48,8 @@ def build_transform(
     if auto_augment:
         check_policy(auto_augment)
     transform = create_transform(
-        input_size,
-        is_training=True,
-        color_jitter=color_jitter,
-        auto_augment=auto_augment,
-        interpolation=interpolation,
-        hflip=hflip,
-        scale=scale,
-        ratio=ratio,
-        normalize=False,
-    )
+        input_size, is_training=True, color_jitter=color_jitter, auto_augment=auto_augment,
+        interpolation=interpolation, hflip=hflip, scale=scale, ratio=ratio, normalize=False)
     if input_size <= SMALL:
         transform.transforms[0:1] = [_resize_and_crop(input_size), tv_transforms.RandomCrop(input_size, padding=4)]
     return transform

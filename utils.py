@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import resource
-import secrets
 import subprocess
 import sys
 import time
@@ -109,11 +108,7 @@ def check_trackers(tensorboard: bool, wandb: bool) -> None:
 
 
 def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
-    """Return a function that sends a record of log.txt to TensorBoard.
-
-    Args:
-        folder: folder of the run; earlier curves are continued.
-        epoch: next epoch; TensorBoard drops records of this and later epochs.
+    """Return a function that sends a record of log.txt to TensorBoard, which drops records of `epoch` and later ones.
 
     Raises:
         UsageError: nothing can be written to `folder`.
@@ -132,12 +127,7 @@ def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
 
 
 def wandb_tracker(folder: Path, settings: dict[str, Any], run_id: str) -> Callable:
-    """Return a function that sends a record of log.txt to Weights & Biases.
-
-    Args:
-        folder: folder of the run, which gives the name.
-        settings: flags of the run.
-        run_id: id of the run at Weights & Biases, which is continued if it exists there.
+    """Return a function that sends a record of log.txt to Weights & Biases, continuing the run `run_id`.
 
     Raises:
         UsageError: no run can be started (no key, no network).
@@ -152,17 +142,8 @@ def wandb_tracker(folder: Path, settings: dict[str, Any], run_id: str) -> Callab
     return lambda record: run.log(record, step=record['epoch'])
 
 
-def read_wandb_id(folder: Path, is_new: bool) -> str:
-    """Return the id of the folder's run at Weights & Biases, or a new one if there is none or `is_new`."""
-    file = folder / WANDB_ID
-    return file.read_text().strip() if file.exists() and not is_new else secrets.token_hex(4)
-
-
 def build_profiler(steps: int, path: Path) -> torch.profiler.profile:
-    """Build a profiler that writes a Chrome trace of `steps` steps to `path`.
-
-    Before the trace, two steps are skipped, and two more warm up the profiler.
-    """
+    """Build a profiler that writes a Chrome trace of `steps` steps to `path`, after four steps that warm up."""
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(skip_first=2, wait=0, warmup=2, active=steps, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
@@ -173,8 +154,7 @@ class Progress:
 
     Args:
         title: title, such as 'epoch 3/10'.
-        total: steps of the epoch.
-        first_step: steps that were done before a resume.
+        total, first_step: steps of the epoch, and those that were done before a resume.
         every: steps between two lines.
         enabled: False on all ranks but rank 0.
     """

@@ -21,7 +21,7 @@ from timm.models import adapt_input_conv
 
 import cmt
 import mindspore
-from checkpoints import FORMAT, is_own, no_checkpoint, read_checkpoint
+from checkpoints import FORMAT, is_own, load_strictly, no_checkpoint, read_checkpoint
 from errors import UsageError, first_line
 
 logger = logging.getLogger(__name__)
@@ -151,11 +151,7 @@ def unwrapped_name(name: str) -> str:
 def clean_names(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Remove wrappers' components from the names, and from a CMT also a prefix and tensors of other modules.
 
-    Returns:
-        Tensors by name, and notes on what was removed.
-
-    Raises:
-        UsageError: the state dict contains two models.
+    Return tensors by name, and notes on what was removed. Raise UsageError for a state dict of two models.
     """
     tensors, names, others, notes = {}, {}, [], []
     for name, value in state_dict.items():
@@ -238,20 +234,16 @@ def read(file: str) -> dict[str, Any]:
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read a file by the reader of its type; result and errors are those of `read`."""
     name = str(path)
-    if name.endswith('.ckpt') and os.path.isfile(name) and not _is_torch_file(name):
-        return mindspore.read(name)
+    if name.endswith('.ckpt') and os.path.isfile(name):
+        with open(name, 'rb') as file:
+            if file.read(1) not in (b'P', b'\x80'):  # a zip archive or a pickle, as Lightning writes
+                return mindspore.read(name)
     if not name.endswith('.safetensors') or not os.path.isfile(name):
         return read_checkpoint(name)
     try:
         return safetensors.torch.load_file(name)
     except safetensors.SafetensorError:
         raise UsageError(f'{name} is truncated, damaged, or not a safetensors file') from None
-
-
-def _is_torch_file(name: str) -> bool:
-    """Return whether a .ckpt is a zip archive or a pickle, as Lightning writes."""
-    with open(name, 'rb') as file:
-        return file.read(1) in (b'P', b'\x80')
 
 
 # The model that weights fit
@@ -272,14 +264,15 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     shapes = {cmt.released_name(name): tuple(value.shape) for name, value in weights.items()}
     stages = [c for c in 'abcdefgh' if f'patch_embed_{c}.proj.weight' in shapes]
     depths = [len({n.split('.')[1] for n in shapes if n.startswith(f'blocks_{c}.')}) for c in stages]
-    convolutions = ['stem_conv1.weight', '_fc.weight', *(f'patch_embed_{c}.proj.weight' for c in stages),
-                    *(f'blocks_{c}.0.mlp.conv1.0.weight' for c in stages)]
-    tables = [shapes.get(f'relative_pos_{c}') for c in stages]  # position biases: three or five dimensions
-    optional = [(shapes.get(f'blocks_{c}.0.attn.sr.0.weight', (1,) * 4), 4) for c in stages] + [
-        (shapes.get('head.weight', (1, 1)), 2),
-        *((table, 5 if len(tables[0] or ()) == 5 else 3) for table in tables if table is not None)]
-    expected = [(shapes.get(name, ()), 4) for name in convolutions] + optional
-    if not stages or any(len(shape) != ndim or 0 in shape for shape, ndim in expected):
+    tables = [shapes.get(f'relative_pos_{c}') for c in stages]  # position biases
+
+    def has_dimensions(name: str) -> bool:
+        ndims = {'relative_pos': (3, 5), 'head.weight': (2,)}.get(name[:-2] if name[:8] == 'relative' else name, (4,))
+        return name in shapes and len(shapes[name]) in ndims and 0 not in shapes[name]
+
+    used = [f'{name}.weight' for c in stages for name in (f'patch_embed_{c}.proj', f'blocks_{c}.0.mlp.conv1.0')] + [
+        name for name in shapes if re.fullmatch(r'relative_pos_.|head\.weight|blocks_.\.0\.attn\.sr\.0\.weight', name)]
+    if not stages or not all(map(has_dimensions, ['stem_conv1.weight', '_fc.weight', *used])):
         return {}
     dims = [shapes[f'patch_embed_{c}.proj.weight'][0] for c in stages]
     args = dict(
@@ -323,13 +316,6 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value  # JSON has lists.
 
 
-def overrides_of(model_args: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the arguments that differ from the defaults of the named model."""
-    defaults = create_cmt(name, device='meta').model_args
-    return {key: value for key, value in model_args.items()
-            if _as_tuple(value) != _as_tuple(defaults[key])}
-
-
 def _names() -> str:
     return ', '.join(timm.list_models('cmt_*', module='cmt'))
 
@@ -353,17 +339,7 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
 
 
 def create_for(weights: Weights, name: str | None = None, **kwargs) -> cmt.CMT:
-    """Create the model of `weights`, without loading them.
-
-    Args:
-        weights: of a CMT.
-        name: the model's name, checked against the weights; None for any.
-        kwargs: arguments of cmt.CMT that replace those of the weights.
-
-    Raises:
-        UsageError: the weights are not a CMT's or do not belong to `name`.
-        ValueError: `img_size` has a side that is not a multiple of 32.
-    """
+    """Create the model of `weights`, without loading them; arguments and errors are those of build_model."""
     weights.check_name(name)
     size = weights.input_size or 224  # for weights that fit any size
     args, name = {'img_size': size, **weights.model_args, **kwargs}, name or weights.name
@@ -372,35 +348,26 @@ def create_for(weights: Weights, name: str | None = None, **kwargs) -> cmt.CMT:
 
 # Loading
 
-def load_weights(model: nn.Module, weights: Weights, new_head: bool = False) -> str:
-    """Load all tensors of `weights` into a model, or raise and load none.
+def load_weights(model: cmt.CMT, weights: Weights, new_head: bool = False) -> str:
+    """Load all tensors of `weights`, under the names of any origin, into a model; return and log a line about them.
 
-    Args:
-        model: a CMT, or another timm model with the same names as the weights.
-        weights: of the same model, under the names of any origin.
-        new_head: keep the head of `model` if it has another number of classes, and adapt the first convolution to
-            another number of input channels.
-
-    Returns:
-        One line on what was loaded, resampled and newly initialized; also logged.
+    With `new_head`, `model` keeps its head if it has another number of classes, and the first convolution is adapted to
+    another number of input channels.
 
     Raises:
         UsageError: tensors are missing, left over or of another shape; `model` is unchanged.
     """
-    model_state, notes = model.state_dict(), list(weights.notes)
-    if isinstance(model, cmt.CMT):
-        try:
-            state = cmt.to_model(weights.state, model)
-        except ValueError as error:
-            raise UsageError(f'{weights.file} does not fit the model: {error}') from None
-        before, now = _as_tuple(weights.model_args.get('img_size')), model.img_size
-        resampled = sum(name.endswith('position_bias') for name in model_state) if before not in (None, now) else 0
-        if resampled:
-            notes.append(f'{resampled} position biases resampled from {before[0]}x{before[1]} to {now[0]}x{now[1]}')
-    else:
-        names = {unwrapped_name(name): name for name in model_state}  # timm's iformer has modules named `module`.
-        state = {names.get(name, name): value for name, value in weights.state.items()}
-    new = []  # tensors that stay as `model` has them
+    model_state, notes, new = model.state_dict(), list(weights.notes), []  # new: tensors that stay as `model` has them
+    try:
+        state = cmt.to_model(weights.state, model)
+    except ValueError as error:
+        if weights.is_own:
+            raise
+        raise UsageError(f'{weights.file} does not fit the model: {error}') from None
+    before, now = _as_tuple(weights.model_args.get('img_size')), model.img_size
+    resampled = sum(name.endswith('position_bias') for name in model_state) if before not in (None, now) else 0
+    if resampled:
+        notes.append(f'{resampled} position biases resampled from {before[0]}x{before[1]} to {now[0]}x{now[1]}')
     if new_head:
         for name in ('head.weight', 'head.bias'):
             if name not in model_state or name not in state or state[name].shape != model_state[name].shape:
@@ -408,7 +375,14 @@ def load_weights(model: nn.Module, weights: Weights, new_head: bool = False) -> 
                 new += [name] if name in model_state else []
         if new:
             notes.append(f'newly initialized: {", ".join(new)}')
-        notes += _adapt_first_conv(model, model_state, state, weights.file)
+        first = 'stem.conv1.weight'
+        if first in state and state[first].shape[1] != model.in_chans:
+            note = f'{first} adapted from {state[first].shape[1]} to {model.in_chans} input channels'
+            try:
+                state[first] = adapt_input_conv(model.in_chans, state[first])
+            except (NotImplementedError, AssertionError):
+                raise UsageError(f'{weights.file}: {note} is not possible, only from 3') from None
+            notes.append(note)
     _check_names_and_shapes(model_state, state, new, weights.file)
     model.load_state_dict({**{name: model_state[name] for name in new}, **state})
     kind = 'EMA weights' if weights.is_ema else 'weights'
@@ -416,19 +390,6 @@ def load_weights(model: nn.Module, weights: Weights, new_head: bool = False) -> 
     line = '; '.join([f'{weights.file}: {kind}{form}, {len(state)} tensors', *notes])
     logger.info('loaded %s', line)
     return line
-
-
-def _adapt_first_conv(model: nn.Module, model_state: dict, state: dict, file: str) -> list[str]:
-    """Adapt the first convolution in `state` to the input channels of `model`; return notes for the log."""
-    first = getattr(model, 'default_cfg', {}).get('first_conv', 'stem.conv1') + '.weight'
-    if first not in state or first not in model_state or state[first].shape[1] == model_state[first].shape[1]:
-        return []
-    note = f'{first} adapted from {state[first].shape[1]} to {model_state[first].shape[1]} input channels'
-    try:
-        state[first] = adapt_input_conv(model_state[first].shape[1], state[first])
-    except (NotImplementedError, AssertionError):
-        raise UsageError(f'{file}: {note} is not possible, only from 3') from None
-    return [note]
 
 
 def _check_names_and_shapes(model_state: dict, state: dict, new: list[str], file: str) -> None:
@@ -450,8 +411,7 @@ def build_model(weights: Weights, name: str | None = None, num_classes: int | No
         weights: of a CMT.
         name: the model's name, checked against the weights; None for any.
         num_classes: number of classes; another one than the file's makes a new head, None is the file's.
-        kwargs: further arguments of cmt.CMT, such as img_size (pixels; the file's, or 224 for MindCV's weights),
-            in_chans or dynamic_img_size.
+        kwargs: arguments of cmt.CMT that replace those of the weights, such as img_size (pixels, multiples of 32).
 
     Raises:
         UsageError: the weights are not a CMT's, or do not fit `name` or `kwargs`.
@@ -464,12 +424,9 @@ def build_model(weights: Weights, name: str | None = None, num_classes: int | No
 
 
 def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.Module:
-    """Build the teacher for distillation with its trained weights, not their EMA.
+    """Build the teacher for distillation: any timm model `name`, with the weights (not their EMA) in the file `path`.
 
-    Args:
-        name: any timm model; None for the model in `path`.
-        path: file with its weights; None for the pretrained weights of `name`.
-        classes: class names of the data.
+    Without `path` it gets timm's pretrained weights, without `name` it is the model in `path`.
 
     Raises:
         UsageError: no such model or file, or the teacher has other classes.
@@ -486,7 +443,9 @@ def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.
             raise UsageError(f'--teacher-path {path}: the teacher has other classes than the data')
     elif timm.is_model(name):
         model = timm.create_model(name, num_classes=len(classes))
-        load_weights(model, Weights.from_checkpoint(read_file(path), path))
+        names = {unwrapped_name(key): key for key in model.state_dict()}  # timm's iformer has modules named `module`.
+        state, _ = find_state_dict(read_file(path))
+        load_strictly(model, {names.get(unwrapped_name(key), key): value for key, value in state.items()}, path)
     else:
         raise UsageError(f'unknown --teacher-model {name}')
     if model.num_classes != len(classes):

@@ -29,7 +29,7 @@ import utils
 from checkpoints import FORMAT, atomic_write, check_output
 from errors import UsageError
 from options import Parser, add_weights_flags
-from weights import Weights, build_model, create_cmt, overrides_of, read_weights
+from weights import Weights, build_model, create_cmt, read_weights
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
 
@@ -63,7 +63,8 @@ def write_safetensors(path: Path, model: cmt.CMT) -> None:
 def write_folder(folder: Path, model: cmt.CMT, weights: Weights) -> None:
     """Write a folder that timm opens as 'local-dir:FOLDER'."""
     name = weights.name or 'cmt_s'
-    described = create_cmt(name, device='meta', **overrides_of(model.model_args, name))
+    model_args = {key: value for key, value in model.model_args.items() if not key.endswith('_rate')}
+    described = create_cmt(name, device='meta', **model_args)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / 'model.safetensors', model)
     with tempfile.TemporaryDirectory() as place:

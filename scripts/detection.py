@@ -94,27 +94,16 @@ def build_body(backbone: str, weights: str | None, img_size: tuple[int, int], dr
 
 
 def build_detector(
-        detector: str,
-        num_classes: int,
-        backbone: str = 'cmt_ti',
-        weights: str | None = None,
-        frozen_bn: bool = False,
-        input_size: tuple[int, int] = (800, 1333),
-        drop_path: float = 0.1,
-        fpn_channels: int = 256,
-        anchor_size: int = 32,
-        proposals: int = 1000,
-) -> nn.Module:
+        detector: str, num_classes: int, backbone: str = 'cmt_ti', weights: str | None = None, frozen_bn: bool = False,
+        input_size: tuple[int, int] = (800, 1333), drop_path: float = 0.1, fpn_channels: int = 256,
+        anchor_size: int = 32, proposals: int = 1000) -> nn.Module:
     """Build one of torchvision's detectors on a CMT.
 
     Args:
-        detector: 'retinanet', 'fasterrcnn' or 'maskrcnn'.
-        num_classes: classes, including the background.
-        backbone: name of the CMT.
-        weights: file or name with weights of the backbone (the EMA if there is one); None for random weights.
+        detector: 'retinanet', 'fasterrcnn' or 'maskrcnn', of `num_classes` classes including the background.
+        backbone, weights: name of the CMT; file or name with its weights (the EMA if there is one), or None.
         frozen_bn: freeze BatchNorm of the backbone, for small batches.
         input_size: short side that images are resized to, and the largest long side (pixels).
-        drop_path: drop-path rate of the last block.
         fpn_channels: width of the pyramid and of the mask head, a multiple of 8.
         anchor_size: side of the smallest anchors (pixels), doubled from level to level.
         proposals: regions of an image that the second stage of Faster and Mask R-CNN classifies.
@@ -163,9 +152,8 @@ class CocoDataset(Dataset):
     """Read a data set in COCO's format for torchvision's detectors: labels 1 to K, whatever the category ids.
 
     Args:
-        images: folder of the images.
-        annotations: the JSON file.
-        train: flip images with probability `hflip`, and drop crowds.
+        images, annotations: folder of the images, and the JSON file.
+        train, hflip: flip images with probability `hflip`, and drop crowds.
         masks: read masks too.
         skip_empty_boxes: drop boxes without area instead of refusing them.
 
@@ -320,8 +308,8 @@ def build_data(args: argparse.Namespace) -> tuple[CocoDataset | None, CocoDatase
 
 @torch.inference_mode()
 def detect(
-        model: nn.Module, loader: DataLoader, data: CocoDataset, device: torch.device, autocast: Callable,
-) -> dict[str, list]:
+        model: nn.Module, loader: DataLoader, data: CocoDataset, device: torch.device,
+        autocast: Callable) -> dict[str, list]:
     """Return the detections of all ranks as COCO's results, {'box': [...]} and also 'mask' for Mask R-CNN.
 
     Each image is a batch of its own. In a larger batch, images are padded to a common size and the position bias is
@@ -552,15 +540,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in DEFAULTS[args.data_set].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    mistake = None
     if args.data_set == 'COCO' and not has_files:
-        mistake = '--data-path is missing: the folder that contains annotations/, train2017/ and val2017/'
-    elif args.fpn_channels % 8:
-        mistake = f'--fpn-channels {args.fpn_channels} is not a multiple of 8'
-    elif args.input_size and args.input_size[0] > args.input_size[1]:
-        mistake = '--input-size: give the short side first'
-    if mistake:
-        parser.error(mistake)
+        parser.error('--data-path is missing: the folder that contains annotations/, train2017/ and val2017/')
+    if args.fpn_channels % 8:
+        parser.error(f'--fpn-channels {args.fpn_channels} is not a multiple of 8')
+    if args.input_size and args.input_size[0] > args.input_size[1]:
+        parser.error('--input-size: give the short side first')
     options.make_paths_absolute(args)  # The default of SHAPES is relative.
     return args
 

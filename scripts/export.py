@@ -95,12 +95,7 @@ def export(
         model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fuse: bool = False) -> tuple[bytes, float]:
     """Return the file of a model, and the largest difference of its logits from the model's.
 
-    Args:
-        model: in eval mode.
-        name: model name for the metadata.
-        classes: class names for the metadata.
-        suffix: a key of FORMATS.
-        fuse: fold BatchNorm into convolutions before the export.
+    `name` and `classes` go into the metadata, `suffix` is a key of FORMATS; `fuse` folds BatchNorm into convolutions.
 
     Raises:
         UsageError: a format that cannot represent the model, or logits that differ.

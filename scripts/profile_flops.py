@@ -30,10 +30,6 @@ def profile(name: str, input_size: int | None = None) -> dict[str, Any]:
     """Count the multiply-adds of one image and the parameters of a CMT, in total and by stage.
 
     As in the paper, additions, norm statistics, activations and softmax are not counted.
-
-    Args:
-        name: name of a CMT.
-        input_size: height and width (pixels), a multiple of 32; None for the model's default.
     """
     model = timm.create_model(name, **({'img_size': input_size} if input_size else {})).eval()
     for module in model.modules():

@@ -1,6 +1,8 @@
 """Checkpoint files: whole whatever happens, and safe to read."""
 import argparse
+import builtins
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -14,7 +16,8 @@ import pytest
 import torch
 
 import nano
-from checkpoints import LAST, PREVIOUS, atomic_write, newest_checkpoint, read_checkpoint
+from checkpoints import BEST, LAST, PREVIOUS, atomic_write, epoch_files, newest_checkpoint, read_checkpoint
+from run import RunWriter
 
 
 def state(epoch, size=20_000):
@@ -92,31 +95,90 @@ def test_an_interrupted_write_leaves_a_whole_checkpoint(tmp_path, kill):
     assert epoch_of(newest_checkpoint(tmp_path)[1]) == 7 and epoch_of(read_checkpoint(tmp_path / PREVIOUS)) == 6
 
 
-@pytest.mark.parametrize('name', ['link', 'replace', 'fsync'])
-def test_a_kill_between_any_two_steps_leaves_a_checkpoint(tmp_path, name):
-    """Before each call of that function, and after the last."""
-    def killed_at(folder, last):
-        def write_seven():
-            calls, call = [], getattr(os, name)
+def save(folder, epoch, kill_before=0):
+    """Save an epoch as a run does; before the given one of the calls that change the folder, kill the process."""
+    calls = itertools.count(1)
 
-            def counted(*args, **kwargs):
-                calls.append(1)
-                if len(calls) == last:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args, **kwargs)
+    def counted(call):
+        return lambda *args, **kwargs: (
+            os.kill(os.getpid(), signal.SIGKILL) if next(calls) == kill_before else call(*args, **kwargs))
 
-            setattr(os, name, counted)
-            write(folder, 7)
-        return in_a_fork(write_seven)
+    if kill_before:
+        for owner, name in ((builtins, 'open'), (os, 'fsync'), (os, 'unlink'), (os, 'link'), (os, 'replace')):
+            setattr(owner, name, counted(getattr(owner, name)))
+    writer = RunWriter(folder, keep=2)
+    writer.save({**state(epoch), 'model_ema': state(epoch)['model']}, {'acc1': 1., 'ema_acc1': 2.})
+    writer.wait()
+    assert writer.error is None
 
+
+def temporary_files(folder):
+    return [path for path in folder.iterdir() if path.name.endswith('.tmp')]
+
+
+@pytest.mark.parametrize('has_links', [True, False])
+def test_a_kill_between_any_two_steps_leaves_a_checkpoint(tmp_path, monkeypatch, has_links):
+    if not has_links:
+        monkeypatch.setattr(os, 'link', nano.full_disk)
     statuses = []
-    for last in range(1, 6):
-        folder = tmp_path / str(last)
+    while 0 not in statuses:
+        folder = tmp_path / f'{len(statuses)}'
         folder.mkdir()
-        write(folder, 5, 6)
-        statuses.append(killed_at(folder, last))
+        for epoch in (4, 5, 6):
+            save(folder, epoch)
+        statuses.append(in_a_fork(functools.partial(save, folder, 7, len(statuses) + 1)))
         assert epoch_of(newest_checkpoint(folder)[1]) in (6, 7)
-    assert statuses[0] == -signal.SIGKILL and statuses[-1] == 0
+        assert (read_checkpoint(folder / LAST) if has_links else True) and len(temporary_files(folder)) <= 1
+        for name in BEST:
+            assert epoch_of(read_checkpoint(folder / name)) in (6, 7)
+    assert set(statuses) == {-signal.SIGKILL, 0} and len(statuses) > 15
+    assert [path.name for path in epoch_files(folder)] == ['checkpoint_0006.pth', 'checkpoint_0007.pth']
+
+
+def test_twenty_kills_leave_at_most_one_temporary_file(tmp_path):
+    rng, left = random.Random(0), 0
+    for epoch in range(20):
+        assert in_a_fork(functools.partial(save, tmp_path, epoch, rng.randint(3, 20))) == -signal.SIGKILL
+        left += len(temporary_files(tmp_path))
+        assert len(temporary_files(tmp_path)) <= 1
+    assert left > 5
+    save(tmp_path, 20)
+    assert not temporary_files(tmp_path)
+
+
+def test_links_in_a_folder_are_not_followed(tmp_path):
+    """A run folder from elsewhere may hold links under any name that a run writes."""
+    folder, mine = tmp_path / 'run', tmp_path / 'mine'
+    folder.mkdir()
+    mine.write_text('mine')
+    names = [LAST, PREVIOUS, *BEST, 'checkpoint_0001.pth', 'config.yaml', 'log.txt']
+    for name in [*names, *(f'.{name}.tmp' for name in names)]:
+        (folder / name).symlink_to(mine)
+    save(folder, 1)
+    save(folder, 2)
+    assert mine.read_text() == 'mine' and epoch_of(newest_checkpoint(folder)[1]) == 2
+    writer = RunWriter(folder)
+    writer.log({'epoch': 3})
+    assert writer.error is not None and 'log.txt' in str(writer.error)
+    (folder / '.lock').unlink()
+    (folder / '.lock').symlink_to(mine)
+    with pytest.raises(OSError, match='lock'):
+        RunWriter(folder)
+    assert mine.read_text() == 'mine'
+
+
+def test_a_lock_leaves_its_file_as_it_is(tmp_path):
+    (tmp_path / '.lock').write_text('mine')
+    RunWriter(tmp_path)
+    assert (tmp_path / '.lock').read_text() == 'mine'
+
+
+def test_only_a_runs_own_names_are_its_epochs(tmp_path):
+    own = ['checkpoint_0000.pth', 'checkpoint_0012.pth', 'checkpoint_9999.pth', 'checkpoint_10000.pth']
+    for name in [*own, 'checkpoint_2024_final.pth', 'checkpoint_0_mine.pth', 'checkpoint_2b.pth', 'checkpoint_12.pth',
+                 'checkpoint_00012.pth', 'checkpoint_0012.pth.bak', 'checkpoint_²024.pth', LAST]:
+        (tmp_path / name).touch()
+    assert [path.name for path in epoch_files(tmp_path)] == own
 
 
 @pytest.mark.soak
@@ -135,7 +197,7 @@ def test_a_kill_at_fifty_sizes_leaves_whole_files(tmp_path):
         process = context.Process(target=write_forever, args=(folder,))
         process.start()
         nano.wait_for((folder / (PREVIOUS if rng.random() < 0.5 else LAST)).exists)
-        size, pattern = rng.randint(0, 16_000_000), rng.choice((f'.{LAST}*', '.checkpoint_best*'))
+        size, pattern = rng.randint(0, 16_000_000), '.*.tmp'
         is_large = False
         while not is_large:
             with contextlib.suppress(FileNotFoundError):

@@ -1,5 +1,6 @@
 """scripts/export.py: logits and metadata of exported models; mistakes."""
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import pytest
 import timm
 import torch
 from test_cmt import FIGURES, drawn
+from test_finetune import PLAIN
 from torchvision.transforms.functional import to_pil_image
 
 import export
 import nano
+import predict
+from datasets import Digits
 from engine import Preprocessor
 from transforms import build_transform
 
@@ -83,6 +87,33 @@ def test_the_snippet_of_the_docs_gives_evaluations_logits(checkpoint, tmp_path, 
     x = Preprocessor(torch.device('cpu'))(build_transform(False, 64)(image)[None], torch.zeros(1))[0]
     expected = reference(checkpoint, 'model_ema', x)[0]
     torch.testing.assert_close(torch.from_numpy(names['logits'][0]), expected, rtol=0, atol=1e-4)
+
+
+def test_log_prediction_and_onnx_count_the_same_right_answers(tmp_path, capsys):
+    """Train on the digits, and let each best checkpoint predict the held-out ones from PNG files."""
+    for package in ('onnx', 'onnxruntime', 'onnxscript'):
+        pytest.importorskip(package)
+    nano.train([*PLAIN, '--model', 'cmt_nano', '--data-set', 'DIGITS', '--input-size', 64, '--epochs', 2,
+                '--test-freq', 1, '--model-ema', '--model-ema-decay', 0.95, '--output-dir', tmp_path / 'run'])
+    digits = Digits(False, 64)
+    (tmp_path / 'png').mkdir()
+    for i, image in enumerate(digits.images):
+        image.save(tmp_path / 'png' / f'{i:03d}.png')
+    pixels = torch.stack([build_transform(False, 64)(image) for image in digits.images])
+    x = Preprocessor(torch.device('cpu'))(pixels, torch.zeros(1))[0]
+    right = []
+    for name in ('checkpoint_best.pth', 'checkpoint_ema_best.pth'):
+        path = tmp_path / 'run' / name
+        capsys.readouterr()
+        logging.root.setLevel(logging.WARNING)  # as at the start of a process
+        predict.main([str(path), str(tmp_path / 'png'), '--top', '1', '--json'])
+        predicted = [one['predictions'][0]['index'] for one in json.loads(capsys.readouterr().out)]
+        export.main([str(path), str(tmp_path / f'{name}.onnx')])
+        exported = run(tmp_path / f'{name}.onnx')[0](x).argmax(1).tolist()
+        right.append(round(nano.read(path.parent, name)['acc1'] * 3.6))
+        for answers in (predicted, exported):
+            assert sum(map(int.__eq__, answers, digits.targets)) == right[-1]
+    assert right[0] != right[1] and min(right) > 50
 
 
 @pytest.mark.parametrize('flags, kind, sizes', [

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import cmt
 import errors
 import nano
 
@@ -46,6 +48,37 @@ def test_resume_from_the_end_of_an_epoch(flags, whole, tmp_path, capsys, damage,
     nano.train([*run, '--resume', resume if resume == 'auto' else path])
     assert bool(re.search(rf'{path} .*damaged', capsys.readouterr().out)) == bool(damage)
     nano.assert_same_run(whole, tmp_path / 'run')
+
+
+def test_resume_takes_an_own_checkpoint_as_it_is(flags, whole, tmp_path):
+    """Nothing is inferred or renamed: few functions run from reading the file to the end of Run.load_state_dict."""
+    shutil.copytree(whole, tmp_path / 'run')
+    root, calls, loading, building = Path(cmt.__file__).parent, set(), [], {'build_data', 'build_run', '__init__'}
+
+    def note(frame, event, _):
+        code, callers = frame.f_code, set()
+        file = Path(code.co_filename)
+        if event == 'return' and (file.name, code.co_name) == ('train.py', 'load_state_dict'):
+            loading.clear()
+        if event != 'call' or file.parent != root:
+            return
+        if code.co_name == 'read_checkpoint':
+            loading.append(True)
+        while frame is not None:
+            callers.add(frame.f_code.co_name)
+            frame = frame.f_back
+        assert file.name not in ('weights.py', 'mindspore.py'), code.co_name
+        assert file.name != 'cmt.py' or code.co_name not in ('to_model', 'released_name', 'checkpoint_filter_fn')
+        if loading and not callers & building and file.name != 'cmt.py':
+            calls.add((file.name, code.co_name))
+
+    sys.setprofile(note)
+    try:
+        nano.train([*flags, '--epochs', 4, '--output-dir', tmp_path / 'run', '--resume', 'auto'])
+    finally:
+        sys.setprofile(None)
+    assert ('train.py', 'load_state_dict') in calls and not loading
+    assert len(calls) <= 25 and len({file for file, _ in calls}) <= 4
 
 
 def test_resume_in_mid_epoch(flags, whole, tmp_path, monkeypatch):

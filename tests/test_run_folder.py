@@ -31,6 +31,29 @@ def test_config_yaml_has_the_settings_in_force(flags, whole):
     assert yaml.safe_load(text)['model-ema-decay'] == 0.9
 
 
+def test_a_config_holds_for_any_folder(flags, images, whole, tmp_path, monkeypatch):
+    """Paths are absolute; one that is missing names the config and the flag, unless the command line replaces it."""
+    monkeypatch.chdir(images.parent)
+    (tmp_path / 'map').write_text('class_0\nclass_1\nclass_2\n')
+    paths = {'data-path': images.name, 'class-map': os.path.relpath(tmp_path / 'map'),
+             'finetune': os.path.relpath(whole / 'checkpoint_best.pth')}
+    more = [text for name, value in paths.items() for text in (f'--{name}', value)]
+    nano.train([*flags, *more, '--epochs', 1, '--output-dir', tmp_path / 'run'])
+    config = yaml.safe_load((tmp_path / 'run' / 'config.yaml').read_text())
+    assert {name: config[name] for name in paths} == {name: os.path.abspath(value) for name, value in paths.items()}
+    assert 'output-dir' not in config and nano.read(tmp_path / 'run')['args']['data_path'] == str(images)
+
+    monkeypatch.chdir(tmp_path)
+    again = ['--config', 'run/config.yaml', '--epochs', 2]
+    for name in paths:
+        Path('run/config.yaml').write_text(yaml.safe_dump({**config, name: '/gone'}))
+        with pytest.raises(errors.UsageError, match=f'/gone.*run/config.yaml.*--{name}'):
+            nano.train([*again, '--output-dir', tmp_path / 'other'])
+        resumes = name == 'finetune'  # A run that resumes does not read its initial weights again.
+        nano.train([*again, '--resume', 'auto', *([] if resumes else [f'--{name}', os.path.abspath(
+            images if name == 'data-path' else 'map')])])
+
+
 # what a run leaves of another
 
 def rename_all_but_the_log(source, target, rename=os.rename):
@@ -138,7 +161,50 @@ def test_a_checkpoint_without_permission_is_not_a_damaged_one(flags, whole, tmp_
     assert contents(tmp_path / 'run') == before
 
 
+def test_copies_that_a_user_made_stay(flags, tmp_path):
+    run, output = [*flags, '--output-dir', tmp_path, '--keep-checkpoints', 1], tmp_path / 'out.txt'
+    nano.train([*run, '--epochs', 1])
+    copies = [tmp_path / f'checkpoint_{name}.pth' for name in ('2024_final', '0_mine', '2b', '99999x', 'mine', '7')]
+    for copy in copies:
+        copy.write_text('mine')
+    nano.train([*run, '--epochs', 2, '--resume', 'auto'])
+    assert not (tmp_path / 'checkpoint_0000.pth').exists() and (tmp_path / 'checkpoint_0001.pth').exists()
+    nano.train([*run, '--epochs', 1, '--overwrite'])
+    assert all(copy.read_text() == 'mine' for copy in copies)
+    assert (tmp_path / 'checkpoint_0000.pth').exists() and not (tmp_path / 'checkpoint_0001.pth').exists()
+    shutil.copytree(tmp_path, tmp_path / 'copies', ignore=lambda *_: {'checkpoint_last.pth', 'log.txt', 'copies'})
+    nano.finish(nano.start([*flags, '--output-dir', tmp_path / 'copies'], output=output), status=2)
+    assert '--overwrite' in output.read_text()
+
+
 # the best checkpoints
+
+@pytest.mark.parametrize('prefix', ['', 'ema_'])
+def test_best_checkpoints_hold_the_scored_weights_alone(flags, images, tmp_path, prefix, capsys, monkeypatch):
+    """Every command reads them without a flag, from any folder, with the figures of the log."""
+    run = [*flags, '--data-path', images, '--epochs', 4, '--input-size', 64, '--model-ema-decay', 0.5, '--amp-dtype',
+           'bfloat16']
+    nano.train([*run, '--output-dir', tmp_path / 'run'])
+    path = tmp_path / 'run' / f'checkpoint_{prefix}best.pth'
+    best, key = nano.read(path.parent, path.name), f'{prefix}test_acc1'
+    assert set(best) == {'format', 'model_args', 'model', 'args', 'classes', 'epoch', 'acc1'}
+    line = max(nano.log(path.parent), key=lambda line: line[key])
+    assert (best['acc1'], best['epoch']) == (line[key], line['epoch'])
+    assert best['acc1'] == nano.read(path.parent)['best'][f'{prefix}acc1']
+    size = sum(value.numel() * value.element_size() for value in best['model'].values())
+    assert path.stat().st_size < 1.1 * size + 200_000  # The model of this test is smaller than its names.
+
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    capsys.readouterr()
+    nano.train(['--eval', '--resume', path])
+    printed = capsys.readouterr().out
+    expected = [f'{line[f"{prefix}test_{name}"]:.3f}' for name in ('acc1', 'acc5', 'loss')]
+    assert re.search(r'\* Acc@1 (\S+) Acc@5 (\S+) loss (\S+)', printed).groups() == tuple(expected)
+    with pytest.raises(errors.UsageError, match='--finetune'):
+        nano.train([*run, '--resume', path, '--output-dir', tmp_path / 'more'])
+    assert not (tmp_path / 'more').exists()
+
 
 def assert_best_has_files(folder):
     best = nano.read(folder)['best']

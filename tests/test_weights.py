@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import cmt
 import convert_checkpoint
+import export
 import mindspore
 import nano
 import train
@@ -169,20 +170,44 @@ def test_shapes_of_published_weights_give_the_model(name, form):
     assert [stage.blocks[0].lmhsa.num_heads for stage in again.stages] == [1, 2, 4, 8]
 
 
-def test_a_run_from_mindcvs_weights_keeps_their_form(flags, tmp_path):
-    source, tensors = mindspore_tensors(num_classes=3, depths=(1, 2, 1, 1), img_size=32)
-    write_mindspore(tmp_path / 'a.ckpt', tensors)
-    run = [*flags, '--model', 'cmt_s', '--finetune', tmp_path / 'a.ckpt', '--output-dir', tmp_path / 'run']
-    nano.train([*run, '--epochs', 1])
-    nano.train([*run, '--epochs', 2, '--resume', 'auto'])
-    assert [line['epoch'] for line in nano.log(tmp_path / 'run')] == [0, 1]
-    state = nano.read(tmp_path / 'run')['model']
-    assert {name: value.shape for name, value in state.items()} == \
-        {name: value.shape for name, value in source.state_dict().items()}
-    model = build(tmp_path / 'run' / 'checkpoint_last.pth')
-    source.load_state_dict(state)
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model(x), source(x))
+@pytest.mark.parametrize('origin', ['MindCV', 'MindCV of another width', 'other size', 'channels'])
+def test_runs_keep_the_form_of_their_weights(flags, images, tmp_path, origin):
+    """A run from such weights is killed and resumed, evaluated, exported, and fine-tuned."""
+    size, more = 32, []
+    if origin == 'MindCV':
+        source = str(MINDCV)
+    elif origin == 'MindCV of another width':
+        source = tmp_path / 'a.ckpt'
+        write_mindspore(source, mindspore_tensors(num_classes=3, depths=(1, 2, 1, 1), img_size=32)[1])
+    else:  # weights of 32 px for a run at 96 px
+        source, size = tmp_path / 'a.pth', 96
+        torch.save({'model': small(num_classes=3, img_size=32).state_dict()}, source)
+    run = [*flags[2:], '--input-size', size, '--finetune', source, '--epochs', 2, *more]
+    nano.train([*run, '--output-dir', tmp_path / 'whole'])
+    with nano.at_step(8, nano.die), pytest.raises(nano.Killed):
+        nano.train([*run, '--output-dir', tmp_path / 'run'])
+    nano.train([*run, '--output-dir', tmp_path / 'run', '--resume', 'auto'])
+    nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
+
+    best = tmp_path / 'run' / 'checkpoint_best.pth'
+    content = nano.read(best.parent, best.name)
+    if origin == 'channels':  # A run of the user's own code on images of four channels.
+        model = cmt.CMT(**{**content['model_args'], 'in_chans': 4}).eval()
+        torch.save({**content, 'model_args': model.model_args, 'model': model.state_dict()}, best)
+    else:
+        model = cmt.CMT(**content['model_args']).eval()
+        model.load_state_dict(content['model'])
+        with models_called() as models:
+            nano.train(['--eval', '--resume', best])
+        assert same(models[0], model)
+        nano.train([*flags[2:], '--input-size', size, '--finetune', best, '--epochs', 1])
+    x = torch.randn(2, model.in_chans, size, size)
+    assert torch.equal(build(best)(x), model(x))
+    assert build(best, num_classes=7, img_size=64)(x[..., :32, :32].repeat(1, 1, 2, 2)).shape == (2, 7)
+    export.main([str(best), str(tmp_path / 'a.ts')])
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'a.ts')(x), model(x), rtol=0, atol=1e-5)
+    convert_checkpoint.main([str(best), str(tmp_path / 'folder')])
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()(x), model(x))
 
 
 # files of every origin
@@ -361,20 +386,16 @@ def test_files_with_a_prefix(tmp_path, capsys):
         weights.read_weights(str(tmp_path / 'code.ckpt'))
 
 
-def test_teachers_of_other_families():
+@pytest.mark.parametrize('name', ['resnet10t', 'iformer_t'])  # The second has modules named `module`.
+def test_teachers_of_other_families(tmp_path, name):
     """Their names are unknown: keys and wrappers' components are removed, prefixes are not."""
-    class Inner(torch.nn.Module):
-        """Have a module that its author called `module`, as timm's iformer has."""
-        def __init__(self):
-            super().__init__()
-            self.module, self.first = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    source = Inner()
-    for prefix in ('', '_orig_mod.module.'):
-        model = Inner()
-        weights.load_weights(model, of({'net': {prefix + k: v for k, v in source.state_dict().items()}, 'epoch': 1}))
-        assert same(model, source)
-    with pytest.raises(ValueError, match='first.weight'):
-        weights.load_weights(model, of({'net': {f'model.{k}': v for k, v in source.state_dict().items()}}))
+    source = timm.create_model(name, num_classes=2)
+    for prefix in ('', '_orig_mod.module.', 'model.'):
+        torch.save({'net': {prefix + k: v for k, v in source.state_dict().items()}, 'epoch': 1}, tmp_path / 'a.pth')
+        if prefix != 'model.':
+            assert same(weights.build_teacher(name, str(tmp_path / 'a.pth'), ['a', 'b']), source)
+    with pytest.raises(ValueError, match='a.pth'):
+        weights.build_teacher(name, str(tmp_path / 'a.pth'), ['a', 'b'])
 
 
 # through timm
