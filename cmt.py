@@ -664,9 +664,7 @@ def to_model(state_dict: Dict[str, torch.Tensor], model: CMT) -> Dict[str, torch
             state_dict[name] = state_dict.pop(released)
     for i, stage in enumerate(model.stages):
         bias = state_dict.get(f'stages.{i}.position_bias')
-        if bias is not None and stage.position_bias is not None:
-            if bias.ndim not in (3, 5) or 0 in bias.shape:
-                raise ValueError(f'a position bias has 3 or 5 dimensions, not the shape {tuple(bias.shape)}')
+        if bias is not None and stage.position_bias is not None and bias.ndim in (3, 5) and 0 not in bias.shape:
             bias = _with_grids(bias, stage) if bias.ndim == 3 else bias
             height, width = stage.position_bias.shape[1:3]
             state_dict[f'stages.{i}.position_bias'] = resample_position_bias(bias, height, width, stage.sr_ratio)

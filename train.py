@@ -277,15 +277,13 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: 
                          'weights by --finetune')
 
 
-# What an evaluation takes from its checkpoint unless a flag says otherwise.
-DATA_FLAGS, SCORE_FLAGS = ('data_set', 'data_path', 'val_split', 'inat_category'), ('input_size', 'amp_dtype')
-
-
 def with_saved_flags(args: argparse.Namespace, checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
     """Return `args` with the data, input size and dtype of the run that wrote the checkpoint, unless they are given."""
-    names = SCORE_FLAGS if {'--data-set', '--data-path'} & args.given else DATA_FLAGS + SCORE_FLAGS
-    saved = {name: checkpoint['args'][name] for name in names
-             if name in checkpoint['args'] and '--' + name.replace('_', '-') not in args.given}
+    flags = {**checkpoint['args'], 'input_size': checkpoint['model_args']['img_size'][0]}
+    names = 'input_size', 'amp_dtype'
+    if not {'--data-set', '--data-path'} & args.given:
+        names += 'data_set', 'data_path', 'val_split', 'inat_category'
+    saved = {name: flags[name] for name in names if name in flags and '--' + name.replace('_', '-') not in args.given}
     args = argparse.Namespace(**{**vars(args), **saved})
     options.check_paths(args, file, saved)
     return args

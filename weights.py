@@ -81,6 +81,7 @@ class Weights:
         if is_own(checkpoint):
             key = 'model_ema' if use_ema and checkpoint.get('model_ema') else 'model'
             state, notes, model_args = checkpoint[key], [], checkpoint['model_args']
+            size = model_args['img_size'][0]
         else:
             state, key = find_state_dict(checkpoint, use_ema)
             try:

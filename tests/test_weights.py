@@ -1,6 +1,7 @@
 """Weights of any origin: MindSpore, the authors' release, other tools, this project; and files that hold none."""
 import argparse
 import contextlib
+import random
 import re
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import cmt
 import convert_checkpoint
+import errors
 import export
 import mindspore
 import nano
@@ -159,6 +161,13 @@ def test_damaged_mindspore_files(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r'a\.ckpt'):
             weights.read_weights(str(path))
+    rng = random.Random(0)
+    for _ in range(300):  # without the checksum
+        content = bytearray(data[:-17])
+        content[rng.randrange(40)] = rng.randrange(256)
+        path.write_bytes(content)
+        with contextlib.suppress(errors.UsageError):
+            mindspore.read(path)
 
 
 @pytest.mark.parametrize('form', [MINDCV_FORM, {}], ids=['MindCV', 'released'])
@@ -208,6 +217,22 @@ def test_runs_keep_the_form_of_their_weights(flags, images, tmp_path, origin):
     torch.testing.assert_close(torch.jit.load(tmp_path / 'a.ts')(x), model(x), rtol=0, atol=1e-5)
     convert_checkpoint.main([str(best), str(tmp_path / 'folder')])
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()(x), model(x))
+
+
+def test_own_files_are_built_from_their_arguments(tmp_path):
+    """These arguments follow from no name and no shape."""
+    model = small(act_layer='gelu_tanh', norm_eps=0.1, global_pool='max', drop_rate=0.3)
+    content = {'format': 1, 'model_args': model.model_args, 'model': model.state_dict(), 'args': {'model': None}}
+    torch.save(content, tmp_path / 'a.pth')
+    x = torch.randn(2, 3, 64, 64)
+    built = build(tmp_path / 'a.pth')
+    assert torch.equal(built(x), model(x)) and built.head_drop.p == 0.3
+    convert_checkpoint.main([str(tmp_path / 'a.pth'), str(tmp_path / 'a')])
+    assert torch.equal(build(tmp_path / 'a')(x), model(x))
+    for key in ('head.weight', 'stages.0.position_bias'):
+        torch.save({**content, 'model': {**content['model'], key: torch.zeros(3)}}, tmp_path / 'b.pth')
+        with pytest.raises(ValueError, match=r'b\.pth'):
+            build(tmp_path / 'b.pth')
 
 
 # files of every origin
