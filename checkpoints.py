@@ -28,7 +28,7 @@ FORMAT = 1  # marks the files of this project
 
 def is_own(checkpoint: dict[str, Any]) -> bool:
     """Return whether this project wrote a checkpoint, so that nothing in it needs to be inferred."""
-    return checkpoint.get('format') == FORMAT
+    return checkpoint.get('format') == FORMAT and {'model', 'model_args', 'args'} <= checkpoint.keys()
 
 
 def epoch_files(folder: Path) -> list[Path]:
@@ -38,11 +38,11 @@ def epoch_files(folder: Path) -> list[Path]:
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], file: str) -> None:
-    """Load a state dict of this project."""
+    """Load a state dict; raise UsageError if its names or shapes differ from those of `module`."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise UsageError(f'{file} does not fit the model that it describes: {one_line(error)}') from None
+        raise UsageError(f'{file} does not fit the model: {one_line(error)}') from None
 
 
 def to_cpu(state: Any) -> Any:
@@ -65,14 +65,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_path(folder: Path) -> Path:
-    """Return a new name in `folder`, which does not depend on other names and cannot be guessed."""
+    """Return a random name for a temporary file in `folder`."""
     return folder / f'.cmt-{secrets.token_hex(8)}.tmp'
 
 
 def remove_temporary_files(folder: Path) -> None:
     """Remove what killed processes left in `folder`; call this under a lock."""
     for path in folder.glob('.cmt-????????????????.tmp'):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def atomic_write(path: Path, keep_previous: bool = False):
     """Open a temporary file next to `path`, which replaces `path` when the block ends and the file is on disk.
 
     Raises:
-        OSError: the disk is full, ...; it names a file.
+        OSError: the file cannot be written, such as on a full disk; the error names `path`.
     """
     temporary = temporary_path(path.parent)
     try:
@@ -128,7 +128,7 @@ def check_output(output: Path, source: str, overwrite: bool) -> None:
 
 
 def no_follow(path: str, flags: int) -> int:
-    """Open a file, but not through a link: for open(opener=)."""
+    """Open a file unless it is a symbolic link; an opener for open()."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 

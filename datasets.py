@@ -27,7 +27,8 @@ class INaturalist(EncodedImages):
     Args:
         root: folder with train2018.json and val2018.json (2021 also: train.json, val.json), the images under the
             names in these files, and categories.json if these files do not name the species.
-        year, train: year of the competition; the training or the validation split.
+        year: year of the competition.
+        train: True for the training split, False for the validation split.
         category: rank of the classes, one of options.INAT_CATEGORIES.
         transform: as in EncodedImages.
 
@@ -71,7 +72,8 @@ class Digits(Dataset):
 
     Args:
         train: True for the 1,437 training images, False for the 360 validation images.
-        size, transform: height and width of the images (pixels), and what is applied to each.
+        size: height and width of the images (pixels).
+        transform: applied to each image.
     """
 
     def __init__(self, train: bool, size: int, transform: Callable | None = None):

@@ -213,8 +213,10 @@ def train_one_epoch(
     Args:
         train_step: the optimizer step.
         loader: batches from the epoch's position on.
-        epoch, first_step: index of the epoch, and its steps that are already done.
-        updates, accum_steps: steps to do, and batches of a step.
+        epoch: index of the epoch.
+        first_step: steps of the epoch that are already done.
+        updates: steps to do.
+        accum_steps: batches of a step.
         meters, progress: running sums to add to, and the bar or lines for a person.
         check_every: steps between two readings of the meters, each a host sync.
         max_skips: consecutive steps that may be skipped because a loss or gradient is not finite.

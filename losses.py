@@ -7,7 +7,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 
 def build_criterion(soft_targets: bool, smoothing: float = 0.) -> nn.Module:
-    """Build the loss for distributions (B, classes), already smoothed, or for class indices (B,) with smoothing."""
+    """Build the training loss: soft targets (B, classes) are already smoothed, `smoothing` is for indices (B,)."""
     if soft_targets:
         return SoftTargetCrossEntropy()
     if smoothing > 0.:

@@ -70,23 +70,13 @@ def position_schedule(scheduler, epoch: int, updates: int) -> None:
         scheduler.step_update(updates)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, file: str) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], file: str) -> None:
     """Load moments and counts; learning rates and weight decays stay as the command line sets them."""
-    if not isinstance(state, dict):
-        raise UsageError(f'{file} contains no optimizer state: start from its weights by --finetune')
     counts = ('params', 'step', 'lookahead_step')  # Some of timm's optimizers keep these in their param groups.
     settings = [{k: v for k, v in group.items() if k not in counts} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         raise UsageError(f'the optimizer state in {file} belongs to another model or optimizer ({error})') from None
-    moments = getattr(optimizer, '_base_optimizer', optimizer).state  # timm's Lookahead keeps it there.
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
-        for p in group['params']:
-            for moment in moments[p].values():
-                # torch does not compare shapes. A factored moment has axes of 1, or fewer axes than `p`.
-                if isinstance(moment, torch.Tensor) and moment.ndim == p.ndim and any(
-                        a not in (1, b) for a, b in zip(moment.shape, p.shape)):
-                    raise UsageError(f'the optimizer state in {file} belongs to another --input-size: use that of the '
-                                     'run, another --output-dir, or --overwrite')

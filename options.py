@@ -115,10 +115,10 @@ def output_file(text: str) -> Path:
     return path
 
 
-def add_weights_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of a checkpoint's weights, which every command spells as train.py does."""
+def add_weights_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --no-model-ema, spelled as in train.py."""
     parser.add_argument('--no-model-ema', dest='model_ema', action='store_false',
-                        help="use the model's weights, not their EMA")
+                        help="use the model's own weights if the checkpoint also has their EMA")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) -> None:
@@ -132,8 +132,7 @@ def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) 
                    help='checkpoint to resume, or to evaluate with --eval; '
                    "'auto': the newest good checkpoint in --output-dir, if any")
     g.add_argument('--overwrite', action='store_true', help='replace the run in --output-dir')
-    g.add_argument('--eval', action='store_true',
-                   help='evaluate the checkpoint of --resume, by default on the data of its run, and stop')
+    g.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume and stop')
     g.add_argument('--print-freq', type=positive, default=10, help='steps between two lines with loss and speed')
     g.add_argument('--seed', type=in_range(int, 0, 2 ** 32 - 1), default=seed)
     g.add_argument('--num-workers', type=count, default=num_workers, help='data loading workers of each process')
@@ -234,7 +233,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--dist-bn', default='broadcast', choices=('broadcast', 'reduce'),
                    help="BatchNorm statistics before evaluation: rank 0's, or the mean of all ranks (then "
                    'resuming within an epoch is not bit-identical)')
-    g.add_argument('--model-ema', action=toggle, default=True, help='keep an EMA of the weights')
+    g.add_argument('--model-ema', action=toggle, default=True,
+                   help='keep an EMA of the weights; with --eval, evaluate it if the checkpoint has one')
     g.add_argument('--model-ema-decay', type=fraction, default=0.99996, help='decay of the EMA in each optimizer step')
     g.add_argument('--model-ema-force-cpu', action=toggle, default=False, help='keep the EMA in host memory')
 
@@ -367,7 +367,7 @@ def is_downloaded(data_set: str) -> bool:
     return not data_set.startswith(('IMNET', 'INAT', 'wds/', 'DIGITS', 'COCO', 'SHAPES'))
 
 
-def check_paths(args: argparse.Namespace, file: str, values: dict | None = None) -> None:
+def check_paths(args: argparse.Namespace, file: str, values: dict | None = None, resumes: bool = False) -> None:
     """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets."""
     values = values if values is not None else yaml.safe_load(Path(file).read_text('utf-8'))
     for name in PATHS + FILES_OR_NAMES:
@@ -375,7 +375,7 @@ def check_paths(args: argparse.Namespace, file: str, values: dict | None = None)
         path = os.path.abspath(os.path.expanduser(str(values.get(name) or values.get(flag[2:]))))
         if path != getattr(args, name, None) or os.path.exists(path):
             continue  # The command line overrides it, it is the name of a model, or it exists.
-        if name == 'data_path' and is_downloaded(args.data_set) or name in ('finetune', 'weights') and args.resume:
+        if name == 'data_path' and is_downloaded(args.data_set) or name in ('finetune', 'weights') and resumes:
             continue  # The checkpoint's weights take precedence.
         raise UsageError(f'{path}, which {file} sets, does not exist: give {flag}')
 
@@ -393,7 +393,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.aa = ''
     if not args.data_path and is_downloaded(args.data_set):
         args.data_path = os.path.abspath('data')
-    if args.eval or args.throughput:
+    if args.eval or args.throughput:  # Not in training, whose args are saved.
         args.given = given
     return args
 

@@ -98,11 +98,10 @@ def build_precision(
     return model, optimizer, NativeScaler(device.type, enabled=dtype == torch.float16), dtype
 
 
-def load_scaler(scaler: torch.amp.GradScaler, state: dict | None, file: str) -> None:
+def load_scaler(scaler: torch.amp.GradScaler, state: dict, file: str) -> None:
     """Load the loss scale."""
-    if state:
-        try:
-            scaler.load_state_dict(state)
-        except (KeyError, RuntimeError):
-            raise UsageError(f'{file} was trained with another loss scaling: give the same --apex-amp and '
-                             '--amp-dtype') from None
+    try:
+        scaler.load_state_dict(state)
+    except (KeyError, RuntimeError):
+        raise UsageError(f'{file} was trained with another loss scaling: give the same --apex-amp and '
+                         '--amp-dtype') from None

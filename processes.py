@@ -290,9 +290,9 @@ def exit_now(status: int) -> None:
 def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -> int:
     """Call `main` with `args`, and return the exit status of the process; report an error in one line.
 
-    0: done, or stopped under --resume auto; 1: a fault; 2: a mistake of the user; 128 + n: stopped by signal n;
-    `unreadable_status`: an image cannot be read. `main` raises UsageError and TrainingFault on all ranks, anything else
-    on one rank.
+    `main` raises UsageError and TrainingFault on all ranks, anything else on one rank. Statuses: 0 done, or stopped
+    under --resume auto; 1 a fault or a bug; 2 a mistake of the user; 128 + n stopped by signal n; `unreadable_status`
+    for an image that cannot be read.
     """
     def print_error(error: Any) -> None:
         line = str(error).replace('\n', '\\n')
@@ -342,9 +342,8 @@ def usage_errors():
         line = mistake(error)
         if line is None:
             raise
-    for message in gather_from_ranks(line):
-        if message is not None:
-            raise UsageError(message)
+    for message in filter(None, gather_from_ranks(line)):
+        raise UsageError(message)
 
 
 class StopRequest:

@@ -142,16 +142,17 @@ def open_run(
         os.fsync(file.fileno())  # On a full disk the run ends here, before anything is removed.
         if replace:
             remove_run(folder)
-    if resumed is not None and Path(resumed).is_file() and Path(resumed).resolve() != (folder / LAST).resolve():
+    source = Path(resumed or '')
+    if source.suffix == '.pth' and source.is_file() and source.resolve() != (folder / LAST).resolve():
         # Else a damaged checkpoint_last.pth would become the previous file at the next save, and a run that is
         # resumed in another folder could not be resumed there before its first save.
-        checkpoints.copy(Path(resumed), folder / LAST)
+        checkpoints.copy(source, folder / LAST)
     rewind(folder, epoch)
     if wandb_id is not None:
         with atomic_write(wandb_file) as file:
             file.write(wandb_id.encode())
     if resumed is not None:
-        copy_best(Path(resumed), folder, best, metric)
+        copy_best(source, folder, best, metric)
     return writer
 
 
@@ -254,14 +255,14 @@ class RunWriter:
             self.thread = None
 
     def _write(self, state: dict[str, Any], best: dict[str, float] | None) -> None:
-        files = {}
-        for metric, score in (best or {}).items():
-            key, name = ('model_ema', BEST[1]) if metric.startswith('ema_') else ('model', BEST[0])
-            files[name] = {key: state[key] for key in DESCRIPTION if key in state} | {
-                'model': state[key], metric.removeprefix('ema_'): score}
-        if self.keep and best is not None:
-            files[f'checkpoint_{state["epoch"]:04d}.pth'] = state
         try:
+            files = {}
+            for metric, score in (best or {}).items():
+                key, name = ('model_ema', BEST[1]) if metric.startswith('ema_') else ('model', BEST[0])
+                files[name] = {key: state[key] for key in DESCRIPTION if key in state} | {
+                    'model': state[key], metric.removeprefix('ema_'): score}
+            if self.keep and best is not None:
+                files[f'checkpoint_{state["epoch"]:04d}.pth'] = state
             for name, content in {**files, LAST: state}.items():  # A run killed between them repeats the epoch.
                 with atomic_write(self.folder / name, keep_previous=name == LAST) as file:
                     torch.save(content, file)

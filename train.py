@@ -118,8 +118,8 @@ class Run:
     def load_state_dict(self, checkpoint: dict[str, Any], file: str) -> None:
         """Load a checkpoint, except `model`: it was loaded when the model was built, before apex and DDP.
 
-        `lr_scheduler` follows from the position (position_schedule). Of another project's checkpoint, only weights and
-        epoch are used: its parameters have another order.
+        `lr_scheduler` follows from the position (position_schedule). Another project's checkpoint
+        gives only weights and epoch, since its optimizer orders the parameters differently.
         """
         epoch = checkpoint.get('epoch', self.args.start_epoch - 1)
         if type(epoch) is not int or epoch < -1:
@@ -234,9 +234,9 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
     if is_training and processes.get_rank() == 0:
         utils.check_trackers(args.log_tensorboard, args.log_wandb)
 
-    if args.config:
-        options.check_paths(args, args.config)
     file, checkpoint = find_checkpoint(args, is_training)
+    if args.config:
+        options.check_paths(args, args.config, resumes=checkpoint is not None)
     weights, saved_name = None, 'cmt_s'
     if checkpoint is None and args.finetune:
         weights = read_weights(args.finetune)
@@ -268,7 +268,7 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: 
     """Raise UsageError if `args` cannot continue the run of this checkpoint."""
     name, (height, width) = checkpoint['args']['model'], checkpoint['model_args']['img_size']
     if not checkpoint.get('optimizer'):
-        raise UsageError(f'{file} holds weights alone: start from them by --finetune, or resume a {LAST}')
+        raise UsageError(f'{file} contains only weights: start from them by --finetune, or resume a {LAST}')
     if args.model and cmt.ALIASES.get(args.model, args.model) != cmt.ALIASES.get(name, name):
         raise UsageError(f'{file} holds {name or "a CMT without a name"}: ' + (
             f'give --model {name}' if name else 'leave --model out'))
@@ -337,8 +337,12 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
                              f'...) than these data have ({", ".join(val.classes[:3])}, ...): use --finetune')
         check_shared_memory(
             args.input_size, args.num_workers, read_launch().local_world_size or 1,
-            (args.batch_size, len(train) if is_training else 0), (int(1.5 * args.batch_size), len(val)))
+            (args.batch_size, len(train) if is_training else 0), (val_batch_size(args), len(val)))
     return train, val
+
+
+def val_batch_size(args: argparse.Namespace) -> int:
+    return int(1.5 * args.batch_size)
 
 
 def model_settings(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
@@ -389,7 +393,7 @@ def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, 
 
 def build_val_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> DataLoader:
     """Build the loader of this rank's share of the validation set."""
-    return build_loader(val_set, int(1.5 * args.batch_size), rank=processes.get_rank(),
+    return build_loader(val_set, val_batch_size(args), rank=processes.get_rank(),
                         world_size=processes.get_world_size(), **loader_options(args, device))
 
 

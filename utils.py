@@ -154,7 +154,8 @@ class Progress:
 
     Args:
         title: title, such as 'epoch 3/10'.
-        total, first_step: steps of the epoch, and those that were done before a resume.
+        total: steps of the epoch.
+        first_step: steps that were done before a resume.
         every: steps between two lines.
         enabled: False on all ranks but rank 0.
     """

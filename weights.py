@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import re
-import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,16 +234,16 @@ def read(file: str) -> dict[str, Any]:
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read a file by the reader of its type; result and errors are those of `read`."""
     name = str(path)
+    if name.endswith('.safetensors') and os.path.isfile(name):
+        try:
+            return safetensors.torch.load_file(name)
+        except safetensors.SafetensorError:
+            raise UsageError(f'{name} is truncated, damaged, or not a safetensors file') from None
     if name.endswith('.ckpt') and os.path.isfile(name):
         with open(name, 'rb') as file:
-            if file.read(1) not in (b'P', b'\x80'):  # a zip archive or a pickle, as Lightning writes
+            if file.read(1) not in (b'P', b'\x80'):  # Lightning writes a zip archive or a pickle.
                 return mindspore.read(name)
-    if not name.endswith('.safetensors') or not os.path.isfile(name):
-        return read_checkpoint(name)
-    try:
-        return safetensors.torch.load_file(name)
-    except safetensors.SafetensorError:
-        raise UsageError(f'{name} is truncated, damaged, or not a safetensors file') from None
+    return read_checkpoint(name)
 
 
 # The model that weights fit
@@ -329,8 +328,9 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
     """
     if not timm.is_model(name):
         raise UsageError(f'unknown model {name}: {_names()}')
-    kind = typing.get_type_hints(timm.models.model_entrypoint(name)).get('return', cmt.CMT)
-    if not issubclass(kind, cmt.CMT):
+    architecture = name.split('.')[0]
+    entrypoint = timm.models.model_entrypoint(cmt.ALIASES.get(architecture, architecture))
+    if entrypoint.__module__.startswith('timm.'):
         raise UsageError(f'{name} is not a CMT')
     try:
         timm.models.get_pretrained_cfg(name)
@@ -443,10 +443,13 @@ def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.
         if weights.class_names(model) not in (None, list(classes)):
             raise UsageError(f'--teacher-path {path}: the teacher has other classes than the data')
     elif timm.is_model(name):
-        model = timm.create_model(name, num_classes=len(classes))
+        try:
+            model = timm.create_model(name, num_classes=len(classes))
+        except RuntimeError as error:  # an unknown tag
+            raise UsageError(f'--teacher-model {name}: {error}') from None
         names = {unwrapped_name(key): key for key in model.state_dict()}  # timm's iformer has modules named `module`.
         state, _ = find_state_dict(read_file(path))
-        load_strictly(model, {names.get(unwrapped_name(key), key): value for key, value in state.items()}, path)
+        load_strictly(model, {names.get(unwrapped_name(str(key)), key): v for key, v in state.items()}, path)
     else:
         raise UsageError(f'unknown --teacher-model {name}')
     if model.num_classes != len(classes):

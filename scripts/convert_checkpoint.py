@@ -28,24 +28,12 @@ import cmt
 import utils
 from checkpoints import FORMAT, atomic_write, check_output
 from errors import UsageError
-from options import Parser, add_weights_flags
+from options import Parser, add_weights_flag
 from weights import Weights, build_model, create_cmt, read_weights
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
 
 logger = logging.getLogger(__name__)
-
-
-def load(file: str, use_ema: bool, name: str | None) -> tuple[Weights, cmt.CMT]:
-    """Return the weights of a file or name, and their model in the dtype of the file.
-
-    Raises:
-        UsageError: not a checkpoint, or not weights of a CMT, or not of the model `name`.
-    """
-    weights = read_weights(file, use_ema)
-    dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
-    model = build_model(weights, name, dtype=torch.float64)  # Every other precision passes through it unchanged.
-    return weights, model.to(max(dtypes, key=lambda dtype: dtype.itemsize))
 
 
 def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
@@ -99,7 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('output', metavar='OUT', type=Path)
     parser.add_argument('--format', choices=['dir', 'released', 'pth', 'safetensors'],
                         help='default: by the extension of OUT, .pth or .safetensors, else dir')
-    add_weights_flags(parser)
+    add_weights_flag(parser)
     parser.add_argument('--model', help='name of the model, checked against the file')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
@@ -117,7 +105,10 @@ def main(argv: list[str] | None = None) -> None:
                              f'{output_format} writes a {"folder" if output_format == "dir" else "file"}')
         if output_format != 'dir' and not args.output.absolute().parent.is_dir():
             raise UsageError(f'the folder {args.output.parent} does not exist')
-        weights, model = load(args.source, args.model_ema, args.model)
+        weights = read_weights(args.source, args.model_ema)
+        dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
+        model = build_model(weights, args.model, dtype=torch.float64)  # Other precisions pass through it unchanged.
+        model.to(max(dtypes, key=lambda dtype: dtype.itemsize))
         if output_format == 'released' and not model.model_args['position_bias']:
             raise UsageError("weights without position bias (MindCV's form) do not fit the authors' code")
         if output_format == 'dir':

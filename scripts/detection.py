@@ -458,7 +458,7 @@ def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[
     if 'detector' not in checkpoint:
         raise UsageError(f'{file} is not a checkpoint of detection.py: give weights of a classifier with --weights')
     if is_training and 'optimizer' not in checkpoint:
-        raise UsageError(f'{file} holds weights alone, for --eval: resume a {LAST}')
+        raise UsageError(f'{file} contains only weights: resume a {LAST}, or evaluate with --eval')
     if checkpoint['classes'] != classes:
         raise UsageError(f"{file} was trained on other classes ({', '.join(checkpoint['classes'][:3])}, ...)")
     try:
@@ -556,9 +556,9 @@ def main(args: argparse.Namespace) -> None:
     with usage_errors():
         if importlib.util.find_spec('pycocotools') is None:
             raise UsageError('pycocotools is not installed: pip install pycocotools')
-        if args.config:
-            options.check_paths(args, args.config)
         file, checkpoint = find_checkpoint(args, is_training=not args.eval)
+        if args.config:
+            options.check_paths(args, args.config, resumes=checkpoint is not None)
     args.input_size = args.input_size or ([800, 1333] if device.type == 'cuda' else [256, 427])
     args.backbone_bn = args.backbone_bn or ('frozen' if args.weights else 'train')
     with usage_errors():

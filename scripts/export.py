@@ -26,7 +26,7 @@ import _path
 import cmt
 from checkpoints import atomic_write, check_output
 from errors import UsageError
-from options import Parser, add_weights_flags, image_size, output_file
+from options import Parser, add_weights_flag, image_size, output_file
 from weights import build_model, create_cmt, read_weights
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
@@ -135,7 +135,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--input-size', type=image_size, nargs='+', metavar='N',
                         help="one number or height and width, multiples of 32 (default: the checkpoint's)")
     parser.add_argument('--dynamic-img-size', action='store_true', help='accept images of any size (TorchScript)')
-    add_weights_flags(parser)
+    add_weights_flag(parser)
     parser.add_argument('--random-weights', action='store_true',
                         help="export MODEL untrained, to measure a runtime's speed without a download")
     parser.add_argument('--fuse', action='store_true', help='fold BatchNorm into convolutions before the export')
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             weights = read_weights(args.source, use_ema=args.model_ema)
             model = build_model(weights, **options)
             name, classes = weights.name or 'CMT', weights.class_names(model)
-            origin = '; '.join([' (EMA', *weights.notes]) + ')' if weights.is_ema else ''
+            origin = f' ({"; ".join(["EMA", *weights.notes])})' if weights.is_ema else ''
         content, worst = export(model, name, classes, args.output.suffix.lower(), args.fuse)
         with atomic_write(args.output) as file:
             file.write(content)

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import normalize, to_pil_image
 
 import _path
 from errors import UsageError, first_line, one_line, printable
-from options import Parser, add_weights_flags, image_size, output_file, path, positive
+from options import Parser, add_weights_flag, image_size, output_file, path, positive
 from reports import check_extension, draw_sheet, save
 from sources import is_image, open_image
 from transforms import build_transform
@@ -53,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--picture', type=output_file, metavar='OUT.png',
                         help=f'draw a sheet of the first {MAX_ON_SHEET} images')
     parser.add_argument('--input-size', type=image_size, metavar='N', help="pixels (default: the checkpoint's)")
-    add_weights_flags(parser)
+    add_weights_flag(parser)
     parser.add_argument('--random-weights', action='store_true', help='use MODEL untrained, to try the output')
     parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='default: %(default)s')
     parser.add_argument('--device', help='default: cuda if available')

@@ -22,11 +22,16 @@ MISTAKES = """
 --data-set DIGITS --eval --resume {whole}/checkpoint_last.pth | checkpoint_last.pth .*--finetune
 --model cmt_xxl
 --model resnet18
+--model efficientvit_b0
+--distillation-type soft --teacher-model resnet18.typo --teacher-path {whole}/checkpoint_last.pth | resnet18.typo
+--distillation-type soft --teacher-model resnet10t --teacher-path {whole}/checkpoint_last.pth | checkpoint_last.pth
 --input-size 100 | 100.*32
 --resume other.pth
 --resume {whole}/checkpoint_last.pth --model cmt_ti | checkpoint_last.pth
 --resume {whole}/checkpoint_last.pth --input-size 64 | --input-size
 --resume {whole}/checkpoint_last.pth --opt lamb | --opt adamw
+--resume {whole}/checkpoint_best.pth | checkpoint_best.pth .*--finetune
+--resume short.pth | short.pth
 --resume list.pth
 --resume text.pth
 --resume none.pth
@@ -65,6 +70,7 @@ def test_mistakes_get_one_line_and_status_2(flags, images, whole, tmp_path, caps
     Path('odd.yaml').write_text('modle: cmt_ti\n')
     for name, value in {
             'list': {'model': [1]}, 'other': {'model': {'a': torch.ones(1)}},
+            'short': {**nano.read(whole), 'model': dict(list(nano.read(whole)['model'].items())[1:])},
             'bare': {**nano.read(whole), 'optimizer': None}, 'odd': {**nano.read(whole), 'epoch': 'best'},
             'grey': {'model': nano.small(in_chans=1).state_dict()}}.items():
         torch.save(value, f'{name}.pth')

@@ -146,6 +146,16 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(flags, tmp_path):
     assert nano.same(nano.read(tmp_path / 'run'), before)
 
 
+def test_a_bug_while_writing_stops_the_run(flags, tmp_path):
+    output = tmp_path / 'out.txt'
+
+    def save(*args):
+        raise KeyError('injected')
+    nano.finish(nano.start([*flags, '--output-dir', tmp_path / 'run'], output=output,
+                           before=lambda rank: setattr(torch, 'save', save)), status=1)
+    assert re.search('^train.py: error: .*injected', output.read_text(), re.M) and nano.epochs(tmp_path / 'run') == [0]
+
+
 def test_a_checkpoint_without_permission_is_not_a_damaged_one(flags, whole, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / 'run')
     before = contents(tmp_path / 'run')

@@ -180,9 +180,9 @@ def test_shapes_of_published_weights_give_the_model(name, form):
 
 
 @pytest.mark.parametrize('origin', ['MindCV', 'MindCV of another width', 'other size', 'channels'])
-def test_runs_keep_the_form_of_their_weights(flags, images, tmp_path, origin):
+def test_runs_keep_the_form_of_their_weights(flags, tmp_path, origin):
     """A run from such weights is killed and resumed, evaluated, exported, and fine-tuned."""
-    size, more = 32, []
+    size = 32
     if origin == 'MindCV':
         source = str(MINDCV)
     elif origin == 'MindCV of another width':
@@ -191,7 +191,7 @@ def test_runs_keep_the_form_of_their_weights(flags, images, tmp_path, origin):
     else:  # weights of 32 px for a run at 96 px
         source, size = tmp_path / 'a.pth', 96
         torch.save({'model': small(num_classes=3, img_size=32).state_dict()}, source)
-    run = [*flags[2:], '--input-size', size, '--finetune', source, '--epochs', 2, *more]
+    run = [*flags[2:], '--input-size', size, '--finetune', source, '--epochs', 2]
     nano.train([*run, '--output-dir', tmp_path / 'whole'])
     with nano.at_step(8, nano.die), pytest.raises(nano.Killed):
         nano.train([*run, '--output-dir', tmp_path / 'run'])
@@ -229,6 +229,9 @@ def test_own_files_are_built_from_their_arguments(tmp_path):
     assert torch.equal(built(x), model(x)) and built.head_drop.p == 0.3
     convert_checkpoint.main([str(tmp_path / 'a.pth'), str(tmp_path / 'a')])
     assert torch.equal(build(tmp_path / 'a')(x), model(x))
+    torch.save({'format': 1}, tmp_path / 'c.pth')
+    with pytest.raises(ValueError, match=r'c\.pth'):
+        build(tmp_path / 'c.pth')
     for key in ('head.weight', 'stages.0.position_bias'):
         torch.save({**content, 'model': {**content['model'], key: torch.zeros(3)}}, tmp_path / 'b.pth')
         with pytest.raises(ValueError, match=r'b\.pth'):
