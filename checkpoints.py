@@ -22,13 +22,14 @@ from errors import UsageError, one_line
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = 'checkpoint_last.pth', 'checkpoint_prev.pth'
-BEST = 'checkpoint_best.pth', 'checkpoint_ema_best.pth'
+BEST = {'checkpoint_best.pth': '', 'checkpoint_ema_best.pth': 'ema_'}  # prefixes of their scores
 FORMAT = 1  # marks the files of this project
 
 
 def is_own(checkpoint: dict[str, Any]) -> bool:
     """Return whether this project wrote a checkpoint, so that nothing in it needs to be inferred."""
-    return checkpoint.get('format') == FORMAT and {'model', 'model_args', 'args'} <= checkpoint.keys()
+    has_parts = all(isinstance(checkpoint.get(key), dict) for key in ('model', 'model_args', 'args'))
+    return has_parts and type(checkpoint.get('format')) is int and checkpoint['format'] == FORMAT
 
 
 def epoch_files(folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 # Paths that config.yaml and checkpoints hold in absolute form. The second group may be names of models too.
 PATHS = 'data_path', 'class_map', 'train_json', 'val_json', 'train_images', 'val_images'
 FILES_OR_NAMES = 'finetune', 'teacher_path', 'weights'
+EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'
 
 
 # Parser and argument types
@@ -357,9 +358,10 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
 def make_paths_absolute(args: argparse.Namespace) -> None:
     """Make paths absolute, so that config.yaml and checkpoints can be used from any folder."""
     for name in PATHS + FILES_OR_NAMES:
-        value = getattr(args, name, None)
-        if value and (name in PATHS or os.path.isfile(value) or os.path.isfile(os.path.join(value, 'config.json'))):
-            setattr(args, name, os.path.abspath(value))
+        path = (getattr(args, name, None) or '').removeprefix('local-dir:')
+        is_file = path.endswith(EXTENSIONS) and '://' not in path or os.path.isfile(os.path.join(path, 'config.json'))
+        if path and (name in PATHS or is_file or os.path.isfile(path)):
+            setattr(args, name, os.path.abspath(path))
 
 
 def is_downloaded(data_set: str) -> bool:
@@ -369,7 +371,8 @@ def is_downloaded(data_set: str) -> bool:
 
 def check_paths(args: argparse.Namespace, file: str, values: dict | None = None, resumes: bool = False) -> None:
     """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets."""
-    values = values if values is not None else yaml.safe_load(Path(file).read_text('utf-8'))
+    if values is None:  # Of a pipe, nothing is left to read.
+        values = yaml.safe_load(Path(file).read_text('utf-8')) if os.path.isfile(file) else {}
     for name in PATHS + FILES_OR_NAMES:
         flag = '--' + name.replace('_', '-')
         path = os.path.abspath(os.path.expanduser(str(values.get(name) or values.get(flag[2:]))))
@@ -421,7 +424,7 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """Turn a YAML file into flags, so that both are checked alike."""
     try:
         config = yaml.safe_load(Path(path).read_text('utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         parser.error(f'--config {path}: {getattr(error, "strerror", None) or " ".join(str(error).split())}')
     if not isinstance(config, dict):
         parser.error(f'--config {path} does not consist of "flag: value" lines')

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from errors import TrainingFault, UsageError, first_line, mistake
+from errors import TrainingFault, UnreadableImage, UsageError, first_line, mistake
 from launch import Launch, has_agent_store, read_launch, run_name, set_master_address, tasks_without_srun
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> d
 
 def is_lost_peer(error: Exception) -> bool:
     """Return whether `error` is gloo's report that another process or the network is gone."""
-    return 'gloo' in str(error) and any(
+    return isinstance(error, RuntimeError) and 'gloo' in str(error) and any(
         words in str(error) for words in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting'))
 
 
@@ -317,7 +317,7 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
     except KeyboardInterrupt:
         exit_now(130)
     except Exception as error:  # Only this rank failed; the others wait for it.
-        unreadable = getattr(error, 'line', None)  # of UnreadableImage
+        unreadable = error.line if isinstance(error, UnreadableImage) else None
         line = unreadable or explain(error)
         if line is None or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             traceback.print_exc()

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 LOG, CONFIG = 'log.txt', 'config.yaml'
 DESCRIPTION = 'format', 'model_args', 'detector', 'args', 'classes', 'epoch'  # what a best checkpoint holds too
+METRICS = 'acc1', 'box_ap'  # by which train.py and detection.py choose the best
 # Flags of one launch, which config.yaml leaves out. The output folder is the folder of the file.
 UNSAVED_FLAGS = 'config', 'eval', 'local_rank', 'output_dir', 'overwrite', 'resume', 'stopped_file', 'throughput'
 
@@ -62,6 +63,17 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
         file, checkpoint = args.resume, read(args.resume) if os.path.isdir(args.resume) else read_file(args.resume)
     if args.eval and checkpoint is None:
         raise UsageError(f'no checkpoint in {folder}: --eval needs one')
+    best = checkpoint.get('best') if checkpoint is not None and is_training else None
+    for name, prefix in BEST.items() if isinstance(best, dict) else ():
+        epoch, place = best.get(f'{prefix}epoch'), Path(file).resolve().parent
+        try:  # A run that was killed before checkpoint_last.pth may have written the best of a later epoch.
+            exists = epoch is None or checkpoints.read_checkpoint(place / name).get('epoch') == epoch
+        except UsageError:
+            exists = False
+        if not exists:
+            logger.warning('%s of epoch %d is not in %s: the best score starts over', name, epoch, place)
+            for key in ('epoch', *METRICS):
+                best.pop(f'{prefix}{key}', None)
     return file, checkpoint
 
 
@@ -75,33 +87,11 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UsageError(f'--output-dir {folder}: {existing} is not a folder that can be written to')
+    for path in (folder / LOG, folder / utils.WANDB_ID, folder / CONFIG, *folder.glob('*.pth')):
+        if path.is_dir():
+            raise UsageError(f'--output-dir {folder}: {path} is a folder')
     if not may_hold_run and (run_files(folder) or any(folder.glob('checkpoint_*.pth'))):
         raise UsageError(f'{folder} contains a run: --resume auto resumes it, --overwrite replaces it')
-
-
-def copy_best(resumed: Path, folder: Path, best: dict[str, Any], metric: str) -> None:
-    """Copy the best checkpoints of a run that is resumed in another folder.
-
-    `best` has its best scores, `metric` and 'epoch', and with the prefix 'ema_' those of the EMA. Scores are removed if
-    their checkpoint is not next to the file `resumed`.
-    """
-    old_folder, is_same_folder = resumed.resolve().parent, is_in_folder(resumed, folder)
-    for prefix, name in zip(('', 'ema_'), BEST):
-        epoch = best.get(f'{prefix}epoch')
-        if epoch is None:
-            continue
-        try:
-            if is_same_folder and resumed.name in (LAST, PREVIOUS):  # written together with them
-                exists = (old_folder / name).is_file()
-            else:
-                exists = checkpoints.read_checkpoint(old_folder / name).get('epoch') == epoch
-        except UsageError:
-            exists = False
-        if not exists:
-            logger.warning('%s of epoch %d is not in %s: the best score starts over', name, epoch, old_folder)
-            del best[f'{prefix}{metric}'], best[f'{prefix}epoch']
-        elif not is_same_folder:
-            checkpoints.copy(old_folder / name, folder / name)
 
 
 # Opening
@@ -109,10 +99,10 @@ def copy_best(resumed: Path, folder: Path, best: dict[str, Any], metric: str) ->
 @usage_errors()
 def open_run(
         args: argparse.Namespace, prog: str, device: torch.device, epoch: int, resumed: str | None,
-        best: dict[str, Any], metric: str = 'acc1') -> 'RunWriter | None':
+        best: dict[str, Any]) -> 'RunWriter | None':
     """Lock --output-dir, write config.yaml, and remove what the run replaces or trains again.
 
-    `epoch` is the first to train, `resumed` the file that the run resumes; `best` and `metric` are those of copy_best.
+    `epoch` is the first to train, `resumed` the file that the run resumes, `best` the scores so far.
 
     Returns:
         The writer of the folder on rank 0; None on other ranks and without --output-dir.
@@ -151,8 +141,9 @@ def open_run(
     if wandb_id is not None:
         with atomic_write(wandb_file) as file:
             file.write(wandb_id.encode())
-    if resumed is not None:
-        copy_best(source, folder, best, metric)
+    for name, prefix in BEST.items() if not is_in_folder(source, folder) else ():
+        if f'{prefix}epoch' in best:
+            checkpoints.copy(source.resolve().parent / name, folder / name)
     return writer
 
 
@@ -258,7 +249,8 @@ class RunWriter:
         try:
             files = {}
             for metric, score in (best or {}).items():
-                key, name = ('model_ema', BEST[1]) if metric.startswith('ema_') else ('model', BEST[0])
+                is_ema = metric.startswith('ema_')
+                key, name = 'model_ema' if is_ema else 'model', f'checkpoint_{"ema_" * is_ema}best.pth'
                 files[name] = {key: state[key] for key in DESCRIPTION if key in state} | {
                     'model': state[key], metric.removeprefix('ema_'): score}
             if self.keep and best is not None:

@@ -242,7 +242,7 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
         weights = read_weights(args.finetune)
     elif checkpoint is not None and is_own(checkpoint) and is_training:
         check_resumable(args, checkpoint, file)
-        saved_name = checkpoint['args']['model']
+        saved_name = checkpoint['args'].get('model')
     elif checkpoint is not None:
         args = with_saved_flags(args, checkpoint, file) if is_own(checkpoint) else args
         weights = Weights.from_checkpoint(checkpoint, file, use_ema=args.model_ema and not is_training)
@@ -266,7 +266,7 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
 
 def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: str) -> None:
     """Raise UsageError if `args` cannot continue the run of this checkpoint."""
-    name, (height, width) = checkpoint['args']['model'], checkpoint['model_args']['img_size']
+    name, (height, width) = checkpoint['args'].get('model'), checkpoint['model_args']['img_size']
     if not checkpoint.get('optimizer'):
         raise UsageError(f'{file} contains only weights: start from them by --finetune, or resume a {LAST}')
     if args.model and cmt.ALIASES.get(args.model, args.model) != cmt.ALIASES.get(name, name):

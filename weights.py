@@ -361,7 +361,7 @@ def load_weights(model: cmt.CMT, weights: Weights, new_head: bool = False) -> st
     model_state, notes, new = model.state_dict(), list(weights.notes), []  # new: tensors that stay as `model` has them
     try:
         state = cmt.to_model(weights.state, model)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         if weights.is_own:
             raise
         raise UsageError(f'{weights.file} does not fit the model: {error}') from None

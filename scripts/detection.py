@@ -593,7 +593,7 @@ def main(args: argparse.Namespace) -> None:
     if first_epoch < args.epochs:
         sampler.set_position(first_epoch)
         loader.start()  # Loading errors come before an old run is removed.
-    writer = open_run(args, 'detection.py', device, first_epoch, file, best, metric='box_ap')
+    writer = open_run(args, 'detection.py', device, first_epoch, file, best)
     model = core if processes.get_world_size() == 1 else nn.parallel.DistributedDataParallel(
         core, device_ids=[device.index] if device.type == 'cuda' else None, broadcast_buffers=False)
     millions = sum(p.numel() for p in core.parameters()) / 1e6

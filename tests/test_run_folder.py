@@ -4,6 +4,7 @@ import re
 import resource
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,9 @@ def test_a_config_holds_for_any_folder(flags, images, whole, tmp_path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     again = ['--config', 'run/config.yaml', '--epochs', 2]
+    os.mkfifo('pipe')
+    threading.Thread(target=lambda: Path('pipe').write_text(yaml.safe_dump({**config, 'epochs': 1}))).start()
+    nano.train(['--config', 'pipe'])
     for name in paths:
         Path('run/config.yaml').write_text(yaml.safe_dump({**config, name: '/gone'}))
         with pytest.raises(errors.UsageError, match=f'/gone.*run/config.yaml.*--{name}'):
@@ -77,6 +81,18 @@ def test_an_old_run_stays_until_nothing_can_fail(flags, tmp_path, monkeypatch, f
         [*run, '--overwrite'], output=output, before=lambda rank: fault and setattr(*fault)), status)
     assert output.read_text().count('train.py: error: ') == 1 and 'Traceback' not in output.read_text()
     assert contents(tmp_path / 'run') == before
+
+
+@pytest.mark.parametrize('name', ['config.yaml', 'log.txt', 'checkpoint_best.pth', 'checkpoint_0001.pth'])
+@pytest.mark.parametrize('flag', [['--overwrite'], ['--resume', 'auto']])
+def test_a_folder_in_place_of_a_file_costs_nothing(flags, whole, tmp_path, name, flag):
+    shutil.copytree(whole, tmp_path / 'run')
+    (tmp_path / 'run' / name).unlink(missing_ok=True)
+    (tmp_path / 'run' / name).mkdir()
+    before = sorted(os.listdir(tmp_path / 'run'))
+    with pytest.raises(errors.UsageError, match=name):
+        nano.train([*flags, '--epochs', 4, '--output-dir', tmp_path / 'run', *flag])
+    assert sorted(os.listdir(tmp_path / 'run')) == before
 
 
 def test_the_compiler_check_can_be_interrupted(flags, whole, tmp_path, monkeypatch):
@@ -235,12 +251,17 @@ def test_a_resumed_run_takes_its_best_checkpoints_elsewhere(flags, whole, tmp_pa
     assert nano.same(nano.read(tmp_path / 'd')['model'], nano.read(whole)['model'])
 
 
-@pytest.mark.parametrize('change', ['rewound', 'missing'])
+@pytest.mark.parametrize('change', ['rewound', 'missing', 'newer'])
 def test_a_best_score_has_its_checkpoint(flags, tmp_path, change):
+    """A run that is killed between its best and its last checkpoint leaves a newer best one."""
     run = [*flags, '--output-dir', tmp_path, '--keep-checkpoints', 9]
     nano.train(run)
-    if change == 'missing':
-        (tmp_path / 'checkpoint_best.pth').unlink()
+    if change != 'rewound':
+        path = tmp_path / 'checkpoint_best.pth'
+        best = nano.read(tmp_path, path.name)
+        path.unlink()
+        if change == 'newer':
+            torch.save({**best, 'epoch': 3, 'acc1': 100.}, path)
         nano.train([*run, '--epochs', 4, '--resume', 'auto'])
     else:
         state = nano.read(tmp_path, 'checkpoint_0001.pth')

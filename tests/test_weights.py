@@ -232,6 +232,8 @@ def test_own_files_are_built_from_their_arguments(tmp_path):
     torch.save({'format': 1}, tmp_path / 'c.pth')
     with pytest.raises(ValueError, match=r'c\.pth'):
         build(tmp_path / 'c.pth')
+    torch.save({'format': torch.ones(2), 'model': small().state_dict()}, tmp_path / 'd.pth')
+    assert same(build(tmp_path / 'd.pth'), small())
     for key in ('head.weight', 'stages.0.position_bias'):
         torch.save({**content, 'model': {**content['model'], key: torch.zeros(3)}}, tmp_path / 'b.pth')
         with pytest.raises(ValueError, match=r'b\.pth'):
