@@ -125,8 +125,9 @@ class Weights:
         if not self.model_args:
             tensors = '; '.join([', '.join(list(self.state)[:3]) + ', ...', *self.notes])
             raise UsageError(f'{self.file} does not fit the model: it is not a CMT ({tensors})')
-        if name is None or not self.model_args.get('position_bias', True) and not variant_of(self.model_args):
-            return  # MindCV's form has other widths under the same names.
+        is_mindcv = not self.model_args.get('position_bias', True)  # It has other widths under the same names.
+        if name in (None, self.name) or is_mindcv and not variant_of(self.model_args):
+            return
         args = create_cmt(name, device='meta').model_args
         if any(_as_tuple(args[key]) != _as_tuple(self.model_args[key]) for key in ('stem_chs', 'embed_dims', 'depths')):
             hint = f': it contains {self.name}; give --model {self.name}' if self.name else ''

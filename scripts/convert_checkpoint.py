@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
+import timm
 import torch
 from timm.models._hub import save_config_for_hf
 
@@ -50,7 +51,7 @@ def write_safetensors(path: Path, model: cmt.CMT) -> None:
 
 def write_folder(folder: Path, model: cmt.CMT, weights: Weights) -> None:
     """Write a folder that timm opens as 'local-dir:FOLDER'."""
-    name = weights.name or 'cmt_s'
+    name = weights.name if timm.is_model(weights.name or '') else 'cmt_s'  # The arguments below decide.
     model_args = {key: value for key, value in model.model_args.items() if not key.endswith('_rate')}
     described = create_cmt(name, device='meta', **model_args)
     folder.mkdir(parents=True, exist_ok=True)

@@ -219,16 +219,20 @@ def test_runs_keep_the_form_of_their_weights(flags, tmp_path, origin):
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()(x), model(x))
 
 
-def test_own_files_are_built_from_their_arguments(tmp_path):
-    """These arguments follow from no name and no shape."""
+def test_own_files_are_built_from_their_arguments(flags, tmp_path):
+    """These arguments follow from no name and no shape, and the name is registered nowhere."""
     model = small(act_layer='gelu_tanh', norm_eps=0.1, global_pool='max', drop_rate=0.3)
-    content = {'format': 1, 'model_args': model.model_args, 'model': model.state_dict(), 'args': {'model': None}}
+    content = {'format': 1, 'model_args': model.model_args, 'model': model.state_dict(), 'args': {'model': 'mine'}}
     torch.save(content, tmp_path / 'a.pth')
     x = torch.randn(2, 3, 64, 64)
     built = build(tmp_path / 'a.pth')
     assert torch.equal(built(x), model(x)) and built.head_drop.p == 0.3
     convert_checkpoint.main([str(tmp_path / 'a.pth'), str(tmp_path / 'a')])
     assert torch.equal(build(tmp_path / 'a')(x), model(x))
+    run = [*flags[2:], '--finetune', tmp_path / 'a.pth', '--output-dir', tmp_path / 'run']
+    nano.train([*run, '--epochs', 1])
+    nano.train([*run, '--epochs', 2, '--resume', 'auto'])
+    assert nano.read(tmp_path / 'run')['model_args']['norm_eps'] == 0.1 and nano.epochs(tmp_path / 'run') == [0, 1]
     torch.save({'format': 1}, tmp_path / 'c.pth')
     with pytest.raises(ValueError, match=r'c\.pth'):
         build(tmp_path / 'c.pth')
