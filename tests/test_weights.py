@@ -157,6 +157,8 @@ def test_damaged_mindspore_files(tmp_path):
     data, path = (tmp_path / 'whole.ckpt').read_bytes(), tmp_path / 'a.ckpt'
     for content in (data[:1], data[:30], data[:len(data) // 2], data[:-1], data[:-18],
                     data[:100] + bytes([data[100] ^ 1]) + data[101:],
+                    field(1, field(1, b'a') + field(2, b'\x18\x07')),  # a number in place of the content
+                    field(1, field(1, b'a') + b'\x10\x07'), b'\x08\x01',
                     b'\xff' * 1_000_000):  # refused at once
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r'a\.ckpt'):
