@@ -85,7 +85,7 @@ def atomic_write(path: Path, keep_previous: bool = False):
     """
     temporary = temporary_path(path.parent)
     try:
-        with open(temporary, 'xb') as file:  # 'x' follows no link.
+        with open(temporary, 'xb') as file:  # 'x' does not follow links.
             yield file
             file.flush()
             os.fsync(file.fileno())

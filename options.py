@@ -24,7 +24,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 # Paths that config.yaml and checkpoints hold in absolute form. The second group may be names of models too.
 PATHS = 'data_path', 'class_map', 'train_json', 'val_json', 'train_images', 'val_images'
 FILES_OR_NAMES = 'finetune', 'teacher_path', 'weights'
-EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'
+EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'  # as in weights.py, which imports torch
 
 
 # Parser and argument types
@@ -351,7 +351,6 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
         parser.error('--eval needs --resume CKPT')
     if args.resume == 'auto' and not args.output_dir:
         parser.error('--resume auto needs --output-dir')
-    make_paths_absolute(args)
     return args, {arg.split('=')[0] for arg in from_config + argv if arg.startswith('--')}
 
 
@@ -371,7 +370,7 @@ def is_downloaded(data_set: str) -> bool:
 
 def check_paths(args: argparse.Namespace, file: str, values: dict | None = None, resumes: bool = False) -> None:
     """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets."""
-    if values is None:  # Of a pipe, nothing is left to read.
+    if values is None:  # A pipe can be read only once.
         values = yaml.safe_load(Path(file).read_text('utf-8')) if os.path.isfile(file) else {}
     for name in PATHS + FILES_OR_NAMES:
         flag = '--' + name.replace('_', '-')
@@ -395,7 +394,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.aa.lower() == 'none':
         args.aa = ''
     if not args.data_path and is_downloaded(args.data_set):
-        args.data_path = os.path.abspath('data')
+        args.data_path = 'data'
+    make_paths_absolute(args)
     if args.eval or args.throughput:  # Not in training, whose args are saved.
         args.given = given
     return args

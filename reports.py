@@ -62,7 +62,7 @@ def save(figure: Figure, path: Path) -> None:
     # Level 4 takes half the time of the default, 6, for files 2 % larger.
     options = {'pil_kwargs': {'compress_level': 4}} if extension == 'png' else {}
     try:
-        with open(temporary, 'xb') as file:  # 'x' follows no link.
+        with open(temporary, 'xb') as file:  # 'x' does not follow links.
             figure.savefig(file, format=extension, dpi='figure', **options)
         os.replace(temporary, path)
     except OSError as error:  # matplotlib names no file on a full disk.
@@ -101,7 +101,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draw loss, accuracy (or average precision), learning rate and images per second by epoch.
 
-    `runs` maps names to records of read_log. A run has a color, a quantity a line style.
+    `runs` maps names to records of read_log. Colors stand for runs, line styles for quantities.
     """
     labels = [name + _best(records) for name, records in runs.items()]
     columns = max(1, min(len(runs), 110 // max(map(len, labels))))  # about 120 characters fit across the figure

@@ -28,8 +28,8 @@ from weights import read, read_file
 logger = logging.getLogger(__name__)
 
 LOG, CONFIG = 'log.txt', 'config.yaml'
-DESCRIPTION = 'format', 'model_args', 'detector', 'args', 'classes', 'epoch'  # what a best checkpoint holds too
-METRICS = 'acc1', 'box_ap'  # by which train.py and detection.py choose the best
+DESCRIPTION = 'format', 'model_args', 'detector', 'args', 'classes', 'epoch'  # keys that best checkpoints keep
+METRICS = 'acc1', 'box_ap'  # train.py and detection.py choose the best checkpoint by these scores.
 # Flags of one launch, which config.yaml leaves out. The output folder is the folder of the file.
 UNSAVED_FLAGS = 'config', 'eval', 'local_rank', 'output_dir', 'overwrite', 'resume', 'stopped_file', 'throughput'
 
@@ -63,7 +63,8 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
         file, checkpoint = args.resume, read(args.resume) if os.path.isdir(args.resume) else read_file(args.resume)
     if args.eval and checkpoint is None:
         raise UsageError(f'no checkpoint in {folder}: --eval needs one')
-    best = checkpoint.get('best') if checkpoint is not None and is_training else None
+    is_writer = is_training and processes.get_rank() == 0  # Only this rank uses the best scores.
+    best = checkpoint.get('best') if checkpoint is not None and is_writer else None
     for name, prefix in BEST.items() if isinstance(best, dict) else ():
         epoch, place = best.get(f'{prefix}epoch'), Path(file).resolve().parent
         try:  # A run that was killed before checkpoint_last.pth may have written the best of a later epoch.
@@ -168,7 +169,7 @@ def remove_run(folder: Path) -> None:
 
 
 def rewind(folder: Path, epoch: int) -> None:
-    """Remove checkpoints and log lines of `epoch` and later epochs, which will be trained again, and a half line."""
+    """Remove checkpoints and log lines of `epoch` and later ones, which are trained again, and a half-written line."""
     for path in epoch_files(folder):
         if int(path.stem.split('_')[1]) >= epoch:
             path.unlink()

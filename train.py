@@ -118,8 +118,8 @@ class Run:
     def load_state_dict(self, checkpoint: dict[str, Any], file: str) -> None:
         """Load a checkpoint, except `model`: it was loaded when the model was built, before apex and DDP.
 
-        `lr_scheduler` follows from the position (position_schedule). Another project's checkpoint
-        gives only weights and epoch, since its optimizer orders the parameters differently.
+        `lr_scheduler` follows from the position (position_schedule). Another project's checkpoint gives only weights
+        and epoch, since its optimizer orders the parameters differently.
         """
         epoch = checkpoint.get('epoch', self.args.start_epoch - 1)
         if type(epoch) is not int or epoch < -1:

@@ -56,7 +56,10 @@ def build_transform(
 
 
 def check_policy(name: str) -> None:
-    """Raise UsageError if timm has no augmentation policy of this name."""
+    """Raise UsageError if timm has no augmentation policy of this name.
+
+    create_transform raises the same errors, but would also hide bugs in the constructors of transforms.
+    """
     kinds = {'rand': augment.rand_augment_transform, 'augmix': augment.augment_and_mix_transform}
     kind = next((kinds[prefix] for prefix in kinds if name.startswith(prefix)), augment.auto_augment_transform)
     try:

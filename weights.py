@@ -125,7 +125,7 @@ class Weights:
         if not self.model_args:
             tensors = '; '.join([', '.join(list(self.state)[:3]) + ', ...', *self.notes])
             raise UsageError(f'{self.file} does not fit the model: it is not a CMT ({tensors})')
-        is_mindcv = not self.model_args.get('position_bias', True)  # It has other widths under the same names.
+        is_mindcv = not self.model_args.get('position_bias', True)  # MindCV uses the same names for other widths.
         if name in (None, self.name) or is_mindcv and not variant_of(self.model_args):
             return
         args = create_cmt(name, device='meta').model_args
@@ -268,7 +268,7 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     tables = [shapes.get(f'relative_pos_{c}') for c in stages]  # position biases
 
     def has_dimensions(name: str) -> bool:
-        ndims = {'relative_pos': (3, 5), 'head.weight': (2,)}.get(name[:-2] if name[:8] == 'relative' else name, (4,))
+        ndims = (3, 5) if name.startswith('relative_pos') else (2,) if name == 'head.weight' else (4,)
         return name in shapes and len(shapes[name]) in ndims and 0 not in shapes[name]
 
     used = [f'{name}.weight' for c in stages for name in (f'patch_embed_{c}.proj', f'blocks_{c}.0.mlp.conv1.0')] + [

@@ -8,7 +8,7 @@ name of a model with published weights. --format, or else the extension of OUT, 
     pth          torch.save of the weights, with class names and epoch, for --eval, --finetune and every script
     released     like pth, under the names of the authors' code
 
-Of a checkpoint with model and EMA, the EMA is converted; --no-model-ema converts the model's weights.
+From a checkpoint with model and EMA, the EMA is converted; --no-model-ema converts the model's own weights.
 """
 import argparse
 import hashlib

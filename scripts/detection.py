@@ -453,7 +453,7 @@ def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[
     """Load the detector of a checkpoint of this script.
 
     Raises:
-        UsageError: a checkpoint of something else, or in training one of weights alone.
+        UsageError: not a detector's checkpoint, or in training a checkpoint without optimizer.
     """
     if 'detector' not in checkpoint:
         raise UsageError(f'{file} is not a checkpoint of detection.py: give weights of a classifier with --weights')
@@ -546,7 +546,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--fpn-channels {args.fpn_channels} is not a multiple of 8')
     if args.input_size and args.input_size[0] > args.input_size[1]:
         parser.error('--input-size: give the short side first')
-    options.make_paths_absolute(args)  # The default of SHAPES is relative.
+    options.make_paths_absolute(args)
     return args
 
 
