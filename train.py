@@ -630,7 +630,8 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
         record.update({f'{prefix}test_{key}': stats[key] for key in ('acc1', 'acc5', 'loss')})
         if stats['acc1'] > state.best.get(f'{prefix}acc1', -1):
             best[f'{prefix}acc1'] = stats['acc1']
-            state.best = {**state.best, f'{prefix}acc1': stats['acc1'], f'{prefix}epoch': state.epoch}
+            state.best |= {f'{prefix}acc1': stats['acc1'], f'{prefix}epoch': state.epoch}
+    state.best = dict(sorted(state.best.items()))  # Scores that start over would change the order.
     run.scheduler.step(state.epoch)
 
     # Log, then save: a run killed between them drops the line when it is resumed.
