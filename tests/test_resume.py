@@ -200,41 +200,6 @@ def test_a_kill_between_best_and_last_repeats_the_epoch(flags, whole, tmp_path, 
         assert nano.same(*(nano.read(folder, best)['model'] for folder in (whole, tmp_path)))
 
 
-def test_a_best_file_of_the_repeated_epoch_changes_nothing(flags, tmp_path):
-    """Kill before checkpoint_last.pth of epoch 1, whose model is the best so far."""
-    run = [*flags, '--epochs', 2, '--resume', 'auto']
-
-    def kill_at_second(rank, replace=os.replace):
-        writes = itertools.count(1)
-
-        def patched(source, target):
-            if Path(target).name == 'checkpoint_last.pth' and next(writes) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
-        os.replace = patched
-
-    def better_later(model, _):  # Epoch 0 scores the class of index 0, epoch 1 the larger class 2.
-        if not model.training:
-            with torch.no_grad():
-                model.head.bias.zero_()[2 * evaluated[0] * model.head.bias.requires_grad] = 100.  # not the EMA
-
-    evaluated = [0]
-    for folder in ('whole', 'run'):
-        evaluated[0] = 0
-        before = None if folder == 'whole' else kill_at_second
-        def prepare(rank, before=before):
-            if before:
-                before(rank)
-            nano.on_forward(better_later)
-            nano.on_log(lambda: evaluated.__setitem__(0, 1))
-        nano.finish(nano.start([*run, '--output-dir', tmp_path / folder], before=prepare),
-                    status=-signal.SIGKILL if before else 0)
-    evaluated[0] = 1
-    nano.finish(nano.start([*run, '--output-dir', tmp_path / 'run'], before=lambda rank: nano.on_forward(better_later)))
-    assert nano.read(tmp_path / 'run')['best']['epoch'] == 1
-    nano.assert_same_run(tmp_path / 'whole', tmp_path / 'run')
-
-
 @pytest.mark.parametrize('name, lines', [('checkpoint_mine.pth', 1), ('checkpoint_best.pth', 2)])
 def test_best_checkpoints_of_more_than_a_first_save_stay(flags, whole, tmp_path, name, lines):
     shutil.copy(whole / 'checkpoint_best.pth', tmp_path / name)
