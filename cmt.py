@@ -92,18 +92,28 @@ def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio
 
 @register_notrace_function  # A traced model must decide at each call.
 @torch.fx.wrap
-def detach_without_grad(bias: torch.Tensor) -> torch.Tensor:
-    """Return `bias`, detached while gradients are off.
+def attention_mask(bias: torch.Tensor) -> torch.Tensor:
+    """Return a position bias as the mask of attention, padded by zeros to a multiple of 8 keys.
 
-    With gradients off, hooks on a block's inputs (torch's FLOP counter) fail on a view that requires grad, and in
-    inference mode on a Parameter. Traced and exported models keep `bias`, since they may be trained later.
+    CUDA's fused kernels need aligned rows: torch would pad the mask once a block instead of once a stage. The mask is
+    detached while gradients are off. Otherwise hooks on a block's inputs (torch's FLOP counter) would fail on a view
+    that requires grad, and in inference mode on a Parameter. Traced and exported models do neither, since they may be
+    trained later, and torch pads for them.
+
+    Args:
+        bias: (heads, H, W, H / k, W / k).
+
+    Returns:
+        (1, heads, N, N_kv + padding), in the dtype of `bias`.
     """
-    if torch.is_grad_enabled() or torch.jit.is_tracing():
-        return bias
+    mask = bias.flatten(3).flatten(1, 2).unsqueeze(0)
+    if torch.jit.is_tracing():
+        return mask
     if not torch.jit.is_scripting():  # TorchScript cannot compile is_exporting.
         if torch.compiler.is_exporting():
-            return bias
-    return bias.detach()
+            return mask
+    mask = F.pad(mask, (0, -mask.shape[3] % 8))
+    return mask if torch.is_grad_enabled() else mask.detach()
 
 
 @contextlib.contextmanager
@@ -213,6 +223,7 @@ class LMHSA(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
+        self.head_pad = -self.head_dim % 8  # CUDA's fused kernels for 16 bits need a multiple of 8.
         self.scale = self.head_dim ** -0.5
         self.fused_attn = use_fused_attn()
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
@@ -222,28 +233,31 @@ class LMHSA(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x, position_bias: Optional[torch.Tensor]):
-        # position_bias: (heads, H, W, H / k, W / k)
+    def forward(self, x, mask: Optional[torch.Tensor]):
         B, C, H, W = x.shape
         q = self.q(x.flatten(2).transpose(1, 2))  # (B, N, C)
+        k, v = self.kv(self.sr(x).flatten(2).transpose(1, 2)).chunk(2, dim=-1)  # (B, N_kv, C)
         q = q.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, heads, N, d)
-        kv = self.kv(self.sr(x).flatten(2).transpose(1, 2))  # (B, N_kv, 2 C)
-        k, v = kv.unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        bias: Optional[torch.Tensor] = None  # (1, heads, N, N_kv)
-        if position_bias is not None:
-            bias = position_bias.flatten(3).flatten(1, 2).unsqueeze(0)
+        k = k.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, heads, N_kv, d)
+        v = v.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
 
         if self.fused_attn:
+            if self.head_pad > 0:
+                q, k, v = F.pad(q, (0, self.head_pad)), F.pad(k, (0, self.head_pad)), F.pad(v, (0, self.head_pad))
+            if mask is not None:  # The cast comes first, so that the gradients of all blocks are added in float32.
+                mask = mask.to(q.dtype)[..., :k.shape[2]]
             x = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0.)
+                q, k, v, attn_mask=mask, dropout_p=self.attn_drop.p if self.training else 0., scale=self.scale)
+            if self.head_pad > 0:
+                x = x[..., :self.head_dim]
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1)
-            if bias is not None:
-                attn = attn + bias
+            if mask is not None:
+                attn = attn + mask[..., :k.shape[2]]
             x = self.attn_drop(attn.softmax(dim=-1)) @ v
 
-        x = x.transpose(1, 2).reshape(B, H * W, C)
-        return self.proj_drop(self.proj(x)).transpose(1, 2).unflatten(2, (H, W))
+        x = x.transpose(1, 2).flatten(2)  # (B, N, C)
+        return self.proj_drop(self.proj(x)).transpose(1, 2).reshape(B, C, H, W)
 
 
 class IRFFN(nn.Module):
@@ -295,9 +309,9 @@ class CMTBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
-    def forward(self, x, position_bias: Optional[torch.Tensor]):
+    def forward(self, x, mask: Optional[torch.Tensor]):
         x = self.lpu(x)
-        x = x + self.drop_path1(self.lmhsa(self.norm1(x), position_bias))
+        x = x + self.drop_path1(self.lmhsa(self.norm1(x), mask))
         return x + self.drop_path2(self.irffn(self.norm2(x)))
 
     @torch.no_grad()
@@ -339,25 +353,26 @@ class CMTStage(nn.Module):
 
     def forward(self, x):
         x = self.aggregation(x)
+        mask: Optional[torch.Tensor] = None
         bias = self.position_bias
         if bias is not None:
-            bias = detach_without_grad(bias)
             if self.dynamic_img_size:
                 bias = resample_position_bias(bias, x.shape[2], x.shape[3], self.sr_ratio)
+            mask = attention_mask(bias)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = self._checkpointed(block, x, bias)
+                x = self._checkpointed(block, x, mask)
             else:
-                x = block(x, bias)
+                x = block(x, mask)
         return x
 
     @torch.jit.ignore
-    def _checkpointed(self, block: CMTBlock, x: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    def _checkpointed(self, block: CMTBlock, x: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
         # timm's checkpoint() would count a batch twice in BatchNorm.
         # Under torch.compile, torch's own takes no context_fn, and updates buffers only once.
         context = {} if torch.compiler.is_compiling() else dict(
             context_fn=lambda: (contextlib.nullcontext(), _copied_buffers(block)))
-        return checkpoint(block, x, bias, use_reentrant=False, **context)
+        return checkpoint(block, x, mask, use_reentrant=False, **context)
 
 
 class HeadProjection(nn.Module):

@@ -68,6 +68,11 @@ class Preprocessor:
         return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of running sums: Apple's GPUs (mps) have no float64."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
 class Meters:
     """Keep the running sums of an epoch on the device, so that only reading them is a host sync."""
     NAMES = ('loss', 'samples', 'skipped', 'skipped_in_a_row', 'overflows', 'overflows_in_a_row')
@@ -75,18 +80,18 @@ class Meters:
 
     def __init__(self, device: torch.device, saved: list[list[float]] | None = None):
         """Start at 0, or from an earlier result of gather(), even if the number of ranks has changed."""
-        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(self.NAMES), dtype=sum_dtype(device), device=device)
         if saved:
             if len(saved) == get_world_size():
                 sums = saved[get_rank()]
             else:
                 totals = [sum(values) * (get_rank() == 0) for values in zip(*saved)]
                 sums = totals[:self.PER_RANK] + saved[0][self.PER_RANK:]
-            self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
+            self.sums.copy_(torch.tensor(sums, dtype=self.sums.dtype))
 
     def add(self, loss: torch.Tensor, samples: int, skipped: torch.Tensor, overflowed: torch.Tensor) -> None:
         """Add an optimizer step: mean loss over `samples`, and 1. or 0. for a skip and an overflow."""
-        self.sums[0] += torch.where(skipped > 0, 0., loss.double() * samples)
+        self.sums[0] += torch.where(skipped > 0, 0., loss.to(self.sums.dtype) * samples)
         self.sums[1] += samples * (1 - skipped)
         for i, flag in ((2, skipped), (4, overflowed)):
             self.sums[i] += flag
@@ -278,7 +283,8 @@ def evaluate(
         acc1, acc5 (%; top-5 counts all classes where there are fewer), loss (mean cross-entropy), count (images).
     """
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=preprocess.device)  # correct, in the top 5, loss, images
+    device = preprocess.device
+    totals = torch.zeros(4, dtype=sum_dtype(device), device=device)  # correct, in the top 5, loss, images
     for images, targets in loader:
         images, targets = preprocess(images, targets)
         with autocast():

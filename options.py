@@ -20,7 +20,7 @@ from launch import read_launch
 
 DATA_SETS = ('IMNET', 'CIFAR10', 'CIFAR100', 'CARS', 'FLOWERS102', 'PETS', 'INAT18', 'INAT19', 'INAT21', 'DIGITS')
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
-DTYPES = ('float32', 'bfloat16', 'float16')
+DTYPES = ('float32', 'tf32', 'bfloat16', 'float16')
 # Paths that config.yaml and checkpoints hold in absolute form. The second group may be names of models too.
 PATHS = 'data_path', 'class_map', 'train_json', 'val_json', 'train_images', 'val_images'
 FILES_OR_NAMES = 'finetune', 'teacher_path', 'weights'
@@ -137,6 +137,11 @@ def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) 
     g.add_argument('--print-freq', type=positive, default=10, help='steps between two lines with loss and speed')
     g.add_argument('--seed', type=in_range(int, 0, 2 ** 32 - 1), default=seed)
     g.add_argument('--num-workers', type=count, default=num_workers, help='data loading workers of each process')
+    g.add_argument('--amp-dtype', default='auto', choices=('auto', *DTYPES),
+                   help='auto: float32 on CPU, bfloat16 on CUDA, float16 on CUDA devices without bfloat16; '
+                   'tf32: float32 with products in TF32 on CUDA')
+    g.add_argument('--fast-norm', action=argparse.BooleanOptionalAction, default=False,
+                   help="compute LayerNorm in autocast's dtype instead of float32: fewer bytes, less precise")
     g.add_argument('--device', choices=('cuda', 'cpu'), help='default: cuda if available, else cpu')
     g.add_argument('--dist-url', default='env://', help='rendezvous address')
     g.add_argument('--dist-timeout', type=positive_float, default=600, help='seconds that ranks wait for each other')
@@ -237,7 +242,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--model-ema', action=toggle, default=True,
                    help='keep an EMA of the weights; with --eval, evaluate it if the checkpoint has one')
     g.add_argument('--model-ema-decay', type=fraction, default=0.99996, help='decay of the EMA in each optimizer step')
-    g.add_argument('--model-ema-force-cpu', action=toggle, default=False, help='keep the EMA in host memory')
+    g.add_argument('--model-ema-force-cpu', action=toggle, default=False,
+                   help='keep the EMA in host memory: each step copies every weight to the host, one after another')
 
     g = parser.add_argument_group('distillation')
     g.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'),
@@ -286,8 +292,6 @@ def get_parser() -> argparse.ArgumentParser:
                    help='factor of each decay of --sched step and multistep; power of --sched poly')
 
     g = parser.add_argument_group('precision and processes')
-    g.add_argument('--amp-dtype', default='auto', choices=('auto', *DTYPES),
-                   help='auto: float32 on CPU, bfloat16 on CUDA, float16 on CUDA devices without bfloat16')
     g.add_argument('--apex-amp', action=toggle, default=False,
                    help="train with NVIDIA's apex.amp, or if apex.amp is missing with torch's autocast to "
                    'float16 (bfloat16 on a CPU)')

@@ -1,4 +1,4 @@
-"""Choose the dtype of training, and scale the loss."""
+"""Choose the dtype of training and torch's CUDA settings, and scale the loss."""
 import functools
 import logging
 from collections.abc import Callable
@@ -25,9 +25,24 @@ def find_apex():
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of --amp-dtype; 'auto' is float32 on a CPU and a 16-bit type on CUDA."""
-    if name == 'auto':
-        name = 'float32' if device.type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
-    return getattr(torch, name)
+    if name == 'auto' and device.type == 'cuda':
+        # torch emulates bfloat16 on devices before Ampere (T4, V100, RTX 20xx), where cuDNN has no such convolutions.
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    return torch.float32 if name in ('auto', 'tf32') else getattr(torch, name)
+
+
+def configure_cuda(amp_dtype: str, is_training: bool, fixed_size: bool) -> None:
+    """Set torch's options for CUDA: TF32 for --amp-dtype tf32, cuDNN's convolutions and cuDNN's attention.
+
+    With images of a fixed size, cuDNN times its algorithms at the first step and takes the fastest.
+    """
+    if amp_dtype == 'tf32':
+        torch.set_float32_matmul_precision('high')  # Convolutions use TF32 by default.
+    torch.backends.cudnn.benchmark = fixed_size
+    if is_training:
+        # Its backward pass gives NaN for 64 keys and a frozen position bias, as in CMT-B (pytorch issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class NativeScaler(torch.amp.GradScaler):

@@ -187,9 +187,10 @@ def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> d
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Return whether `error` is gloo's report that another process or the network is gone."""
-    return isinstance(error, RuntimeError) and 'gloo' in str(error) and any(
-        words in str(error) for words in ('Connection closed by peer', 'Connection reset by peer', 'Timed out waiting'))
+    """Return whether `error` is a report of gloo or NCCL that another process or the network is gone."""
+    return isinstance(error, RuntimeError) and re.search(
+        'gloo.*(Connection (closed|reset) by peer|Timed out waiting)|ncclRemoteError|NCCL communicator was aborted|'
+        'Watchdog caught collective operation timeout|NCCL.*closed by remote peer', str(error), re.DOTALL) is not None
 
 
 def explain(error: BaseException) -> str | None:

@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.layers import set_fast_norm
 from timm.utils import ModelEmaV3, distribute_bn, random_seed
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,7 +42,7 @@ from launch import read_launch
 from loader import build_loader, check_shared_memory
 from losses import DistillationLoss, Teacher, build_criterion
 from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule, schedule_warnings
-from precision import ApexScaler, NativeScaler, autocast_to, build_precision, load_scaler, resolve_dtype
+from precision import ApexScaler, NativeScaler, autocast_to, build_precision, configure_cuda, load_scaler, resolve_dtype
 from processes import usage_errors
 from run import RunWriter, check_written, find_checkpoint, open_run, raise_stopped, setup_process
 from samplers import TrainSampler
@@ -184,6 +185,8 @@ def main(args: argparse.Namespace) -> None:
     device = setup_process(args)
     args, initial = check_before_data(args, device)  # Mistakes cost nothing yet.
     check_ranks_agree(args, initial)
+    if device.type == 'cuda':
+        configure_cuda(args.amp_dtype, is_training=stop is not None, fixed_size=True)
     train_set, val_set = build_data(args, initial)
     model = load_model(args, initial, list(val_set.classes), device)
 
@@ -278,12 +281,13 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: 
 
 
 def with_saved_flags(args: argparse.Namespace, checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
-    """Return `args` with the data, input size and dtype of the run that wrote the checkpoint, unless they are given."""
+    """Return `args` with data, input size and precision of the run that wrote the checkpoint, unless they are given."""
     flags = {**checkpoint['args'], 'input_size': checkpoint['model_args']['img_size'][0]}
-    names = 'input_size', 'amp_dtype'
+    names = 'input_size', 'amp_dtype', 'fast_norm'
     if not {'--data-set', '--data-path'} & args.given:
         names += 'data_set', 'data_path', 'val_split', 'inat_category'
-    saved = {name: flags[name] for name in names if name in flags and '--' + name.replace('_', '-') not in args.given}
+    given = {flag.removeprefix('--').removeprefix('no-').replace('-', '_') for flag in args.given}
+    saved = {name: flags[name] for name in names if name in flags and name not in given}
     args = argparse.Namespace(**{**vars(args), **saved})
     options.check_paths(args, file, saved)
     return args
@@ -362,6 +366,7 @@ def create_model(args: argparse.Namespace, num_classes: int, weights: Weights | 
 def load_model(args: argparse.Namespace, initial: InitialState, classes: list[str], device: torch.device) -> cmt.CMT:
     """Build the model, load the initial weights, move it to the device, freeze stages."""
     random_seed(args.seed)
+    set_fast_norm(args.fast_norm)
     checkpoint, weights = initial.checkpoint, initial.weights
     if checkpoint is not None and weights is None:
         model = cmt.CMT(**{**checkpoint['model_args'], **model_settings(args, len(classes))})
@@ -505,6 +510,8 @@ def describe(run: Run) -> None:
                 args.model or 'CMT', n_parameters(run.core) / 1e6, run.core.num_classes, len(train_set), len(val_set),
                 run.updates_per_epoch)
     precision = f'apex {args.apex_opt_level}' if isinstance(run.scaler, ApexScaler) else str(run.dtype)[6:]
+    if precision == 'float32' and torch.get_float32_matmul_precision() == 'high':
+        precision = 'tf32'
     images, world_size = run.sampler.samples_per_update, processes.get_world_size()
     logger.info('learning rate %g = %g x %d / 512 (global batch = %d x %d accumulated x %d processes%s), %s, %s',
                 rate, args.lr, images, args.batch_size, args.accum_steps, world_size,

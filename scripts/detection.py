@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import freeze_batch_norm_2d, set_fast_norm
 from timm.models import FeatureListNet
 from timm.optim import create_optimizer_v2
 from timm.utils import distribute_bn, random_seed
@@ -57,7 +57,7 @@ from errors import TrainingFault, UsageError
 from loader import build_loader
 from optim import load_optimizer
 from options import count, fraction, in_range, non_negative, path, positive, positive_float
-from precision import autocast_to, resolve_dtype
+from precision import NativeScaler, autocast_to, configure_cuda, load_scaler, resolve_dtype
 from processes import usage_errors
 from run import RunWriter, check_written, find_checkpoint, open_run, setup_process
 from samplers import TrainSampler
@@ -407,11 +407,12 @@ def rate_factor(args: argparse.Namespace, done: int, updates: int) -> float:
 
 def train_epoch(
         args: argparse.Namespace, model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer,
-        rates: list[float], epoch: int, device: torch.device, autocast: Callable) -> dict[str, float]:
+        rates: list[float], epoch: int, device: torch.device, autocast: Callable,
+        scaler: NativeScaler) -> dict[str, float]:
     """Train for one epoch, with the learning rates `rates` of the param groups; return means for log.txt.
 
     Raises:
-        TrainingFault: on all ranks, if a loss is not finite.
+        TrainingFault: on all ranks, if a loss is not finite, or if gradients overflow under any loss scale.
     """
     model.train()
     sums, images, began = Counter(), 0, time.monotonic()
@@ -429,17 +430,20 @@ def train_epoch(
             losses = model(batch, targets)
         loss = sum(losses.values())
         optimizer.zero_grad()
-        loss.backward()
+        scaler.backward(loss, optimizer, last=True)
+        scaler.unscale_(optimizer)
         if args.clip_grad:
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         sums.update({name: value.detach() for name, value in {**losses, 'loss': loss}.items()})
         images += len(batch)
         figures = None
         if progress.due():  # Also after the last step, before anything is saved.
             mean = float(sums['loss']) / (step + 1)  # This is a host sync.
-            if processes.all_reduce_max(int(not math.isfinite(mean))):
-                raise TrainingFault(f'epoch {epoch}, up to step {step}: the loss is not finite; a lower --lr may help')
+            if processes.all_reduce_max(int(not math.isfinite(mean) or scaler.get_scale() < 1e-10)):
+                raise TrainingFault(
+                    f'epoch {epoch}, up to step {step}: loss or gradients are not finite; a lower --lr may help')
             speed = images * processes.get_world_size() / (time.monotonic() - began)
             figures = {'loss': f'{mean:.4f}', 'lr': f'{max(rates) * factor:.2e}', 'images/s': f'{speed:.1f}'}
         progress.step(figures)
@@ -527,7 +531,6 @@ def get_args_parser() -> options.Parser:
     add('--layer-decay', type=fraction, help='factor of the learning rate from each block to the block before')
     add('--clip-grad', type=non_negative, default=1., help='largest norm of the gradients; 0 for no clipping')
     add('--eval-every', type=positive, default=1, metavar='EPOCHS', help='epochs between two evaluations')
-    add('--amp-dtype', default='auto', choices=('auto', 'float32', 'bfloat16'), help='auto: bfloat16 on CUDA')
     return options.add_defaults(parser)
 
 
@@ -561,6 +564,9 @@ def main(args: argparse.Namespace) -> None:
             options.check_paths(args, args.config, resumes=checkpoint is not None)
     args.input_size = args.input_size or ([800, 1333] if device.type == 'cuda' else [256, 427])
     args.backbone_bn = args.backbone_bn or ('frozen' if args.weights else 'train')
+    if device.type == 'cuda':
+        configure_cuda(args.amp_dtype, is_training=not args.eval, fixed_size=False)
+    set_fast_norm(args.fast_norm)
     with usage_errors():
         train, val = build_data(args)
         random_seed(args.seed)
@@ -574,7 +580,8 @@ def main(args: argparse.Namespace) -> None:
     shared = dict(rank=processes.get_rank(), world_size=processes.get_world_size())
     loading = dict(num_workers=args.num_workers, pin_memory=device.type == 'cuda', collate_fn=collate)
     val_loader = build_loader(val, 1, **shared, **loading)
-    autocast = autocast_to(resolve_dtype(args.amp_dtype, device), device)
+    dtype = resolve_dtype(args.amp_dtype, device)
+    autocast, scaler = autocast_to(dtype, device), NativeScaler(device.type, enabled=dtype == torch.float16)
     score = functools.partial(evaluate, args, core, val_loader, val, device, autocast)
     if args.eval:
         score()
@@ -588,6 +595,8 @@ def main(args: argparse.Namespace) -> None:
     if checkpoint is not None:
         with usage_errors():
             load_optimizer(optimizer, checkpoint['optimizer'], file)
+            if checkpoint['loss_scaler']:
+                load_scaler(scaler, checkpoint['loss_scaler'], file)
         first_epoch, best = checkpoint['epoch'] + 1, checkpoint['best']
         logger.info('resuming at epoch %d', first_epoch)
     if first_epoch < args.epochs:
@@ -603,9 +612,10 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(first_epoch, args.epochs):
         sampler.set_position(epoch)
         began = time.monotonic()
-        record = {'epoch': epoch, **train_epoch(args, model, loader, optimizer, rates, epoch, device, autocast)}
-        state = {'model': core.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch,
-                 'detector': args.model, 'classes': val.classes, 'args': vars(args)}
+        record = {'epoch': epoch, **train_epoch(
+            args, model, loader, optimizer, rates, epoch, device, autocast, scaler)}
+        state = {'model': core.state_dict(), 'optimizer': optimizer.state_dict(), 'loss_scaler': scaler.state_dict(),
+                 'epoch': epoch, 'detector': args.model, 'classes': val.classes, 'args': vars(args)}
         best = end_epoch(args, core, score, writer, state, record, best, began)
 
 

@@ -10,12 +10,12 @@ import timm
 import torch
 import torchvision.datasets
 import yaml
-from test_finetune import pictures, write_inat
 
 import detection
 import nano
 import optim
 import options
+from test_finetune import pictures, write_inat
 
 CONFIGS = sorted(Path(__file__).parent.parent.glob('configs/*.yaml'))
 DETECTORS = {path for path in CONFIGS if path.stem in ('retinanet', 'maskrcnn')}

@@ -8,12 +8,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from test_weights import MINDCV, check_mindcv_logits
 
 import cmt
 import convert_checkpoint
 import nano
 import weights
+from test_weights import MINDCV, check_mindcv_logits
 
 
 def drawn_state(name='cmt_nano', seed=0, dtype=torch.float32, **kwargs):

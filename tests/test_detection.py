@@ -111,6 +111,21 @@ def test_a_killed_run_resumes_with_the_same_bits(shapes, tmp_path):
     assert nano.log(tmp_path / 'whole') == nano.log(tmp_path / 'run')
 
 
+def test_float16_scales_the_loss_and_resumes_its_scale(shapes, tmp_path):
+    flags = [*SMALL, '--data-path', shapes, '--amp-dtype', 'float16', '--resume', 'auto', '--output-dir']
+    run(*flags, tmp_path / 'whole')
+    run(*flags, tmp_path / 'resumed', '--epochs', 1)
+    run(*flags, tmp_path / 'resumed')
+    whole, resumed = nano.read(tmp_path / 'whole'), nano.read(tmp_path / 'resumed')
+    assert resumed['loss_scaler'] == whole['loss_scaler'] and resumed['loss_scaler']['scale'] > 1
+    assert nano.same(resumed['model'], whole['model']) and nano.finite(whole['model'])
+
+    resumed['loss_scaler']['scale'] = 1e-9  # Gradients that overflow halve it.
+    torch.save(resumed, tmp_path / 'resumed' / 'checkpoint_last.pth')
+    with pytest.raises(errors.TrainingFault, match='gradients'):
+        run(*flags, tmp_path / 'resumed', '--epochs', 3, '--lr', 1e30, '--clip-grad', 0)
+
+
 # data
 
 def write_coco(folder, **changes):

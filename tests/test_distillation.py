@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_finetune import few_digits
-from test_weights import models_called
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import nano
 from losses import DistillationLoss, Teacher
+from test_finetune import few_digits
+from test_weights import models_called
 from weights import build_teacher
 
 

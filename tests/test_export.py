@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_cmt import FIGURES, drawn
-from test_finetune import PLAIN
 from torchvision.transforms.functional import to_pil_image
 
 import export
@@ -16,6 +14,8 @@ import nano
 import predict
 from datasets import Digits
 from engine import Preprocessor
+from test_cmt import FIGURES, drawn
+from test_finetune import PLAIN
 from transforms import build_transform
 
 

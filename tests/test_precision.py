@@ -1,4 +1,5 @@
-"""Dtypes, loss scaling, and the error of autocast to bfloat16."""
+"""Dtypes, torch's options for CUDA, loss scaling, and the error of autocast to bfloat16."""
+import functools
 import sys
 import types
 
@@ -7,20 +8,93 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import nano  # noqa: F401
-from precision import ApexScaler, NativeScaler, find_apex, resolve_dtype
+import detection
+import loader
+import nano
+import train
+from precision import ApexScaler, NativeScaler, build_precision, configure_cuda, find_apex, resolve_dtype
 
 
-@pytest.mark.parametrize('name, device, has_bfloat16, dtype', [
-    ('auto', 'cpu', True, torch.float32),
-    ('auto', 'cuda', True, torch.bfloat16),
-    ('auto', 'cuda', False, torch.float16),
-    ('float32', 'cuda', True, torch.float32),
-    ('bfloat16', 'cpu', False, torch.bfloat16),
-])
-def test_dtypes(name, device, has_bfloat16, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: has_bfloat16)
-    assert resolve_dtype(name, torch.device(device)) is dtype
+@pytest.fixture
+def cuda(monkeypatch):
+    """Return a function that pretends to have a GPU; torch emulates bfloat16 on those before compute capability 8."""
+    def pretend(major, minor):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+        monkeypatch.setattr(torch.cuda, '_check_bf16_tensor_supported', lambda device: True)
+        monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: types.SimpleNamespace(
+            major=major, minor=minor))
+        return torch.device('cuda', 0)
+    return pretend
+
+
+@pytest.fixture
+def cuda_options():
+    """Restore torch's options for CUDA."""
+    benchmark, precision = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    yield
+    torch.backends.cudnn.benchmark = benchmark
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+GPUS = {'T4': (7, 5), 'V100': (7, 0), 'RTX 2080': (7, 5), 'A100': (8, 0), 'H100': (9, 0)}
+BFLOAT16 = 'A100', 'H100'
+
+
+@pytest.mark.parametrize('gpu', GPUS)
+def test_auto_is_bfloat16_where_the_gpu_has_it(gpu, cuda):
+    device, layer = cuda(*GPUS[gpu]), torch.nn.Linear(1, 1)
+    _, _, scaler, dtype = build_precision(layer, torch.optim.SGD(layer.parameters(), 1.), device, 'auto')
+    assert dtype == (torch.bfloat16 if gpu in BFLOAT16 else torch.float16)
+    assert scaler.is_enabled() == (gpu not in BFLOAT16)
+
+
+@pytest.mark.parametrize('gpu', ['T4', 'A100'])
+def test_auto_is_the_same_in_detection(gpu, cuda, cuda_options, monkeypatch, tmp_path):
+    pytest.importorskip('pycocotools')
+    device, results = cuda(*GPUS[gpu]), []
+    monkeypatch.setattr(detection, 'setup_process', lambda args: device)
+    monkeypatch.setattr(torch.nn.Module, 'to', lambda module, device: module)
+    monkeypatch.setattr(loader.SignalSafeLoader, 'start', lambda loader: None)
+    monkeypatch.setattr(detection, 'train_epoch', lambda *args: (results.extend(args), nano.die()))
+    detection.write_shapes(tmp_path, 2, 2, 64)
+    with pytest.raises(nano.Killed):
+        detection.main(detection.parse_args(
+            ['--data-path', str(tmp_path), '--backbone', 'cmt_nano', '--input-size', '64', '64']))
+    scaler, = [value for value in results if isinstance(value, NativeScaler)]
+    autocast, = [value for value in results if isinstance(value, functools.partial)]
+    assert scaler.is_enabled() == (gpu == 'T4')
+    assert not torch.backends.cudnn.benchmark and not torch.backends.cuda.cudnn_sdp_enabled()  # Images differ in size.
+    assert autocast.args == ('cuda', torch.float16 if gpu == 'T4' else torch.bfloat16)
+
+
+def test_dtypes_that_are_given(cuda):
+    for device in cuda(7, 5), torch.device('cpu'):
+        for name in ('float32', 'bfloat16', 'float16'):
+            assert resolve_dtype(name, device) == getattr(torch, name)
+        assert resolve_dtype('tf32', device) == torch.float32
+    assert resolve_dtype('auto', torch.device('cpu')) == torch.float32
+
+
+def test_training_tunes_convolutions_and_avoids_cudnns_attention(cuda_options):
+    configure_cuda('auto', is_training=False, fixed_size=False)
+    assert torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.benchmark
+    assert torch.get_float32_matmul_precision() == 'highest'
+    configure_cuda('tf32', is_training=True, fixed_size=True)
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cudnn.benchmark
+    assert torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize('more, is_training', [([], True), (['--eval', '--resume', 'x.pth'], False)])
+def test_train_configures_cuda(more, is_training, cuda_options, monkeypatch):
+    """A run on CUDA is stopped before it reads data."""
+    monkeypatch.setattr(train, 'setup_process', lambda args: torch.device('cuda', 0))
+    monkeypatch.setattr(train, 'check_before_data', lambda args, device: (args, train.InitialState(None, None, None)))
+    monkeypatch.setattr(train, 'build_data', lambda *args: nano.die())
+    with pytest.raises(nano.Killed):
+        nano.train(['--model', 'cmt_nano', *more])
+    assert torch.backends.cudnn.benchmark and torch.backends.cuda.cudnn_sdp_enabled() != is_training
 
 
 def test_apex_is_found_only_with_the_amp_of_nvidia(monkeypatch):

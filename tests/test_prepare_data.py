@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_sources import members, pack, publish_val
 
 import nano
 import prepare_data
 from datasets import build_dataset, open_split
 from errors import TrainingFault, UnreadableImage, UsageError
 from sources import open_image
+from test_sources import members, pack, publish_val
 
 SMALL_TARS = '--short-side', 40, '--images-per-tar', 3, '--num-workers'
 

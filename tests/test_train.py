@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_options import PUBLISHED
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch.nn.modules.module import register_module_forward_hook
 
 import nano
 import optim
 import options
+from test_options import PUBLISHED
 
 GOLDEN_LR = json.loads((Path(__file__).parent / 'golden_lr.json').read_text())
 ONE_STEP = ('--epochs', 1, '--batch-size', 48, '--test-freq', 9)

@@ -1,0 +1,216 @@
+"""Steps, evaluation and attention on a CUDA device that does not exist (fake_cuda.py).
+
+The memory and the bytes of docs/performance.md:
+
+    pytest -m soak -s tests/test_cuda_without_gpu.py
+"""
+import re
+from unittest import mock
+
+import pytest
+import timm
+import torch
+
+import cmt
+import engine
+import nano
+import options
+import train
+from fake_cuda import CUDA, ROOT, Engine, PeakMemory, Recorder, attention, fake, fake_cuda
+from utils import Progress
+
+PRODUCTS = 'convolution', 'convolution_backward', 'addmm', 'mm', '_scaled_dot_product_efficient_attention'
+
+
+class Data:
+    classes = [str(i) for i in range(1000)]
+
+    def __len__(self):
+        return 4096
+
+
+def build(*flags):
+    """Build a run as train.py does; the tensors are fake."""
+    args = options.parse_args(['--model', 'cmt_nano', '--input-size', '64', '--batch-size', '8', '--num-workers', '0',
+                               *flags])
+    nothing = train.InitialState(None, None, None)
+    model = fake(lambda: train.load_model(args, nothing, Data.classes, torch.device('cpu')))
+    return train.build_run(args, model, Data(), Data(), CUDA)
+
+
+def batches(run, count):
+    size = run.args.input_size
+    return [(torch.empty(run.args.batch_size, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
+             torch.zeros(run.args.batch_size, dtype=torch.int64)) for _ in range(count)]
+
+
+def record_step(*flags, accum=1, has_bfloat16=True):
+    """Return what the second step of a run does."""
+    with fake_cuda(has_bfloat16):
+        run, meters = build(*flags), engine.Meters(CUDA)
+        run.train_step.model.train()
+        for step in range(2):
+            attention.calls.clear()
+            with Recorder() as record:
+                run.train_step(batches(run, accum), 0, step, meters)
+    return record
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_the_engine_in_python_equals_torchs(checkpointing):
+    def gradients(backward):
+        torch.manual_seed(0)
+        model = timm.create_model('cmt_nano', num_classes=5, img_size=64, drop_path_rate=0.2).train()
+        model.set_grad_checkpointing(checkpointing)
+        backward(model(torch.randn(4, 3, 64, 64)).square().sum())
+        return [p.grad for p in model.parameters()]
+
+    python = Engine()
+    expected = gradients(torch.Tensor.backward)
+    with mock.patch.object(torch._C, '_current_graph_task_id', lambda: python.task):
+        assert nano.same(gradients(python.backward), expected)
+
+
+@pytest.mark.parametrize('accum, flags', [
+    (1, ''), (2, '--grad-checkpointing --on-nonfinite skip'), (1, '--amp-dtype float16 --clip-grad 1'),
+    (1, '--amp-dtype float16 --fast-norm --mixup 0 --cutmix 0 --remode const'), (1, '--amp-dtype float32 --opt lamb'),
+    (1, '--clip-grad 1 --clip-mode agc --no-model-ema --freeze-stages 1 --remode rand'),
+    (1, '--distillation-type soft --teacher-model cmt_nano'), (1, '--distillation-type hard --teacher-model cmt_nano'),
+])
+def test_a_step_stays_on_the_device(accum, flags, monkeypatch):
+    """Two copies of a batch, no wait, and 16 bits in every product."""
+    monkeypatch.setattr(train, 'build_teacher', lambda name, *_: fake(
+        lambda: timm.create_model(name, num_classes=1000, img_size=64), device=torch.device('cpu')))
+    record = record_step(*flags.split(), accum=accum)
+    assert record.copies == {('cpu', 'cuda', dtype, True): accum for dtype in (torch.uint8, torch.int64)}
+    assert not record.syncs and not record.scalars
+    dtype = getattr(torch, flags.split()[1]) if 'amp-dtype' in flags else torch.bfloat16
+    assert record.float64 - ({'engine.py:__call__'} if dtype == torch.float16 else set()) == {'engine.py:add'}
+    assert {name: record.dtypes[name] for name in PRODUCTS} == dict.fromkeys(PRODUCTS, {dtype})
+    assert record.dtypes['native_layer_norm'] == {dtype if 'fast-norm' in flags else torch.float32}
+    assert {call[1:] for call in attention.calls} == {(dtype, True, True)}
+    if dtype == torch.float16:  # Without a driver, torch takes bfloat16 convolutions for slow ones with NCHW outputs.
+        assert record.layouts == {True}
+
+
+def test_a_device_that_emulates_bfloat16_trains_in_float16_with_loss_scaling():
+    record = record_step(has_bfloat16=False)
+    assert record.dtypes['convolution'] == {torch.float16}
+    assert record.launches['_amp_foreach_non_finite_check_and_unscale_'] and record.launches['_amp_update_scale_']
+
+
+def test_what_waits_for_the_device_is_known():
+    """An optimizer without a fused form waits if steps may be skipped, and an EMA in host memory copies each tensor."""
+    assert record_step('--on-nonfinite', 'skip', '--opt', 'sgd').syncs == {'engine.py:_optimizer_step'}
+    record = record_step('--model-ema-force-cpu')
+    tensors = len(nano.small(depths=(1,) * 4).state_dict())
+    assert sum(n for (source, *_), n in record.copies.items() if source == 'cuda') == tensors
+
+
+def test_an_epoch_waits_only_for_its_figures():
+    with fake_cuda():
+        run, meters = build('--amp-dtype', 'float16'), engine.Meters(CUDA)
+        run.train_loader, progress = batches(run, 3), Progress('', 3, enabled=False)
+        with Recorder() as record:
+            steps = list(engine.train_one_epoch(
+                run.train_step, run.train_loader, 0, 0, 3, 1, meters, progress, check_every=10))
+    assert steps == [1, 2, 3] and record.syncs == {'engine.py:read'}
+
+
+def record_evaluation(name='core', count=3):
+    with fake_cuda():
+        run = build('--amp-dtype', 'float16')
+        model = run.ema.module if name == 'ema' else run.core
+        before = []
+        with Recorder(answer=1) as record, mock.patch.object(
+                engine, 'all_reduce_', side_effect=lambda sums: (before.extend(record.syncs), sums)[1]):
+            train.score(model, batches(run, count), CUDA, run.eval_autocast)
+    assert not before and record.syncs == {'engine.py:evaluate'}  # on its last line
+    return record
+
+
+@pytest.mark.parametrize('name', ['core', 'ema'])
+def test_evaluation_waits_once(name):
+    record = record_evaluation(name)
+    mean_and_std = {('cpu', 'cuda', torch.float32, False): 2}
+    assert record.copies == mean_and_std | {('cpu', 'cuda', dtype, True): 3 for dtype in (torch.uint8, torch.int64)}
+    assert not record.scalars and record.float64 == {'engine.py:evaluate'} and record.layouts == {True}
+    assert record.dtypes['convolution'] == record.dtypes['addmm'] == {torch.float16}
+
+
+def test_throughput_waits_before_and_after():
+    with fake_cuda(), mock.patch.object(torch.cuda, 'synchronize') as synchronize:
+        run = build()
+        images, _ = run.train_step.preprocess(*batches(run, 1)[0])
+        with Recorder() as record:
+            engine.throughput(run.core, images, run.eval_autocast, warmup=2, runs=2)
+    assert synchronize.call_count == 2 and not record.syncs and not record.copies
+    assert record.dtypes['convolution'] == {torch.bfloat16}
+
+
+def test_no_float64_on_devices_without_it(monkeypatch):
+    assert engine.sum_dtype(torch.device('mps')) == torch.float32
+    monkeypatch.setattr(engine, 'sum_dtype', lambda device: torch.float32)
+    assert not record_step().float64 and not record_evaluation().float64
+
+
+@pytest.mark.parametrize('name', ['cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'])
+def test_published_models_get_fused_attention(name):
+    """At the published size, and with fewer blocks at 224 px and at a size of the call."""
+    for dtype, settings in ((torch.bfloat16, {}), (torch.float16, dict(img_size=224, depths=(1,) * 4)),
+                            (torch.bfloat16, dict(dynamic_img_size=True, depths=(1,) * 4))):
+        with fake_cuda(), torch.autocast('cuda', dtype):
+            model = fake(lambda settings=settings: timm.create_model(name, **settings))
+            size = 96 if model.dynamic_img_size else model.img_size[0]
+            model(torch.zeros(1, 3, size, size, device=CUDA))
+        assert len(attention.calls) == sum(len(stage.blocks) for stage in model.stages)
+        for width, *rest in attention.calls:
+            assert width % 8 == 0 and rest == [dtype, True, True]
+
+
+def test_attention_without_autocast_casts_the_position_bias():
+    """apex casts the operands of products, but not the mask."""
+    with fake_cuda():
+        lmhsa = fake(lambda: cmt.LMHSA(46, 1, 8).half())
+        lmhsa(torch.zeros(1, 46, 16, 16, device=CUDA, dtype=torch.float16), torch.zeros(1, 1, 256, 8, device=CUDA))
+    assert attention.calls == [(48, torch.float16, True, True)]
+
+
+# Estimates of docs/performance.md
+
+RECIPES = {'cmt_ti': (160, 256), 'cmt_xs': (192, 256), 'cmt_s': (224, 128), 'cmt_b': (256, 64)}  # pixels, batch
+FORMS = {'16 bits': '--amp-dtype float16', '--fast-norm': '--amp-dtype float16 --fast-norm',
+         '--grad-checkpointing': '--amp-dtype float16 --grad-checkpointing', 'float32': '--amp-dtype float32'}
+
+
+def measure(name, form, batch):
+    """Return the peak memory (GiB) of a step of a published recipe, and the bytes that it moves (GB)."""
+    with fake_cuda() as backward:
+        run = build('--config', f'{ROOT}/configs/{name}.yaml', '--no-apex-amp', '--model', name, '--input-size',
+                    str(RECIPES[name][0]), '--batch-size', str(batch), *FORMS[form].split())
+        meters, modules = engine.Meters(CUDA), [run.core, *([run.ema.module] if run.ema else [])]
+        run.train_step.model.train()
+        hooks = torch.autograd.graph.saved_tensors_hooks(backward.pack, backward.unpack)
+        with PeakMemory(*modules) as memory, hooks:
+            for step in range(2):
+                with Recorder() as record:
+                    run.train_step(batches(run, 1), 0, step, meters)
+    return memory.peak / 2 ** 30, record.bytes / 1e9
+
+
+@pytest.mark.soak
+def test_memory_and_bytes_are_those_of_the_docs():
+    """Print the tables of docs/performance.md, and compare the page with them."""
+    page = (ROOT / 'docs' / 'performance.md').read_text()
+    for name, (size, batch) in RECIPES.items():
+        rows = {form: measure(name, form, batch) for form in FORMS}
+        print(f'\n| {name} | {batch} at {size} px |', ' | '.join(
+            f'{memory:.1f} / {moved:.0f}' for memory, moved in rows.values()), '|')
+        for form in ('16 bits', '--grad-checkpointing'):
+            memory = rows[form][0]
+            image = (memory - measure(name, form, batch // 2)[0]) / (batch - batch // 2)  # GiB
+            largest = (int((gpu - 3 - memory) / image + batch) // 8 * 8 for gpu in (16, 24, 40, 80))
+            print('|', name, '|', form, '|', ' | '.join(map(str, largest)), '|')
+        printed, = re.findall(rf'^\| {name} \| {batch} at {size} px \|(.*)\|$', page, re.MULTILINE)
+        for figures, row in zip(printed.split('|'), rows.values(), strict=True):
+            assert [float(figure) for figure in figures.split('/')] == pytest.approx(row, rel=0.03)
