@@ -92,28 +92,28 @@ def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio
 
 @register_notrace_function  # A traced model must decide at each call.
 @torch.fx.wrap
-def attention_mask(bias: torch.Tensor) -> torch.Tensor:
-    """Return a position bias as the mask of attention, padded by zeros to a multiple of 8 keys.
+def attention_bias(position_bias: torch.Tensor) -> torch.Tensor:
+    """Return a stage's position bias as its blocks add it to the scores, padded by zeros to a multiple of 8 keys.
 
-    CUDA's fused kernels need aligned rows: torch would pad the mask once a block instead of once a stage. The mask is
-    detached while gradients are off. Otherwise hooks on a block's inputs (torch's FLOP counter) would fail on a view
-    that requires grad, and in inference mode on a Parameter. Traced and exported models do neither, since they may be
-    trained later, and torch pads for them.
+    CUDA's fused attention needs aligned rows; torch itself would pad the bias once a block. The result is detached
+    while gradients are off: hooks on a block's inputs (torch's FLOP counter) fail on a view that requires grad, and in
+    inference mode on a Parameter. Traced and exported models may be trained later, so theirs is neither padded nor
+    detached.
 
     Args:
-        bias: (heads, H, W, H / k, W / k).
+        position_bias: (heads, H, W, H / k, W / k).
 
     Returns:
-        (1, heads, N, N_kv + padding), in the dtype of `bias`.
+        (1, heads, N, N_kv + padding), in the dtype of `position_bias`.
     """
-    mask = bias.flatten(3).flatten(1, 2).unsqueeze(0)
+    bias = position_bias.flatten(3).flatten(1, 2).unsqueeze(0)
     if torch.jit.is_tracing():
-        return mask
+        return bias
     if not torch.jit.is_scripting():  # TorchScript cannot compile is_exporting.
         if torch.compiler.is_exporting():
-            return mask
-    mask = F.pad(mask, (0, -mask.shape[3] % 8))
-    return mask if torch.is_grad_enabled() else mask.detach()
+            return bias
+    bias = F.pad(bias, (0, -bias.shape[3] % 8))
+    return bias if torch.is_grad_enabled() else bias.detach()
 
 
 @contextlib.contextmanager
@@ -233,7 +233,8 @@ class LMHSA(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x, mask: Optional[torch.Tensor]):
+    def forward(self, x, bias: Optional[torch.Tensor]):
+        # bias: (1, heads, N, N_kv + padding)
         B, C, H, W = x.shape
         q = self.q(x.flatten(2).transpose(1, 2))  # (B, N, C)
         k, v = self.kv(self.sr(x).flatten(2).transpose(1, 2)).chunk(2, dim=-1)  # (B, N_kv, C)
@@ -244,16 +245,18 @@ class LMHSA(nn.Module):
         if self.fused_attn:
             if self.head_pad > 0:
                 q, k, v = F.pad(q, (0, self.head_pad)), F.pad(k, (0, self.head_pad)), F.pad(v, (0, self.head_pad))
-            if mask is not None:  # The cast comes first, so that the gradients of all blocks are added in float32.
-                mask = mask.to(q.dtype)[..., :k.shape[2]]
+            if bias is not None:
+                # Each block casts, so that the gradients of all blocks are summed in float32. The slice comes after the
+                # cast, which would return contiguous, unaligned rows.
+                bias = bias.to(q.dtype)[..., :k.shape[2]]
             x = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=self.attn_drop.p if self.training else 0., scale=self.scale)
+                q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0., scale=self.scale)
             if self.head_pad > 0:
                 x = x[..., :self.head_dim]
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1)
-            if mask is not None:
-                attn = attn + mask[..., :k.shape[2]]
+            if bias is not None:
+                attn = attn + bias[..., :k.shape[2]]
             x = self.attn_drop(attn.softmax(dim=-1)) @ v
 
         x = x.transpose(1, 2).flatten(2)  # (B, N, C)
@@ -309,9 +312,9 @@ class CMTBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
-    def forward(self, x, mask: Optional[torch.Tensor]):
+    def forward(self, x, bias: Optional[torch.Tensor]):
         x = self.lpu(x)
-        x = x + self.drop_path1(self.lmhsa(self.norm1(x), mask))
+        x = x + self.drop_path1(self.lmhsa(self.norm1(x), bias))
         return x + self.drop_path2(self.irffn(self.norm2(x)))
 
     @torch.no_grad()
@@ -353,26 +356,25 @@ class CMTStage(nn.Module):
 
     def forward(self, x):
         x = self.aggregation(x)
-        mask: Optional[torch.Tensor] = None
         bias = self.position_bias
         if bias is not None:
             if self.dynamic_img_size:
                 bias = resample_position_bias(bias, x.shape[2], x.shape[3], self.sr_ratio)
-            mask = attention_mask(bias)
+            bias = attention_bias(bias)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = self._checkpointed(block, x, mask)
+                x = self._checkpointed(block, x, bias)
             else:
-                x = block(x, mask)
+                x = block(x, bias)
         return x
 
     @torch.jit.ignore
-    def _checkpointed(self, block: CMTBlock, x: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+    def _checkpointed(self, block: CMTBlock, x: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
         # timm's checkpoint() would count a batch twice in BatchNorm.
         # Under torch.compile, torch's own takes no context_fn, and updates buffers only once.
         context = {} if torch.compiler.is_compiling() else dict(
             context_fn=lambda: (contextlib.nullcontext(), _copied_buffers(block)))
-        return checkpoint(block, x, mask, use_reentrant=False, **context)
+        return checkpoint(block, x, bias, use_reentrant=False, **context)
 
 
 class HeadProjection(nn.Module):

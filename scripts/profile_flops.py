@@ -7,7 +7,6 @@ every model is profiled at its default input size. For one model at another size
     python scripts/profile_flops.py --json
 """
 import json
-import warnings
 from typing import Any
 
 import timm
@@ -40,12 +39,10 @@ def profile(name: str, input_size: int | None = None) -> dict[str, Any]:
 
     rows = []
     x = torch.zeros(1, model.in_chans, *model.img_size)
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'No handlers found: "aten::unbind"')  # a view, which costs nothing
-        for stage, module in stages.items():
-            params = sum(p.numel() for p in module.parameters())
-            rows.append({'name': stage, 'macs': profile_macs(module, x), 'params': params})
-            x = module(x)
+    for stage, module in stages.items():
+        params = sum(p.numel() for p in module.parameters())
+        rows.append({'name': stage, 'macs': profile_macs(module, x), 'params': params})
+        x = module(x)
     return {'model': name, 'input_size': model.img_size[0], 'macs': sum(row['macs'] for row in rows),
             'params': sum(row['params'] for row in rows), 'stages': rows}
 

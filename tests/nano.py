@@ -49,7 +49,8 @@ def warm(seed=0, **kwargs) -> cmt.CMT:
     return model.eval()
 
 
-SMALL = dict(img_size=64, stem_chs=8, embed_dims=(8, 16, 32, 64), depths=(1, 2, 2, 1), num_features=64, num_classes=5)
+SMALL = dict(img_size=64, stem_chs=8, embed_dims=(12, 24, 48, 96), depths=(1, 2, 2, 1), num_features=64,
+             num_classes=5)  # heads of 12 channels, which fused attention pads to 16
 
 
 def small(seed=0, **kwargs) -> cmt.CMT:

@@ -407,13 +407,13 @@ def test_intermediates_and_pruning():
     model, x = small().eval(), images(64, 64)
     final, maps = model.forward_intermediates(x)
     assert torch.equal(final, model.forward_features(x)) and final.shape == (2, 64, 2, 2)
-    assert [m.shape[1:] for m in maps] == [(8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 2, 2)]
+    assert [m.shape[1:] for m in maps] == [(12, 16, 16), (24, 8, 8), (48, 4, 4), (96, 2, 2)]
     assert torch.equal(model.forward_intermediates(x, indices=[1])[0], final)
     last, early = model.forward_intermediates(x, indices=[1], stop_early=True)
     alone = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
     assert len(early) == len(alone) == 1 and all(torch.equal(m, maps[1]) for m in (last, *early, *alone))
     assert model.prune_intermediate_layers([0, 2]) == [0, 2]
-    assert len(model.stages) == 3 and model.num_features == 32 and isinstance(model.head_proj, nn.Identity)
+    assert len(model.stages) == 3 and model.num_features == 48 and isinstance(model.head_proj, nn.Identity)
     assert torch.equal(model(x), maps[2])
 
 
