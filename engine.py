@@ -166,8 +166,9 @@ class TrainStep:
             images, targets = self.preprocess(images, targets)
             with contextlib.nullcontext() if last or not hasattr(self.model, 'no_sync') else self.model.no_sync():
                 with self.autocast():
-                    teacher_logits = [] if self.teacher is None else [self.teacher(images)]
-                    batch_loss = self.criterion(self.model(images), targets, *teacher_logits) / len(batches)
+                    teacher_logits = [] if self.teacher is None else [self.teacher(images).float()]
+                    # float: F.cross_entropy would round the log-probabilities to 16 bits.
+                    batch_loss = self.criterion(self.model(images).float(), targets, *teacher_logits) / len(batches)
                 self.scaler.backward(batch_loss, self.optimizer, last)
             loss = loss + batch_loss.detach()
 

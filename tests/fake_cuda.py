@@ -10,13 +10,14 @@ import traceback
 import weakref
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -114,11 +115,30 @@ def is_leaf(node):
 def fake_cuda(has_bfloat16=True):
     """Let tensors be on CUDA, and yield the Engine of its backward passes; older devices only emulate bfloat16."""
     mode, engine, generator = FakeTensorMode(), Engine(), torch.Generator
+
+    def to(module, device):  # torch's own refuses fake tensors that were copied.
+        def move(t):
+            return t.to(device) if isinstance(t, FakeTensor) else torch.empty_strided(
+                t.shape, t.stride(), dtype=t.dtype, device=device)
+
+        with mode:
+            for m in module.modules():
+                for tensors in m._parameters, m._buffers:
+                    for name, t in tensors.items():
+                        if isinstance(t, nn.Parameter):
+                            tensors[name] = nn.Parameter(move(t).detach(), t.requires_grad)
+                        elif t is not None:
+                            tensors[name] = move(t)
+        return module
+
+    def waits(*args, **kwargs):
+        raise AssertionError('this call waits for the device')
+
     with contextlib.ExitStack() as stack:
         for target, name, value in (
                 (torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False),  # autocast and GradScaler
                 (torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation or has_bfloat16),
-                (nn.Module, 'to', lambda module, device: replace(module, lambda t: t.to(device))),
+                (nn.Module, 'to', to), (FakeTensor, '__repr__', waits), (torch.cuda, 'empty_cache', waits),
                 (torch, 'Generator', lambda device='cpu': generator()),  # of ModelEmaV3
                 (torch.utils.checkpoint, 'get_device_states', lambda *args: ([], [])),
                 (torch.utils.checkpoint, 'set_device_states', lambda *args, **kwargs: None),
@@ -143,7 +163,8 @@ def attention(q, k, v, attn_mask=None, dropout_p=0., scale=None):
     is_aligned = attn_mask is None or all(stride % 8 == 0 for stride in attn_mask.stride()[:-1])
     is_fused = q.shape[-1] % (8 if q.dtype.itemsize == 2 else 4) == 0 and (
         attn_mask is None or attn_mask.dtype == q.dtype)
-    attention.calls.append((q.shape[-1], q.dtype, is_fused, is_aligned))
+    batch = 1 if attn_mask is None else attn_mask.shape[0]
+    attention.calls.append(Call(q.shape[-1], q.dtype, is_fused, is_aligned, batch, torch.is_grad_enabled()))
     if not is_fused:
         return sdpa(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
     if attn_mask is not None:
@@ -153,26 +174,23 @@ def attention(q, k, v, attn_mask=None, dropout_p=0., scale=None):
         q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, False, scale=scale)[0]
 
 
-attention.calls = []  # (head width, dtype, whether a fused kernel takes it, whether torch need not pad the mask)
+class Call(NamedTuple):
+    width: int  # of a head
+    dtype: torch.dtype
+    is_fused: bool
+    is_aligned: bool  # torch need not pad the mask
+    batch: int  # of the mask
+    has_grad: bool
 
 
-def replace(module, function):
-    """Replace each tensor of a module; Module.to() refuses fake tensors that were copied."""
-    for m in module.modules():
-        for tensors in m._parameters, m._buffers:
-            for name, t in tensors.items():
-                if isinstance(t, nn.Parameter):
-                    tensors[name] = nn.Parameter(function(t).detach(), t.requires_grad)
-                elif t is not None:
-                    tensors[name] = function(t)
-    return module
+attention.calls = []
 
 
-def fake(build, device=CUDA):
-    """Return the module that `build` builds with real tensors, which may need their values, as a fake one."""
+@contextlib.contextmanager
+def real():
+    """Build modules from real tensors, which may need their values; Module.to() makes them fake."""
     with unset_fake_temporarily():
-        module = build()
-    return replace(module, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device))
+        yield
 
 
 # What happens on the device
@@ -189,9 +207,12 @@ def place():
 class Recorder(TorchDispatchMode):
     """Record what a GPU would be asked to do, and answer `answer` where the host needs a value.
 
+    Args:
+        batches: images and targets in pinned memory.
+
     Attributes:
-        copies: (from, to, dtype, non_blocking) of copies between devices, with their number.
-        syncs: places of the project that wait for the device.
+        copies: (from, to, dtype, dtype there, non_blocking, whether of pinned memory) of copies, with their number.
+        syncs: places of the project that wait for the device, with the number of values that they read.
         scalars: operators with a tensor on the device and a scalar tensor on the host, which would be copied.
         dtypes: floating-point dtypes of the operands with more than one element, for each operator.
         float64: places of the project with float64 tensors on the device.
@@ -200,17 +221,18 @@ class Recorder(TorchDispatchMode):
         launches: operators that start a kernel.
     """
 
-    def __init__(self, device=CUDA, answer=0):
+    def __init__(self, batches=(), answer=0):
         super().__init__()
-        self.device, self.answer = device, answer
-        self.copies, self.syncs, self.scalars, self.launches = Counter(), set(), set(), Counter()
+        self.device, self.answer = CUDA, answer
+        self.pinned = {t.untyped_storage()._cdata for batch in batches for t in batch}
+        self.copies, self.syncs, self.scalars, self.launches = Counter(), Counter(), set(), Counter()
         self.dtypes, self.float64, self.layouts, self.bytes = defaultdict(set), set(), set(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
         name = {'conv2d': 'convolution', 'linear': 'addmm'}.get(name, name)  # In inference mode these stay whole.
         if name in ('_local_scalar_dense', 'item') and args[0].device == self.device:
-            self.syncs.add(place())
+            self.syncs[place()] += 1
             return self.answer
         result = function(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -220,9 +242,10 @@ class Recorder(TorchDispatchMode):
             return result
         if name in ('_to_copy', 'copy_', 'to'):
             source, target = (args[1], args[0]) if name == 'copy_' else (args[0], result)
+            named = dict(zip([argument.name for argument in function._schema.arguments], args)) | kwargs
             if source.device != target.device:
-                non_blocking = kwargs.get('non_blocking', args[2] if len(args) > 2 else False)
-                self.copies[source.device.type, target.device.type, source.dtype, non_blocking] += 1
+                self.copies[source.device.type, target.device.type, source.dtype, target.dtype, named.get(
+                    'non_blocking', False), source.untyped_storage()._cdata in self.pinned] += 1
         elif len(devices) > 1:
             self.scalars.add(f'{name} at {place()}')
         if any(t.dtype == torch.float64 and t.device == self.device for t in tensors):

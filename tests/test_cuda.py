@@ -152,10 +152,10 @@ def test_memory_is_that_of_the_table(name, form):
     run, meters = train.build_run(args, model, Data(), Data(), DEVICE), engine.Meters(DEVICE)
     del model
     run.train_step.model.train()
-    run.train_step(batches(run, 1), 0, 0, meters)
+    run.train_step(batches(args, 1), 0, 0, meters)
     if DEVICE.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-        run.train_step(batches(run, 1), 0, 1, meters)
+        run.train_step(batches(args, 1), 0, 1, meters)
         peak = torch.cuda.max_memory_allocated() / 2 ** 30
         print(f'{name}, {form}: {peak:.1f} GiB, estimated {estimate:.1f} GiB')
         assert 0.9 * estimate < peak < 1.1 * estimate + 0.5

@@ -4,9 +4,13 @@ The memory and the bytes of docs/performance.md:
 
     pytest -m soak -s tests/test_cuda_without_gpu.py
 """
+import contextlib
 import ctypes
 import gc
 import re
+import sys
+import time
+import types
 from unittest import mock
 
 import pytest
@@ -18,9 +22,9 @@ import cmt
 import engine
 import nano
 import options
+import processes
 import train
-from fake_cuda import CUDA, ROOT, Engine, PeakMemory, Recorder, attention, fake, fake_cuda
-from utils import Progress
+from fake_cuda import CUDA, ROOT, Engine, PeakMemory, Recorder, attention, fake_cuda, real
 
 PRODUCTS = 'convolution', 'convolution_backward', 'addmm', 'mm', '_scaled_dot_product_efficient_attention'
 
@@ -32,31 +36,42 @@ class Data:
         return 4096
 
 
+def parse(*flags):
+    return options.parse_args(['--model', 'cmt_nano', '--input-size', '64', '--batch-size', '8', '--num-workers', '0',
+                               *flags])
+
+
 def build(*flags, device=CUDA):
     """Build a run as train.py does; on CUDA its tensors are fake."""
-    args = options.parse_args(['--model', 'cmt_nano', '--input-size', '64', '--batch-size', '8', '--num-workers', '0',
-                               *flags])
-    def load():
-        return train.load_model(args, train.InitialState(None, None, None), Data.classes, torch.device('cpu'))
+    args = parse(*flags)
+    with real() if device == CUDA else contextlib.nullcontext():
+        model = train.load_model(args, train.InitialState(None, None, None), Data.classes, device)
+    run = train.build_run(args, model, Data(), Data(), device)
+    run.stop = types.SimpleNamespace(signal=0)
+    return run
 
-    return train.build_run(args, fake(load) if device == CUDA else load(), Data(), Data(), device)
+
+def batches(args, count):
+    size = args.input_size
+    return [(torch.empty(args.batch_size, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
+             torch.zeros(args.batch_size, dtype=torch.int64)) for _ in range(count)]
 
 
-def batches(run, count):
-    size = run.args.input_size
-    return [(torch.empty(run.args.batch_size, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
-             torch.zeros(run.args.batch_size, dtype=torch.int64)) for _ in range(count)]
+def of_batches(count):
+    """The copies of batches to the device."""
+    return {('cpu', 'cuda', dtype, dtype, True, True): count for dtype in (torch.uint8, torch.int64)}
 
 
 def record_step(*flags, accum=1, has_bfloat16=True):
     """Return what the second step of a run does."""
     with fake_cuda(has_bfloat16):
-        run, meters = build(*flags), engine.Meters(CUDA)
+        run, meters = build(*flags), engine.Meters(CUDA, [[0.] * len(engine.Meters.NAMES)])
         run.train_step.model.train()
+        group = batches(run.args, accum)
         for step in range(2):
             attention.calls.clear()
-            with Recorder() as record:
-                run.train_step(batches(run, accum), 0, step, meters)
+            with Recorder(group) as record:
+                run.train_step(group, 0, step, meters)
     return record
 
 
@@ -77,85 +92,139 @@ def test_the_engine_in_python_equals_torchs(checkpointing):
 
 @pytest.mark.parametrize('accum, flags', [
     (1, ''), (2, '--grad-checkpointing --on-nonfinite skip'), (1, '--amp-dtype float16 --clip-grad 1'),
-    (1, '--amp-dtype float16 --fast-norm --mixup 0 --cutmix 0 --remode const'), (1, '--amp-dtype float32 --opt lamb'),
+    (1, '--amp-dtype float16 --fast-norm --mixup 0 --cutmix 0 --smoothing 0 --remode const'),
+    (1, '--amp-dtype float32 --opt lamb'),
     (1, '--clip-grad 1 --clip-mode agc --no-model-ema --freeze-stages 1 --remode rand'),
-    (1, '--distillation-type soft --teacher-model cmt_nano'), (1, '--distillation-type hard --teacher-model cmt_nano'),
+    (1, '--distillation-type soft --teacher-model cmt_nano --clip-grad 1 --clip-mode value'),
+    (1, '--distillation-type hard --teacher-model cmt_nano --mixup 0 --cutmix 0'),
 ])
 def test_a_step_stays_on_the_device(accum, flags, monkeypatch):
     """Two copies of a batch, no wait, and 16 bits in every product."""
-    monkeypatch.setattr(train, 'build_teacher', lambda name, *_: fake(
-        lambda: timm.create_model(name, num_classes=1000, img_size=64), device=torch.device('cpu')))
+    def build_teacher(name, *_):
+        with real():
+            return timm.create_model(name, num_classes=1000, img_size=64).to('cpu')
+
+    monkeypatch.setattr(train, 'build_teacher', build_teacher)
     record = record_step(*flags.split(), accum=accum)
-    assert record.copies == {('cpu', 'cuda', dtype, True): accum for dtype in (torch.uint8, torch.int64)}
-    assert not record.syncs and not record.scalars
+    assert record.copies == of_batches(accum) and not record.syncs and not record.scalars
+    assert record.launches['sub_'] == accum  # The whole batch is normalized at once.
     dtype = getattr(torch, flags.split()[1]) if 'amp-dtype' in flags else torch.bfloat16
     assert record.float64 - ({'engine.py:__call__'} if dtype == torch.float16 else set()) == {'engine.py:add'}
     assert {name: record.dtypes[name] for name in PRODUCTS} == dict.fromkeys(PRODUCTS, {dtype})
+    assert record.dtypes['gelu'] == record.dtypes['silu'] == {dtype}
     assert record.dtypes['native_layer_norm'] == {dtype if 'fast-norm' in flags else torch.float32}
-    assert {call[1:] for call in attention.calls} == {(dtype, True, True)}
+    assert record.dtypes['_log_softmax_backward_data'] == {torch.float32}
+    for call in attention.calls:
+        assert call.dtype == dtype and call.is_fused and call.is_aligned and call.batch == 1
     if dtype == torch.float16:  # Without a driver, torch takes bfloat16 convolutions for slow ones with NCHW outputs.
         assert record.layouts == {True}
 
 
-def test_a_device_that_emulates_bfloat16_trains_in_float16_with_loss_scaling():
-    record = record_step(has_bfloat16=False)
+@pytest.mark.parametrize('flags, has_bfloat16', [([], False), (['--apex-amp'], True)])
+def test_float16_scales_the_loss(flags, has_bfloat16, monkeypatch):
+    """On a device that emulates bfloat16, and where apex is not installed."""
+    monkeypatch.setitem(sys.modules, 'apex', None)
+    record = record_step(*flags, has_bfloat16=has_bfloat16)
     assert record.dtypes['convolution'] == {torch.float16}
     assert record.launches['_amp_foreach_non_finite_check_and_unscale_'] and record.launches['_amp_update_scale_']
 
 
 def test_what_waits_for_the_device_is_known():
     """An optimizer without a fused form waits if steps may be skipped, and an EMA in host memory copies each tensor."""
-    assert record_step('--on-nonfinite', 'skip', '--opt', 'sgd').syncs == {'engine.py:_optimizer_step'}
+    assert record_step('--on-nonfinite', 'skip', '--opt', 'sgd').syncs == {'engine.py:_optimizer_step': 1}
     record = record_step('--model-ema-force-cpu')
     tensors = len(nano.small(depths=(1,) * 4).state_dict())
     assert sum(n for (source, *_), n in record.copies.items() if source == 'cuda') == tensors
 
 
-def test_an_epoch_waits_only_for_its_figures():
+@pytest.fixture
+def one_rank(monkeypatch):
+    """Ranks agree by tensors on the CPU, whose values are missing here."""
+    monkeypatch.setattr(processes, 'all_reduce_max', lambda value: value)
+
+
+def test_an_epoch_waits_only_for_its_figures(one_rank, monkeypatch):
+    """The meters are read after the steps of --print-freq and at the end."""
+    monkeypatch.setattr(Data, '__len__', lambda data: 24)
     with fake_cuda():
-        run, meters = build('--amp-dtype', 'float16'), engine.Meters(CUDA)
-        run.train_loader, progress = batches(run, 3), Progress('', 3, enabled=False)
-        with Recorder() as record:
-            steps = list(engine.train_one_epoch(
-                run.train_step, run.train_loader, 0, 0, 3, 1, meters, progress, check_every=10))
-    assert steps == [1, 2, 3] and record.syncs == {'engine.py:read'}
+        run = build('--print-freq', '2')
+        assert train.loader_options(run.args, CUDA)['pin_memory']
+        run.train_loader = batches(run.args, 3)
+        with Recorder(run.train_loader) as record:
+            assert train.train_epoch(run)
+    assert run.state.step == 3 and record.copies == of_batches(3)
+    number = len(engine.Meters.NAMES)
+    assert record.syncs == {'engine.py:read': 2 * number, 'engine.py:gather': number}
 
 
-def record_evaluation(name='core', count=3):
+def check_evaluation(record, count, before):
+    """One copy of each batch, and one wait, on the last line, for four sums."""
+    mean_and_std = {('cpu', 'cuda', torch.float32, torch.float32, False, False): 2}
+    assert {key: n for key, n in record.copies.items() if key not in mean_and_std} == of_batches(count)
+    assert not before and set(record.syncs) <= {'engine.py:evaluate'} and not record.scalars
+    assert record.float64 <= {'engine.py:evaluate'}
+    assert record.layouts == {True} and record.dtypes['convolution'] == record.dtypes['addmm'] == {torch.float16}
+    assert not any(call.has_grad for call in attention.calls)
+    if record.syncs:
+        assert record.syncs['engine.py:evaluate'] % 4 == 0
+        assert record.dtypes['topk'] == record.dtypes['cross_entropy_loss'] == {torch.float32}
+
+
+@pytest.fixture
+def before_the_end(monkeypatch):
+    """What waits before the sums of an evaluation are all-reduced, once Recorder and list are there."""
+    waited = []
+
+    def all_reduce_(sums):
+        waited.extend(place for place, n in waited.record.syncs.items() if n % 4)
+        return sums
+
+    class Waited(list):
+        record = None
+
+    waited = Waited()
+    monkeypatch.setattr(engine, 'all_reduce_', all_reduce_)
+    return waited
+
+
+@pytest.mark.parametrize('flags', [[], ['--model-ema-force-cpu']])
+def test_an_evaluation_waits_once(flags, one_rank, before_the_end):
+    """That of the model and that of the EMA, which may come from host memory."""
     with fake_cuda():
-        run = build('--amp-dtype', 'float16')
-        model = run.ema.module if name == 'ema' else run.core
-        before = []
-        with Recorder(answer=1) as record, mock.patch.object(
-                engine, 'all_reduce_', side_effect=lambda sums: (before.extend(record.syncs), sums)[1]):
-            train.score(model, batches(run, count), CUDA, run.eval_autocast)
-    assert not before and record.syncs == {'engine.py:evaluate'}  # on its last line
-    return record
+        run = build('--amp-dtype', 'float16', *flags)
+        run.val_loader, run.saved_at = batches(run.args, 3), time.monotonic()
+        with Recorder(run.val_loader, answer=1) as record:
+            before_the_end.record = record
+            assert set(train.evaluate_epoch(run)) == {'', 'ema_'}
+        for key in [key for key in record.copies if flags and key[:2] == ('cpu', 'cuda') and not key[-1]]:
+            del record.copies[key]  # of the EMA
+        check_evaluation(record, 6, before_the_end)
+        assert record.syncs == {'engine.py:evaluate': 8}
 
 
-@pytest.mark.parametrize('name', ['core', 'ema'])
-def test_evaluation_waits_once(name):
-    record = record_evaluation(name)
-    mean_and_std = {('cpu', 'cuda', torch.float32, False): 2}
-    assert record.copies == mean_and_std | {('cpu', 'cuda', dtype, True): 3 for dtype in (torch.uint8, torch.int64)}
-    assert not record.scalars and record.float64 == {'engine.py:evaluate'} and record.layouts == {True}
-    assert record.dtypes['convolution'] == record.dtypes['addmm'] == {torch.float16}
-
-
-def test_throughput_waits_before_and_after():
+@pytest.mark.parametrize('flag', ['--eval', '--throughput'])
+def test_what_only_scores_does_so_on_the_device(flag, before_the_end, monkeypatch):
     with fake_cuda(), mock.patch.object(torch.cuda, 'synchronize') as synchronize:
-        run = build()
-        images, _ = run.train_step.preprocess(*batches(run, 1)[0])
-        with Recorder() as record:
-            engine.throughput(run.core, images, run.eval_autocast, warmup=2, runs=2)
-    assert synchronize.call_count == 2 and not record.syncs and not record.copies
-    assert record.dtypes['convolution'] == {torch.bfloat16}
+        run = build('--amp-dtype', 'float16', flag, '--resume', 'x.pth')
+        loader = batches(run.args, 3)
+        monkeypatch.setattr(train, 'build_val_loader', lambda *args: loader)
+        with Recorder(loader, answer=1) as record:
+            before_the_end.record = record
+            train.score_only(run.args, run.core, Data(), CUDA)
+        check_evaluation(record, 3 if flag == '--eval' else 1, before_the_end)
+    assert record.syncs == ({'engine.py:evaluate': 4} if flag == '--eval' else {})
+    assert synchronize.call_count == (0 if flag == '--eval' else 2)
 
 
 def test_no_float64_on_devices_without_it(monkeypatch):
     assert engine.sum_dtype(torch.device('mps')) == torch.float32
     monkeypatch.setattr(engine, 'sum_dtype', lambda device: torch.float32)
-    assert not record_step().float64 and not record_evaluation().float64
+    assert not record_step().float64
+    with fake_cuda():
+        run = build()
+        with Recorder(answer=1) as record:
+            train.score(run.core, batches(run.args, 1), CUDA, run.eval_autocast)
+        assert not record.float64
 
 
 @pytest.mark.parametrize('name', ['cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'])
@@ -164,20 +233,23 @@ def test_published_models_get_fused_attention(name):
     for dtype, settings in ((torch.bfloat16, {}), (torch.float16, dict(img_size=224, depths=(1,) * 4)),
                             (torch.bfloat16, dict(dynamic_img_size=True, depths=(1,) * 4))):
         with fake_cuda(), torch.autocast('cuda', dtype):
-            model = fake(lambda settings=settings: timm.create_model(name, **settings))
+            with real():
+                model = timm.create_model(name, **settings).to(CUDA)
             size = 96 if model.dynamic_img_size else model.img_size[0]
             model(torch.zeros(1, 3, size, size, device=CUDA))
         assert len(attention.calls) == sum(len(stage.blocks) for stage in model.stages)
-        for width, *rest in attention.calls:
-            assert width % 8 == 0 and rest == [dtype, True, True]
+        for call in attention.calls:
+            assert call.width % 8 == 0 and call.dtype == dtype and call.is_fused and call.is_aligned
 
 
 def test_attention_without_autocast_casts_the_position_bias():
     """apex casts the operands of products, but not the mask."""
     with fake_cuda():
-        lmhsa = fake(lambda: cmt.LMHSA(46, 1, 8).half())
+        with real():
+            lmhsa = cmt.LMHSA(46, 1, 8).half().to(CUDA)
         lmhsa(torch.zeros(1, 46, 16, 16, device=CUDA, dtype=torch.float16), torch.zeros(1, 1, 256, 8, device=CUDA))
-    assert attention.calls == [(48, torch.float16, True, True)]
+    call, = attention.calls
+    assert call.width == 48 and call.dtype == torch.float16 and call.is_fused and call.is_aligned
 
 
 # Estimates of docs/performance.md
@@ -201,7 +273,7 @@ def measure(name, form, batch, pads_heads=True):
         with PeakMemory(*modules) as memory, hooks:
             for step in range(2):
                 with Recorder() as record:
-                    run.train_step(batches(run, 1), 0, step, meters)
+                    run.train_step(batches(run.args, 1), 0, step, meters)
     return memory.peak / 2 ** 30, record.bytes / 1e9, sum(record.launches.values())
 
 
@@ -232,7 +304,7 @@ def test_counted_memory_is_resident_on_a_cpu():
     cpu = torch.device('cpu')
 
     def step(run, i):
-        run.train_step(batches(run, 1), 0, i, engine.Meters(run.device))
+        run.train_step(batches(run.args, 1), 0, i, engine.Meters(run.device))
 
     def memory(kind):
         with open('/proc/self/status') as file:

@@ -113,15 +113,18 @@ def test_only_the_last_backward_sums_gradients_over_ranks():
     assert seen == [False, False, True]
 
 
+@pytest.mark.parametrize('scale', [1, 1024])
 @pytest.mark.parametrize('mode, value', [('norm', 0.05), ('value', 0.002), ('agc', 0.05)])
-def test_clipping(mode, value):
+def test_clipping(mode, value, scale):
+    """Gradients are unscaled before they are clipped."""
     images, targets = Preprocessor(CPU)(*batch())
     net = model().eval()
     other, before = copy.deepcopy(net), weights(net)
     build_criterion(False, 0.1)(other(images), targets).backward()
     dispatch_clip_grad(list(other.parameters()), value, mode)
     sgd(other).step()
-    train_step(net, clip_grad=value, clip_mode=mode)([batch()], 0, 0, Meters(CPU))
+    scaler = NativeScaler('cpu', init_scale=float(scale), enabled=scale > 1)
+    train_step(net, clip_grad=value, clip_mode=mode, scaler=scaler)([batch()], 0, 0, Meters(CPU))
     moved = weights(net) - before
     assert torch.allclose(weights(net), weights(other), atol=1e-7) and moved.norm() > 0
     if mode == 'norm':
