@@ -1,11 +1,12 @@
-"""A CUDA device without a GPU, for tests: the project's own step on tensors that claim to be on one.
+"""Run the project's own code on fake CUDA tensors, without a GPU.
 
-FakeTensorMode computes shapes, strides, dtypes and devices, but no values. It raises on operands of two devices and
-where the host needs a value. `fake_cuda` replaces the few calls of a step that would ask the driver. Nothing here can
-tell what a GPU computes, or how fast.
+torch's FakeTensorMode computes shapes, strides, dtypes and devices, but no values. It raises on operands of two devices
+and where the host needs a value. `fake_cuda` replaces the few calls of a step that would ask the driver. It cannot show
+what a GPU computes, or how fast.
 """
 import contextlib
 import heapq
+import itertools
 import traceback
 import weakref
 from collections import Counter, defaultdict
@@ -29,10 +30,12 @@ sdpa = F.scaled_dot_product_attention
 # Autograd
 
 class Engine:
-    """Do what torch's autograd engine does, which asks the CUDA driver for the device of each node.
+    """Compute gradients in Python, since torch's autograd engine asks the CUDA driver for the device of each node.
+
+    `pack` and `unpack` are saved_tensors_hooks that release what a node has saved, as torch's engine does.
 
     Attributes:
-        task: number of the backward pass, by which non-reentrant checkpointing knows what it has recomputed.
+        task: identifies the backward pass for non-reentrant checkpointing.
     """
 
     def __init__(self):
@@ -58,11 +61,12 @@ class Engine:
                     seen.add(node)
                     stack.append(node)
         gradients = defaultdict(dict, {loss.grad_fn: {loss.output_nr: torch.ones_like(loss)}})
-        ready = [(0, 0, loss.grad_fn)]
+        number = itertools.count()
+        ready = [(0, next(number), loss.grad_fn)]
         while ready:
             node = heapq.heappop(ready)[2]
             outputs = self.run(node, gradients.pop(node, {}))
-            while outputs:  # Hold no gradient that torch's engine would have released.
+            while outputs:  # As in torch, nothing holds a gradient longer than needed.
                 (target, i), output = node.next_functions[-len(outputs)], outputs.pop(0)
                 if target is not None and output is not None:
                     other = gradients[target].pop(i, None)
@@ -73,7 +77,7 @@ class Engine:
                 if not waiting[target]:
                     # As in torch, leaves come first, then what the forward pass did last.
                     order = -1e18 if is_leaf(target) else -target._sequence_nr()
-                    heapq.heappush(ready, (order, len(seen) + sum(waiting.values()), target))
+                    heapq.heappush(ready, (order, next(number), target))
         self.task = before
 
     def run(self, node, gradients):

@@ -1,7 +1,7 @@
-"""The same on a GPU: for whoever has one. Nobody has run this file on one yet.
+"""Training, evaluation and detection on a GPU, against the CPU. Nobody has run this file on a GPU yet.
 
     pytest -s tests/test_cuda.py
-    CMT_TEST_DEVICE=cpu pytest tests/test_cuda.py    tries the tests themselves, without a GPU
+    CMT_TEST_DEVICE=cpu pytest tests/test_cuda.py    # try the tests themselves without a GPU
 """
 import contextlib
 import copy
@@ -95,7 +95,7 @@ def start(*argv, module=None, ranks=1):
 
 @pytest.mark.parametrize('dtype', ['auto', 'float16', 'tf32'])
 def test_a_killed_run_is_resumed(dtype, flags, tmp_path):
-    """Bits may differ on a GPU, since cuDNN chooses its algorithms anew; the test says whether they do."""
+    """Bits may differ on a GPU, since each process chooses cuDNN's algorithms; the test prints whether they do."""
     flags = [*flags, '--device', DEVICE.type, '--amp-dtype', dtype, '--save-every-steps', 2]
     assert start(*flags, '--output-dir', tmp_path / 'whole').wait(600) == 0
     killed = start(*flags, '--output-dir', tmp_path / 'killed')

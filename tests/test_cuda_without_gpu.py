@@ -26,6 +26,7 @@ import processes
 import train
 from fake_cuda import CUDA, ROOT, Engine, PeakMemory, Recorder, attention, fake_cuda, real
 
+MEAN_OR_STD = 'cpu', 'cuda', torch.float32, torch.float32, False, False  # a copy at the start of an evaluation
 PRODUCTS = 'convolution', 'convolution_backward', 'addmm', 'mm', '_scaled_dot_product_efficient_attention'
 
 
@@ -36,14 +37,10 @@ class Data:
         return 4096
 
 
-def parse(*flags):
-    return options.parse_args(['--model', 'cmt_nano', '--input-size', '64', '--batch-size', '8', '--num-workers', '0',
-                               *flags])
-
-
 def build(*flags, device=CUDA):
     """Build a run as train.py does; on CUDA its tensors are fake."""
-    args = parse(*flags)
+    args = options.parse_args(
+        ['--model', 'cmt_nano', '--input-size', '64', '--batch-size', '8', '--num-workers', '0', *flags])
     with real() if device == CUDA else contextlib.nullcontext():
         model = train.load_model(args, train.InitialState(None, None, None), Data.classes, device)
     run = train.build_run(args, model, Data(), Data(), device)
@@ -157,63 +154,42 @@ def test_an_epoch_waits_only_for_its_figures(one_rank, monkeypatch):
     assert record.syncs == {'engine.py:read': 2 * number, 'engine.py:gather': number}
 
 
-def check_evaluation(record, count, before):
-    """One copy of each batch, and one wait, on the last line, for four sums."""
-    mean_and_std = {('cpu', 'cuda', torch.float32, torch.float32, False, False): 2}
-    assert {key: n for key, n in record.copies.items() if key not in mean_and_std} == of_batches(count)
-    assert not before and set(record.syncs) <= {'engine.py:evaluate'} and not record.scalars
-    assert record.float64 <= {'engine.py:evaluate'}
-    assert record.layouts == {True} and record.dtypes['convolution'] == record.dtypes['addmm'] == {torch.float16}
-    assert not any(call.has_grad for call in attention.calls)
-    if record.syncs:
-        assert record.syncs['engine.py:evaluate'] % 4 == 0
-        assert record.dtypes['topk'] == record.dtypes['cross_entropy_loss'] == {torch.float32}
-
-
-@pytest.fixture
-def before_the_end(monkeypatch):
-    """What waits before the sums of an evaluation are all-reduced, once Recorder and list are there."""
-    waited = []
-
-    def all_reduce_(sums):
-        waited.extend(place for place, n in waited.record.syncs.items() if n % 4)
-        return sums
-
-    class Waited(list):
-        record = None
-
-    waited = Waited()
-    monkeypatch.setattr(engine, 'all_reduce_', all_reduce_)
-    return waited
+def check_evaluation(record, count):
+    """Two copies of each batch, 16 bits in the model, float32 for the scores."""
+    assert {key: n for key, n in record.copies.items() if key != MEAN_OR_STD} == of_batches(count)
+    assert not record.scalars and record.float64 <= {'engine.py:evaluate'} and record.layouts == {True}
+    assert record.dtypes['convolution'] == record.dtypes['addmm'] == {torch.float16}
+    assert record.dtypes['topk'] | record.dtypes['cross_entropy_loss'] <= {torch.float32}
+    assert attention.calls and not any(call.has_grad for call in attention.calls)
 
 
 @pytest.mark.parametrize('flags', [[], ['--model-ema-force-cpu']])
-def test_an_evaluation_waits_once(flags, one_rank, before_the_end):
-    """That of the model and that of the EMA, which may come from host memory."""
+def test_an_evaluation_waits_once(flags, one_rank):
+    """The sums of the model are read at its end, and so are those of the EMA, which may come from host memory."""
     with fake_cuda():
         run = build('--amp-dtype', 'float16', *flags)
         run.val_loader, run.saved_at = batches(run.args, 3), time.monotonic()
         with Recorder(run.val_loader, answer=1) as record:
-            before_the_end.record = record
             assert set(train.evaluate_epoch(run)) == {'', 'ema_'}
-        for key in [key for key in record.copies if flags and key[:2] == ('cpu', 'cuda') and not key[-1]]:
-            del record.copies[key]  # of the EMA
-        check_evaluation(record, 6, before_the_end)
-        assert record.syncs == {'engine.py:evaluate': 8}
+        ema = [key for key in record.copies if key[:2] == ('cpu', 'cuda') and not key[-1] and key != MEAN_OR_STD]
+        assert bool(ema) == bool(flags)
+        for key in ema:
+            del record.copies[key]
+        check_evaluation(record, 6)
+        assert record.syncs == {'engine.py:evaluate': 2 * 4}
 
 
-@pytest.mark.parametrize('flag', ['--eval', '--throughput'])
-def test_what_only_scores_does_so_on_the_device(flag, before_the_end, monkeypatch):
+@pytest.mark.parametrize('flag, count, syncs, calls', [
+    ('--eval', 3, {'engine.py:evaluate': 4}, 0), ('--throughput', 1, {}, 2)])
+def test_what_only_scores_does_so_on_the_device(flag, count, syncs, calls, monkeypatch):
     with fake_cuda(), mock.patch.object(torch.cuda, 'synchronize') as synchronize:
         run = build('--amp-dtype', 'float16', flag, '--resume', 'x.pth')
         loader = batches(run.args, 3)
         monkeypatch.setattr(train, 'build_val_loader', lambda *args: loader)
         with Recorder(loader, answer=1) as record:
-            before_the_end.record = record
             train.score_only(run.args, run.core, Data(), CUDA)
-        check_evaluation(record, 3 if flag == '--eval' else 1, before_the_end)
-    assert record.syncs == ({'engine.py:evaluate': 4} if flag == '--eval' else {})
-    assert synchronize.call_count == (0 if flag == '--eval' else 2)
+        check_evaluation(record, count)
+    assert record.syncs == syncs and synchronize.call_count == calls
 
 
 def test_no_float64_on_devices_without_it(monkeypatch):
