@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageNetInfo, create_dataset
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
@@ -101,7 +102,7 @@ class Digits(Dataset):
 def build_dataset(
         name: str, is_train: bool, data_path: str | None, input_size: int, transform: Callable | None = None,
         classes: list[str] | None = None, val_split: float = 0., class_map: str | None = None, category: str = 'name',
-) -> Dataset:
+        is_whole: bool = False) -> Dataset:
     """Build a data set of (image, class index) samples.
 
     Its `classes` are the class names in the order of their index.
@@ -117,6 +118,7 @@ def build_dataset(
         val_split: share of each class of an IMNET folder without val/ that is held out for validation.
         class_map: file with the class folders of IMNET in the order of their index, one on each line.
         category: rank of INAT's classes.
+        is_whole: open all images of an IMNET folder or tar that has no val split.
 
     Raises:
         UsageError: data that is missing or unusable.
@@ -136,6 +138,8 @@ def build_dataset(
         return INaturalist(data_path, 2000 + int(name[4:]), is_train, category, transform)
     if class_map:
         classes = _read_class_map(class_map)
+    if is_whole:
+        return open_unsplit(data_path, transform, classes)
     if not val_split:
         return open_split(data_path, 'train' if is_train else 'val', transform, classes)
     return _split(open_unsplit(data_path, transform, classes), val_split, is_train)
@@ -176,6 +180,83 @@ def has_split(data_path: str, split: str) -> bool:
     """Return whether `open_split` can open the split 'train' or 'val'."""
     path = Path(data_path)
     return bool(_tars(path, split)) or (path / split).is_dir()
+
+
+def is_unsplit(data_path: str) -> bool:
+    """Return whether `data_path` has no splits by name: a folder of classes, or a tar of another name."""
+    path = Path(data_path)
+    return not has_split(data_path, 'val') and (
+        not has_split(data_path, 'train') or path.is_file() and _split_of(path) is None)
+
+
+def order_classes(dataset: EncodedImages, num_classes: int) -> str:
+    """Order the classes of a data set as the outputs of weights without class names, and return a line that says how.
+
+    Raises:
+        UsageError: the weights have another number of outputs, and the order is unknown.
+    """
+    names, ids = dataset.classes, ImageNetInfo('imagenet-1k').label_names() if num_classes == 1000 else []
+    by_index = {int(name): name for name in names} if all(map(str.isdecimal, names)) else {}
+    if by_index and len(by_index) == len(names) and max(by_index) < num_classes:
+        order, line = [by_index.get(i, str(i)) for i in range(num_classes)], 'the class names are numbers: the indices'
+    elif set(names) <= set(ids):
+        order, line = ids, 'the class names are WordNet ids: in the order of ImageNet-1k'
+    elif len(names) == num_classes:
+        order, line = names, 'in the order of the data; --class-map sets another'
+    else:
+        raise UsageError(f'the weights name none of their {num_classes} classes, and the data have {len(names)} '
+                         f'({", ".join(names[:3])}, ...): give all in their order by --class-map')
+    lookup = np.array([order.index(name) for name in names])
+    dataset.samples.targets, dataset.classes = lookup[dataset.samples.targets], list(order)
+    return f'weights without class names: {line}'
+
+
+def valid_classes(dataset: Dataset, labels: str | None) -> tuple[torch.Tensor | None, str]:
+    """Return the mask (classes,) of the classes to score among, None for all, and a line about it.
+
+    Args:
+        dataset: the validation set.
+        labels: file with the indices, one a line; 'all'; None for all, or for ImageNet's WordNet ids those of the data.
+
+    Raises:
+        UsageError: a file that cannot be read, or an index that is not a class.
+    """
+    count = len(dataset.classes)
+    if labels not in (None, 'all'):
+        try:
+            indices = set(map(int, Path(labels).read_text().split()))
+        except ValueError as error:
+            raise UsageError(f'--valid-labels {labels}: {error}') from None
+        if not indices or not indices <= set(range(count)):
+            raise UsageError(f'--valid-labels {labels}: give indices from 0 to {count - 1}')
+    elif labels is None and count == 1000 and list(dataset.classes) == ImageNetInfo('imagenet-1k').label_names():
+        indices = set(dataset.targets)
+    else:
+        return None, ''
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[list(indices)] = True
+    return (mask, f'scoring among {len(indices)} of {count} classes (--valid-labels all: among all)') \
+        if len(indices) < count else (None, '')
+
+
+def read_real(dataset: EncodedImages, file: str) -> torch.Tensor:
+    """Read ReaL labels (Beyer et al., arXiv 2006.07159) as a mask (images, 1000); targets become image indices.
+
+    Raises:
+        UsageError: a file that is not real.json, or images that are not those of ImageNet's validation set.
+    """
+    numbers = [re.search(r'ILSVRC2012_val_(\d{8})', name) for name, _ in getattr(dataset, 'samples', ())]
+    if not numbers or not all(numbers) or list(dataset.classes) != ImageNetInfo('imagenet-1k').label_names():
+        raise UsageError('--real-labels needs the images ILSVRC2012_val_*.JPEG in folders of WordNet ids')
+    mask = torch.zeros(len(numbers), 1000, dtype=torch.bool)
+    try:
+        labels = json.loads(Path(file).read_text())
+        for row, number in zip(mask, numbers):
+            row[labels[int(number[1]) - 1]] = True
+    except (ValueError, TypeError, IndexError) as error:
+        raise UsageError(f'--real-labels {file} is not real.json ({error})') from None
+    dataset.samples.targets = np.arange(len(numbers))
+    return mask
 
 
 def _tars(path: Path, split: str) -> list[Path]:

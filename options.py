@@ -191,6 +191,14 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
                    help='INAT: the rank of the taxonomy to classify by')
     g.add_argument('--input-size', type=image_size, default=224, help='height and width in pixels, a multiple of 32')
+    g.add_argument('--crop-pct', '--eval-crop-ratio', type=in_range(float, 0, 1, above=True), metavar='SHARE',
+                   help="share of an image's short side that evaluation keeps (default: the checkpoint's, else 0.875, "
+                   'or 1 up to 32 px)')
+    g.add_argument('--valid-labels', type=path, metavar='FILE',
+                   help="with --eval: score only among the class indices in FILE, one a line, or 'all' for no limit "
+                   '(default: all, but for ImageNet weights the WordNet ids of the data)')
+    g.add_argument('--real-labels', type=path, metavar='JSON',
+                   help="with --eval: ReaL labels of ImageNet's validation images (real.json)")
     g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
     g.add_argument('--loader', choices=('fast', 'reference'),
                    help='decode and augment training images by libjpeg-turbo, torch and OpenCV (fast) or by Pillow '
@@ -417,6 +425,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         (teacher and not distils, 'a teacher needs --distillation-type soft or hard'),
         (args.opt_betas and len(args.opt_betas) != 2, '--opt-betas needs two numbers'),
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
+        ((args.valid_labels or args.real_labels) and not args.eval, '--valid-labels and --real-labels need --eval'),
     ]
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         low, high = getattr(args, name) or (0, 1)

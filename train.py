@@ -34,7 +34,7 @@ import cmt
 import processes
 import utils
 from checkpoints import FORMAT, LAST, is_own, load_strictly
-from datasets import build_dataset, check_two_classes, has_split
+from datasets import build_dataset, check_two_classes, has_split, is_unsplit, order_classes, read_real, valid_classes
 from engine import Meters, Preprocessor, TrainStep, check_faults, evaluate, throughput, train_one_epoch
 from errors import UsageError
 from fast_transforms import HAS_FAST, FastTransform
@@ -46,6 +46,7 @@ from precision import ApexScaler, NativeScaler, autocast_to, build_precision, co
 from processes import usage_errors
 from run import RunWriter, check_written, find_checkpoint, open_run, raise_stopped, setup_process
 from samplers import TrainSampler
+from sources import EncodedImages
 from transforms import build_transform
 from utils import Progress
 from weights import Weights, build_teacher, create_cmt, create_for, load_weights, read_weights
@@ -247,8 +248,8 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
         check_resumable(args, checkpoint, file)
         saved_name = checkpoint['args'].get('model')
     elif checkpoint is not None:
-        args = with_saved_flags(args, checkpoint, file) if is_own(checkpoint) else args
         weights = Weights.from_checkpoint(checkpoint, file, use_ema=args.model_ema and not is_training)
+        args = args if is_training else with_saved_flags(args, weights, checkpoint, file)
     if checkpoint is None or weights is not None:
         with torch.device('meta'):
             model = create_model(args, num_classes=1, weights=weights)
@@ -280,15 +281,20 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: 
                          'weights by --finetune')
 
 
-def with_saved_flags(args: argparse.Namespace, checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
-    """Return `args` with data, input size and precision of the run that wrote the checkpoint, unless they are given."""
-    flags = {**checkpoint['args'], 'input_size': checkpoint['model_args']['img_size'][0]}
-    names = 'input_size', 'amp_dtype', 'fast_norm'
-    if not {'--data-set', '--data-path'} & args.given:
-        names += 'data_set', 'data_path', 'val_split', 'inat_category'
+def with_saved_flags(
+        args: argparse.Namespace, weights: Weights, checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
+    """Return `args` with the size, crop, precision and data of the checkpoint's run where they are not given.
+
+    With the data of the run comes its --val-split, so that the images that it held out are evaluated.
+    """
     given = {flag.removeprefix('--').removeprefix('no-').replace('-', '_') for flag in args.given}
+    flags, names = checkpoint['args'] if weights.is_own else {}, ['amp_dtype', 'fast_norm']
+    if all(getattr(args, name) == flags.get(name) for name in {'data_set', 'data_path'} & given):
+        names += ['data_set', 'data_path', 'val_split', 'inat_category']
     saved = {name: flags[name] for name in names if name in flags and name not in given}
-    args = argparse.Namespace(**{**vars(args), **saved})
+    if weights.input_size and 'input_size' not in given:
+        saved['input_size'] = weights.input_size
+    args = argparse.Namespace(**{**vars(args), **saved, 'crop_pct': args.crop_pct or weights.crop_pct})
     options.check_paths(args, file, saved)
     return args
 
@@ -312,15 +318,18 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
     The training set is None for --eval and --throughput with only a validation folder.
     """
     is_training, saved_classes = not (args.eval or args.throughput), (initial.checkpoint or {}).get('classes')
+    is_folders, path = args.data_set.startswith(('IMNET', 'wds/')), args.data_path
     with usage_errors():  # before ranks wait for each other below
         transform = build_transform(
             True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
             interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
         if args.loader == 'fast':
             transform = FastTransform(transform)
-        has_train = is_training or not args.data_path or bool(args.val_split) or \
-            not args.data_set.startswith(('IMNET', 'wds/')) or has_split(args.data_path, 'train')
-        folder = Path(args.data_path or '') / 'train'
+        is_whole = args.eval and is_folders and bool(path) and not args.val_split and (
+            is_unsplit(path) or args.val_split == 0 and not has_split(path, 'val'))
+        has_train = is_training or saved_classes is None and not is_whole and (
+            not path or bool(args.val_split) or not is_folders or has_split(path, 'train'))
+        folder = Path(path or '') / 'train'
         is_folder = args.data_set == 'DIGITS' or (
             args.data_set == 'IMNET' and folder.is_dir() and not any(folder.glob('*.tar')))
     build = functools.partial(
@@ -332,8 +341,13 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         train = build(is_train=True, transform=transform, classes=saved_classes) if has_train else None
         if is_training:
             check_two_classes(train, args.data_path)
-        val = build(is_train=False, transform=build_transform(False, args.input_size),
-                    classes=train.classes if train is not None else saved_classes)
+        val = build(is_train=False, transform=build_transform(False, args.input_size, crop_pct=args.crop_pct),
+                    classes=train.classes if train is not None else saved_classes, is_whole=is_whole)
+        if args.eval and saved_classes is None and not args.class_map and isinstance(val, EncodedImages):
+            logger.info(order_classes(val, initial.weights.model_args.get('num_classes', 0)))
+        if args.eval and args.val_split:
+            logger.info('scoring the share %g of %s that was held out of training (--val-split 0: all images)',
+                        args.val_split, path)
         if saved_classes and set(val.classes) == set(saved_classes) and list(val.classes) != list(saved_classes):
             raise UsageError(f'--class-map has another order than the classes of {initial.file}: leave it out')
         if saved_classes and list(val.classes) != list(saved_classes):
@@ -404,19 +418,26 @@ def build_val_loader(args: argparse.Namespace, val_set: Dataset, device: torch.d
 
 def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, device: torch.device) -> None:
     """Measure throughput or evaluate, as --throughput or --eval asks."""
+    with usage_errors():
+        labels = 'all' if args.real_labels or not args.eval else None
+        valid, line = valid_classes(val_set, args.valid_labels or labels)
+        real = read_real(val_set, args.real_labels) if args.real_labels else None
+    if line:
+        logger.info(line)
     loader = build_val_loader(args, val_set, device)
     autocast = autocast_to(resolve_dtype(args.amp_dtype, device), device)
     if args.throughput:
         images, _ = Preprocessor(device)(*next(iter(loader)))
         logger.info('batch_size %d throughput %.1f', len(images), throughput(model, images, autocast))
     else:
-        log_scores(score(model, loader, device, autocast))
+        log_scores(score(model, loader, device, autocast, valid=valid, real=real))
 
 
-def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> dict[str, float]:
+def score(
+        model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable, **labels) -> dict[str, float]:
     """Evaluate `model` on the shares of all ranks, with a progress bar on rank 0."""
     with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
-        return evaluate(model, loader, Preprocessor(device), autocast, progress)
+        return evaluate(model, loader, Preprocessor(device), autocast, progress, **labels)
 
 
 # Building a run

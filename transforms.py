@@ -19,17 +19,19 @@ def _posterize(img: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 
 
 def build_transform(
-        is_train: bool, input_size: int, *, auto_augment: str | None = 'rand-m9-mstd0.5-inc1',
-        color_jitter: float | None = 0.4, interpolation: str = 'bicubic', hflip: float = 0.5,
+        is_train: bool, input_size: int, *, crop_pct: float | None = None,
+        auto_augment: str | None = 'rand-m9-mstd0.5-inc1', color_jitter: float | None = 0.4,
+        interpolation: str = 'bicubic', hflip: float = 0.5,
         scale: tuple[float, float] | None = None, ratio: tuple[float, float] | None = None) -> Callable:
     """Return the transform from a PIL image to a uint8 tensor (3, input_size, input_size).
 
-    Evaluation resizes the short side to int(256 / 224 * input_size), bicubic, and crops the center. For inputs up to
-    32 px, as for CIFAR, training crops the image at random with a padding of 4, and evaluation does not resize.
+    Evaluation resizes the short side to int(input_size / crop_pct), bicubic, and crops the center. For inputs up to
+    32 px, as for CIFAR, training crops the image at random with a padding of 4.
 
     Args:
-        is_train: True for random augmentation, False for evaluation, which ignores the arguments after `input_size`.
+        is_train: True for random augmentation, False for evaluation, which ignores the arguments after `crop_pct`.
         input_size: height and width of the result (pixels).
+        crop_pct: share of the short side that evaluation keeps; None for 0.875, or 1 up to 32 px, as for CIFAR.
         auto_augment: timm's policy, such as rand-m9-mstd0.5-inc1; None for no policy.
         color_jitter: strength of timm's color jitter, which applies without a policy.
         interpolation: bicubic, bilinear, or random to draw one of the two for each image.
@@ -40,9 +42,8 @@ def build_transform(
         UsageError: timm has no such policy.
     """
     if not is_train:
-        if input_size > SMALL:
-            return create_transform(input_size, interpolation='bicubic', crop_pct=0.875, normalize=False)
-        return tv_transforms.Compose([_resize_and_crop(input_size), tv_transforms.PILToTensor()])
+        crop_pct = crop_pct or (1. if input_size <= SMALL else 0.875)
+        return create_transform(input_size, interpolation='bicubic', crop_pct=crop_pct, normalize=False)
     for name in ('Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'):
         augment.NAME_TO_OP[name] = _posterize
     if auto_augment:

@@ -50,7 +50,8 @@ class Weights:
         file: file or model name, for messages.
         model_args: arguments of cmt.CMT, from the file or inferred from shapes; empty if the weights are not a CMT's.
         name: model name from the file, or of the published model with these shapes; None if unknown.
-        input_size: input size in the file's training arguments, or None.
+        input_size: height of the images that the file was trained on, or None.
+        crop_pct: share of the short side that evaluation keeps, from the file's arguments, else as published.
         classes: class names in the order of their index, or None.
         epoch: last epoch that was trained, or None.
         is_own: whether the file is this project's, so that `model_args` are complete.
@@ -64,6 +65,7 @@ class Weights:
     input_size: int | None
     classes: list[str] | None
     epoch: int | None
+    crop_pct: float = 0.875
     is_own: bool = False
     notes: tuple[str, ...] = ()
 
@@ -80,7 +82,6 @@ class Weights:
         if is_own(checkpoint):
             key = 'model_ema' if use_ema and checkpoint.get('model_ema') else 'model'
             state, notes, model_args = checkpoint[key], [], checkpoint['model_args']
-            size = model_args['img_size'][0]
         else:
             state, key = find_state_dict(checkpoint, use_ema)
             try:
@@ -103,8 +104,12 @@ class Weights:
         if share > 0.05:
             notes.append(f'{share:.0%} of this EMA is still the initial weights of the run, as its decay is slow; the '
                          "model's own weights, in the same file, may be better (--no-model-ema)")
+        size = model_args.get('img_size', (size,))[0]
         size = size if isinstance(size, int) and size > 0 and size % 32 == 0 else None
-        return cls(state, key in EMA_KEYS, file, model_args, name, size, classes, epoch, is_own(checkpoint),
+        crop = args.get('crop_pct') or args.get('eval_crop_ratio')  # DeiT's name
+        if not isinstance(crop, (int, float)) or not 0 < crop <= 1:
+            crop = 1. if size == 32 else 0.875  # Images of 32 px are evaluated whole (transforms.build_transform).
+        return cls(state, key in EMA_KEYS, file, model_args, name, size, classes, epoch, crop, is_own(checkpoint),
                    tuple(notes))
 
     def class_names(self, model: nn.Module) -> list[str] | None:
@@ -228,7 +233,7 @@ def read(file: str) -> dict[str, Any]:
     if not isinstance(model, cmt.CMT):
         raise UsageError(f'{file} is not a CMT')
     return {'format': FORMAT, 'model': model.state_dict(), 'model_args': model.model_args,
-            'args': {'model': model.pretrained_cfg.get('architecture')},
+            'args': {'model': model.pretrained_cfg.get('architecture'), 'crop_pct': model.pretrained_cfg['crop_pct']},
             'classes': model.pretrained_cfg.get('label_names')}
 
 
@@ -415,6 +420,10 @@ def build_model(weights: Weights, name: str | None = None, num_classes: int | No
         num_classes: number of classes; another one than the file's makes a new head, None is the file's.
         kwargs: arguments of cmt.CMT that replace those of the weights, such as img_size (pixels, multiples of 32).
 
+    Returns:
+        The model. Its `pretrained_cfg` has input size, crop, mean, standard deviation and interpolation, as
+        timm.data.resolve_model_data_config reads them, and the class names or None as `label_names`.
+
     Raises:
         UsageError: the weights are not a CMT's, or do not fit `name` or `kwargs`.
     """
@@ -422,7 +431,16 @@ def build_model(weights: Weights, name: str | None = None, num_classes: int | No
         kwargs['num_classes'] = num_classes
     model = create_for(weights, name, **kwargs)
     load_weights(model, weights, new_head='num_classes' in kwargs or 'in_chans' in kwargs)
+    cfg = getattr(model, 'pretrained_cfg', None) or cmt.default_cfgs['cmt_s'].default.to_dict()
+    model.pretrained_cfg = {
+        **cfg, 'input_size': (model.in_chans, *model.img_size), 'num_classes': model.num_classes,
+        'crop_pct': weights.crop_pct, 'label_names': weights.class_names(model)}
     return model.eval()
+
+
+def load_model(file: str, use_ema: bool = True, **kwargs) -> cmt.CMT:
+    """Load a model with its weights, for use in Python; `file` is as in `read`, the rest as in build_model."""
+    return build_model(read_weights(file, use_ema), **kwargs)
 
 
 def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.Module:

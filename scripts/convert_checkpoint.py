@@ -58,10 +58,8 @@ def write_folder(folder: Path, model: cmt.CMT, weights: Weights) -> None:
     write_safetensors(folder / 'model.safetensors', model)
     with tempfile.TemporaryDirectory() as place:
         config = Path(place) / 'config.json'
-        # Images of up to 32 px are evaluated whole (transforms.build_transform).
-        save_config_for_hf(
-            described, config, model_config={'label_names': weights.class_names(model)},
-            data_config={'crop_pct': 1.0 if max(model.img_size) <= 32 else 0.875})
+        save_config_for_hf(described, config, model_config={'label_names': weights.class_names(model)},
+                           data_config={'crop_pct': weights.crop_pct})
         content = json.loads(config.read_text())
     content['model_args'].pop('num_classes', None)  # transformers passes its own in addition to these.
     if Path(weights.file).exists() or ':' in weights.file:  # These are not the published weights that timm describes.
@@ -77,7 +75,7 @@ def write_checkpoint(path: Path, model: cmt.CMT, weights: Weights, is_released: 
              **{key: value for key, value in facts.items() if value is not None}}
     if not is_released:
         state.update(format=FORMAT, model_args=model.model_args,
-                     args={'input_size': model.img_size[0], 'model': weights.name})
+                     args={'input_size': model.img_size[0], 'model': weights.name, 'crop_pct': weights.crop_pct})
     write(path, lambda file: torch.save(state, file))
 
 

@@ -104,10 +104,10 @@ def export(
     if model.dynamic_img_size and convert is not to_torchscript:
         raise UsageError(f'{suffix} files have one input size: --dynamic-img-size resamples the position bias, which '
                          'cannot be exported; export a file for each size, or .ts')
-    cfg = getattr(model, 'pretrained_cfg', cmt.default_cfgs['cmt_s'].default.to_dict())
+    cfg = model.pretrained_cfg
     metadata = json.dumps({
-        'model': name, 'input_size': [model.in_chans, *model.img_size],
-        'mean': cfg['mean'], 'std': cfg['std'], 'classes': classes})
+        'model': name, 'input_size': [model.in_chans, *model.img_size], 'crop_pct': cfg['crop_pct'],
+        'interpolation': cfg['interpolation'], 'mean': cfg['mean'], 'std': cfg['std'], 'classes': classes})
     images = torch.zeros(2, model.in_chans, *model.img_size)
     exportable = model.fuse() if fuse else copy.deepcopy(model)
     noise = io.StringIO()

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import normalize, to_pil_image
 
 import _path
 from errors import UsageError, first_line, one_line, printable
-from options import Parser, add_weights_flag, image_size, output_file, path, positive
+from options import Parser, add_weights_flag, image_size, in_range, output_file, path, positive
 from reports import check_extension, draw_sheet, save
 from sources import is_image, open_image
 from transforms import build_transform
@@ -53,6 +53,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--picture', type=output_file, metavar='OUT.png',
                         help=f'draw a sheet of the first {MAX_ON_SHEET} images')
     parser.add_argument('--input-size', type=image_size, metavar='N', help="pixels (default: the checkpoint's)")
+    parser.add_argument('--crop-pct', type=in_range(float, 0, 1, above=True), metavar='SHARE',
+                        help="share of an image's short side that is seen (default: the checkpoint's)")
     add_weights_flag(parser)
     parser.add_argument('--random-weights', action='store_true', help='use MODEL untrained, to try the output')
     parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='default: %(default)s')
@@ -88,9 +90,10 @@ def find_images(arguments: list[str]) -> list[tuple[str, str | bytes]]:
     return images
 
 
-def read_images(images: list[tuple[str, str | bytes]], size: int) -> Iterator[tuple[str, torch.Tensor]]:
+def read_images(
+        images: list[tuple[str, str | bytes]], size: int, crop_pct: float) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and pixels (3, size, size), uint8, of each readable image, and report the others."""
-    transform = build_transform(False, size)
+    transform = build_transform(False, size, crop_pct=crop_pct)
     for name, content in images:
         try:
             image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
@@ -137,6 +140,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
         if weights.is_ema:
             print('; '.join(["using the EMA (--no-model-ema uses the model's own weights)", *weights.notes]),
                   file=sys.stderr)
+    if args.crop_pct:
+        model.pretrained_cfg['crop_pct'] = args.crop_pct
     if model.img_size[0] != model.img_size[1]:
         raise UsageError(f'{args.model} takes {model.img_size}, evaluation crops squares: give an --input-size')
     if model.num_classes == 0:
@@ -180,7 +185,7 @@ def predict(
     config, device = resolve_model_data_config(model), next(model.parameters()).device
     results, entries = [], []
     for i in range(0, len(images), batch_size):
-        batch = list(read_images(images[i:i + batch_size], model.img_size[0]))
+        batch = list(read_images(images[i:i + batch_size], model.img_size[0], config['crop_pct']))
         if not batch:
             continue
         inputs = torch.stack([pixels for _, pixels in batch]).to(device).float().div_(255)

@@ -59,7 +59,8 @@ def test_logits_and_metadata(checkpoint, tmp_path, capsys, suffix, allowed, fuse
     assert 'EMA' in capsys.readouterr().out
     exported, metadata = run(path)
     assert metadata == {
-        'model': 'cmt_nano', 'input_size': [3, 64, 64], 'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225],
+        'model': 'cmt_nano', 'input_size': [3, 64, 64], 'crop_pct': 0.875,
+        'interpolation': 'bicubic', 'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225],
         'classes': ['cat', 'dog', 'eel']}
     if suffix == 'ts':
         assert len(exported.state_dict()) < len(torch.load(checkpoint, weights_only=True)['model'])

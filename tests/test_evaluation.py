@@ -1,0 +1,166 @@
+"""--eval: what a file knows, the order of classes, subsets, ReaL labels, and held-out images."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+
+import nano
+import train
+from transforms import build_transform
+from weights import load_model
+
+IDS = ImageNetInfo('imagenet-1k').label_names()
+
+
+def write_images(root, names, per_class=3, size=72):
+    """Write noise of another mean color for each class."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        (root / name).mkdir(parents=True)
+        color = rng.integers(0, 200, 3)
+        for i in range(per_class):
+            pixels = np.clip(color + rng.integers(0, 56, (size, size + 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f'{i}.png')
+    return root
+
+
+def logits(model, file):
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    pixels = build_transform(False, model.img_size[0])(Image.open(file).convert('RGB'))
+    with torch.no_grad():
+        return model(((pixels / 255 - mean) / std)[None])[0]
+
+
+def nameless(path, num_classes):
+    """Save weights without class names, whose predictions differ, and return the model."""
+    model = nano.warm(num_classes=num_classes)
+    torch.save({'model': model.state_dict()}, path)
+    return model
+
+
+def evaluate(capsys, *flags):
+    """Return the accuracy (%) and the lines of --eval."""
+    capsys.readouterr()
+    nano.train(['--eval', '--device', 'cpu', '--num-workers', 0, '--batch-size', 8, '--model', 'cmt_nano', *flags])
+    out = capsys.readouterr().out
+    return float(re.search(r'Acc@1 ([\d.]+)', out)[1]), out
+
+
+def by_hand(model, root, index_of, valid=None):
+    hits = []
+    for folder in root.iterdir():
+        for file in folder.iterdir():
+            values = logits(model, file)
+            if valid is not None:
+                values[[i for i in range(len(values)) if i not in valid]] = -torch.inf
+            hits.append(values.argmax().item() == index_of(folder.name))
+    return 100 * np.mean(hits)
+
+
+def relabel(model, root, names_of):
+    """Move a third of the images to the folder that the model predicts, so that its accuracy is not zero."""
+    for file in sorted(root.rglob('*.png'))[::3]:
+        folder = root / names_of(logits(model, file).argmax().item())
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / f'{file.parent.name}_{file.name}')
+
+
+def test_numbered_folders_are_indices(tmp_path, capsys):
+    """As text, 10 and 11 come before 2."""
+    model = nameless(tmp_path / 'w.pth', 12)
+    root = write_images(tmp_path / 'data', map(str, range(12)))
+    relabel(model, root, str)
+    expected = by_hand(model, root, int)
+    assert expected > 100 / 6
+    score, out = evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', root)
+    assert score == pytest.approx(expected, abs=1e-3) and 'numbers' in out
+    shutil.rmtree(root / '3')  # A subset keeps the indices.
+    (tmp_path / 'split').mkdir()
+    root.rename(tmp_path / 'split' / 'val')
+    expected = by_hand(model, tmp_path / 'split' / 'val', int)
+    assert evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', tmp_path / 'split')[0] == pytest.approx(
+        expected, abs=1e-3)
+    subprocess.run(['tar', 'cf', tmp_path / 'numbers.tar', '-C', tmp_path / 'split', 'val'], check=True)
+    assert evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', tmp_path / 'numbers.tar')[0] == \
+        pytest.approx(expected, abs=1e-3)
+
+
+def test_a_subset_of_wordnet_ids_is_scored_among_itself(tmp_path, capsys):
+    model = nameless(tmp_path / 'w.pth', 1000)
+    chosen = IDS[3::100]
+    root = write_images(tmp_path / 'imagenet-a', chosen)
+    indices = {IDS.index(name) for name in chosen}
+    relabel(model, root, lambda index: chosen[index % 10])
+    masked = by_hand(model, root, IDS.index, indices)
+    score, out = evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', root)
+    assert score == pytest.approx(masked, abs=1e-3) and masked > 0 and '10 of 1000' in out
+    among_all = by_hand(model, root, IDS.index)
+    score, out = evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', root, '--valid-labels', 'all')
+    assert score == pytest.approx(among_all, abs=1e-3)
+    (tmp_path / 'half.txt').write_text('\n'.join(map(str, range(500))))
+    score, _ = evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', root, '--valid-labels',
+                        tmp_path / 'half.txt')
+    assert score == pytest.approx(by_hand(model, root, IDS.index, set(range(500))), abs=1e-3)
+
+
+def test_real_labels_may_name_several_classes(tmp_path, capsys):
+    model = nameless(tmp_path / 'w.pth', 1000)
+    root = write_images(tmp_path / 'data' / 'val', IDS[:4], per_class=2)
+    labels, hits = [], []
+    for number, file in enumerate(sorted(root.rglob('*.png')), 1):
+        top = logits(model, file).argmax().item()
+        labels.append([[], [top], [5, top, 7], [(top + 1) % 1000]][number % 4])
+        hits += [top in labels[-1]] if labels[-1] else []
+        file.rename(file.with_name(f'ILSVRC2012_val_{number:08d}.png'))
+    (tmp_path / 'real.json').write_text(json.dumps(labels))
+    score, out = evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', tmp_path / 'data', '--real-labels',
+                          tmp_path / 'real.json')
+    assert score == pytest.approx(100 * np.mean(hits), abs=1e-3) and f'the {len(hits)} test images' in out
+
+
+def test_the_file_knows_size_and_crop(flags, tmp_path, capsys):
+    nano.train([*flags, '--epochs', 1, '--crop-pct', 0.7, '--input-size', 64, '--no-model-ema',
+                '--output-dir', tmp_path / 'run'])
+    capsys.readouterr()
+    last = tmp_path / 'run' / 'checkpoint_last.pth'
+    nano.train(['--eval', '--resume', last, '--device', 'cpu'])
+    score = nano.log(tmp_path / 'run')[-1]['test_loss']
+    assert f'loss {score:.3f}' in capsys.readouterr().out
+    model = load_model(str(last))
+    config = timm.data.resolve_model_data_config(model)
+    assert config['crop_pct'] == 0.7 and config['input_size'] == (3, 64, 64) and not model.training
+    assert model.pretrained_cfg['label_names'] == ['class_0', 'class_1', 'class_2']
+    state = {'model': model.state_dict(), 'args': {'eval_crop_ratio': 0.9}}  # as DeiT writes it
+    torch.save(state, tmp_path / 'deit.pth')
+    assert load_model(str(tmp_path / 'deit.pth')).pretrained_cfg['crop_pct'] == 0.9
+    for script, *more in (('convert_checkpoint', tmp_path / 'folder'), ('export', tmp_path / 'model.ts')):
+        subprocess.run([sys.executable, f'{train.__file__}/../scripts/{script}.py'.replace('train.py/../', ''), last,
+                        *more], check=True, capture_output=True)
+    assert json.loads((tmp_path / 'folder' / 'config.json').read_text())['pretrained_cfg']['crop_pct'] == 0.7
+    extra = {'cmt': ''}
+    torch.jit.load(tmp_path / 'model.ts', _extra_files=extra)
+    assert json.loads(extra['cmt'])['crop_pct'] == 0.7
+
+
+def test_a_run_scores_the_images_that_it_held_out(images, tmp_path, capsys):
+    folder = tmp_path / 'photos'
+    shutil.copytree(images / 'train', folder)
+    nano.train([*nano.FLAGS, '--epochs', 1, '--data-path', folder, '--val-split', 0.2, '--no-model-ema',
+                '--output-dir', tmp_path / 'run'])
+    run = ['--eval', '--device', 'cpu', '--resume', tmp_path / 'run' / 'checkpoint_last.pth']
+    counts = []
+    for more in ([], ['--data-path', folder], ['--val-split', 0], ['--data-path', folder, '--val-split', 0]):
+        capsys.readouterr()
+        nano.train([*run, *more])
+        out = capsys.readouterr().out
+        counts.append(int(re.search(r'the (\d+) test images', out)[1]))
+        assert ('held out' in out) == (len(more) < 3 and '--val-split' not in more)
+    assert counts == [20, 20, 100, 100]
