@@ -93,18 +93,11 @@ def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio
 @register_notrace_function  # A traced model must decide at each call.
 @torch.fx.wrap
 def attention_bias(position_bias: torch.Tensor) -> torch.Tensor:
-    """Return a stage's position bias as its blocks add it to the scores, padded by zeros to a multiple of 8 keys.
+    """Return a position bias (heads, H, W, H / k, W / k) as (1, heads, N, N_kv + padding), a multiple of 8 keys.
 
-    CUDA's fused attention needs aligned rows; torch itself would pad the bias once a block. The result is detached
-    while gradients are off: hooks on a block's inputs (torch's FLOP counter) fail on a view that requires grad, and in
-    inference mode on a Parameter. Traced and exported models may be trained later, so theirs is neither padded nor
-    detached.
-
-    Args:
-        position_bias: (heads, H, W, H / k, W / k).
-
-    Returns:
-        (1, heads, N, N_kv + padding), in the dtype of `position_bias`.
+    CUDA's fused attention needs aligned rows; torch itself would pad in each block. The result is detached while
+    gradients are off: hooks on a block's inputs (torch's FLOP counter) fail on a view that requires grad, and in
+    inference mode on a Parameter. Traced and exported models, which may be trained later, get neither.
     """
     bias = position_bias.flatten(3).flatten(1, 2).unsqueeze(0)
     if torch.jit.is_tracing():
@@ -238,16 +231,13 @@ class LMHSA(nn.Module):
         B, C, H, W = x.shape
         q = self.q(x.flatten(2).transpose(1, 2))  # (B, N, C)
         k, v = self.kv(self.sr(x).flatten(2).transpose(1, 2)).chunk(2, dim=-1)  # (B, N_kv, C)
-        q = q.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, heads, N, d)
-        k = k.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, heads, N_kv, d)
-        v = v.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
-
+        # (B, heads, N or N_kv, d)
+        q, k, v = [t.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for t in [q, k, v]]
         if self.fused_attn:
             if self.head_pad > 0:
-                q, k, v = F.pad(q, (0, self.head_pad)), F.pad(k, (0, self.head_pad)), F.pad(v, (0, self.head_pad))
+                q, k, v = [F.pad(t, (0, self.head_pad)) for t in [q, k, v]]
             if bias is not None:
-                # Each block casts, so that the gradients of all blocks are summed in float32. The slice comes after the
-                # cast, which would return contiguous, unaligned rows.
+                # Each block casts, so that gradients are summed in float32. Casting a slice would lose the alignment.
                 bias = bias.to(q.dtype)[..., :k.shape[2]]
             x = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0., scale=self.scale)

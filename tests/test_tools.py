@@ -116,7 +116,7 @@ def test_other_modules_in_place_of_a_depthwise_convolution(make):
             model.set_submodule(name, make(module.in_channels))
     model(images()).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    block, y = model.eval().stages[1].blocks[0], torch.randn(2, 16, 8, 8)
+    block, y = model.eval().stages[1].blocks[0], torch.randn(2, 24, 8, 8)
     assert torch.allclose(block.lpu(y), y + block.lpu.dw(y), atol=1e-6)
     f = block.irffn
     hidden = f.norm1(F.gelu(f.expand(y)))
@@ -127,11 +127,11 @@ def test_other_modules_in_place_of_a_depthwise_convolution(make):
 @torch.no_grad()
 def test_the_hidden_width_of_an_irffn_can_be_cut():
     """Structural pruning: removing hidden channels equals projecting nothing from them."""
-    irffn, y = small().stages[1].blocks[0].irffn, torch.randn(2, 16, 8, 8)
-    irffn.train()(torch.randn(8, 16, 8, 8))  # statistics
-    keep = torch.randperm(64)[:24].sort().values
+    irffn, y = small().stages[1].blocks[0].irffn, torch.randn(2, 24, 8, 8)
+    irffn.train()(torch.randn(8, 24, 8, 8))  # statistics
+    keep = torch.randperm(96)[:24].sort().values
     cut, masked = copy.deepcopy(irffn).eval(), copy.deepcopy(irffn).eval()
-    masked.project.weight[:, [i for i in range(64) if i not in keep]] = 0
+    masked.project.weight[:, [i for i in range(96) if i not in keep]] = 0
     for layer in (cut.expand, cut.norm1, cut.dw, cut.norm2):
         for tensors in (layer._parameters, layer._buffers):
             tensors.update({name: nn.Parameter(t[keep], False) for name, t in tensors.items() if t.ndim})
