@@ -640,10 +640,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
         A state dict for `model.load_state_dict`. The classifier may be missing, and so may stages that `model` lacks.
 
     Raises:
-        ValueError: tensors are missing or left over, or the grid of a position bias does not follow from its shape.
+        ValueError: tensors are missing or left over, the grid of a position bias does not follow from its shape, or
+            size and classes of the file are others than those of `model.pretrained_cfg`.
     """
-    state_dict = to_model(state_dict.get('model', state_dict), model)
-    names = model.state_dict()
+    state_dict = state_dict.get('model', state_dict)
+    bias = state_dict.get('stages.0.position_bias', state_dict.get('relative_pos_a'))
+    state_dict, names = to_model(state_dict, model), model.state_dict()
     # With a new head timm loads non-strictly, so missing or extra blocks would go unnoticed.
     errors = [f'{name} missing' for name in names
               if name not in state_dict and not name.startswith('head.') and not name.endswith('.num_batches_tracked')]
@@ -652,6 +654,13 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
                if name not in names and tuple(name.split('.')[:2]) in modules]
     if errors:
         raise ValueError(f'the weights do not fit the model: {len(errors)} tensors differ ({"; ".join(errors[:8])})')
+    cfg, classes = getattr(model, 'pretrained_cfg', {}), len(state_dict.get('head.weight', ()))
+    side = 0 if bias is None else 4 * (bias.shape[1] if bias.ndim == 5 else math.isqrt(bias.shape[1]))
+    # timm would resample to the first without a word, and drop the head of the second.
+    if cfg.get('file') and (model.img_size[0] == cfg['input_size'][1] != side != 0 or
+                            0 < classes == model.num_classes != cfg['num_classes']):
+        raise ValueError(f'the weights are for {side} px and {classes} classes: add input_size=(3, {side}, {side}) and '
+                         f'num_classes={classes} to pretrained_cfg_overlay, or use weights.load_model')
     return state_dict
 
 
