@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
+import timm
 from PIL import Image
 from timm.data import ImageNetInfo, create_dataset
 from torch.utils.data import ConcatDataset, Dataset
@@ -211,52 +211,47 @@ def order_classes(dataset: EncodedImages, num_classes: int) -> str:
     return f'weights without class names: {line}'
 
 
-def valid_classes(dataset: Dataset, labels: str | None) -> tuple[torch.Tensor | None, str]:
-    """Return the mask (classes,) of the classes to score among, None for all, and a line about it.
-
-    Args:
-        dataset: the validation set.
-        labels: file with the indices, one a line; 'all'; None for all, or for ImageNet's WordNet ids those of the data.
+def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
+    """Return the indices of the classes to score among; see --valid-labels.
 
     Raises:
         UsageError: a file that cannot be read, or an index that is not a class.
     """
     count = len(dataset.classes)
-    if labels not in (None, 'all'):
-        try:
-            indices = set(map(int, Path(labels).read_text().split()))
-        except ValueError as error:
-            raise UsageError(f'--valid-labels {labels}: {error}') from None
-        if not indices or not indices <= set(range(count)):
-            raise UsageError(f'--valid-labels {labels}: give indices from 0 to {count - 1}')
-    elif labels is None and count == 1000 and list(dataset.classes) == ImageNetInfo('imagenet-1k').label_names():
-        indices = set(dataset.targets)
-    else:
-        return None, ''
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[list(indices)] = True
-    return (mask, f'scoring among {len(indices)} of {count} classes (--valid-labels all: among all)') \
-        if len(indices) < count else (None, '')
+    if labels is None and list(dataset.classes) == ImageNetInfo('imagenet-1k').label_names():
+        return sorted(set(dataset.targets))
+    if labels in (None, 'all'):
+        return list(range(count))
+    try:
+        indices = sorted(set(map(int, Path(labels).read_text().split())))
+    except ValueError as error:
+        raise UsageError(f'--valid-labels {labels}: {error}') from None
+    if not indices or indices[0] < 0 or indices[-1] >= count:
+        raise UsageError(f'--valid-labels {labels}: give indices from 0 to {count - 1}')
+    return indices
 
 
-def read_real(dataset: EncodedImages, file: str) -> torch.Tensor:
-    """Read ReaL labels (Beyer et al., arXiv 2006.07159) as a mask (images, 1000); targets become image indices.
+def read_real(dataset: Dataset, file: str) -> list[set[int]]:
+    """Read the ReaL labels (Beyer et al., arXiv 2006.07159) of each image of ImageNet's validation set.
+
+    timm's RealLabelsImagenet needs all images in one process.
+
+    Args:
+        dataset: the validation set.
+        file: real.json; '' for timm's copy.
 
     Raises:
-        UsageError: a file that is not real.json, or images that are not those of ImageNet's validation set.
+        UsageError: other images, or another file.
     """
     numbers = [re.search(r'ILSVRC2012_val_(\d{8})', name) for name, _ in getattr(dataset, 'samples', ())]
     if not numbers or not all(numbers) or list(dataset.classes) != ImageNetInfo('imagenet-1k').label_names():
         raise UsageError('--real-labels needs the images ILSVRC2012_val_*.JPEG in folders of WordNet ids')
-    mask = torch.zeros(len(numbers), 1000, dtype=torch.bool)
+    file = file or str(Path(timm.data.__file__).parent / '_info' / 'imagenet_real_labels.json')
     try:
         labels = json.loads(Path(file).read_text())
-        for row, number in zip(mask, numbers):
-            row[labels[int(number[1]) - 1]] = True
-    except (ValueError, TypeError, IndexError) as error:
-        raise UsageError(f'--real-labels {file} is not real.json ({error})') from None
-    dataset.samples.targets = np.arange(len(numbers))
-    return mask
+        return [set(labels[int(number[1]) - 1]) for number in numbers]
+    except (ValueError, TypeError, IndexError, KeyError):
+        raise UsageError(f'--real-labels {file} is not real.json, a list of lists of class indices') from None
 
 
 def _tars(path: Path, split: str) -> list[Path]:

@@ -275,17 +275,10 @@ def check_faults(sums: dict[str, float], epoch: int, step: int, max_skips: int) 
 @torch.inference_mode()
 def evaluate(
         model: nn.Module, loader: Iterable, preprocess: Preprocessor, autocast: Callable,
-        progress: Progress | None = None, valid: torch.Tensor | None = None,
-        real: torch.Tensor | None = None) -> dict[str, float]:
+        progress: Progress | None = None) -> dict[str, float]:
     """Evaluate `model` on the shares of all ranks.
 
     timm's accuracy() returns percentages of a batch. These are counts, exact over batches and ranks.
-
-    Args:
-        model, loader, preprocess, autocast, progress: as in training.
-        valid: (classes,), bool: the classes to score among; None for all.
-        real: (images, classes), bool: several right classes of an image (ReaL), whose index is then its target. Images
-            without any are not counted.
 
     Returns:
         acc1, acc5 (%; top-5 counts all classes where there are fewer), loss (mean cross-entropy), count (images).
@@ -293,25 +286,16 @@ def evaluate(
     model.eval()
     device = preprocess.device
     totals = torch.zeros(4, dtype=sum_dtype(device), device=device)  # correct, in the top 5, loss, images
-    valid, real = (None if labels is None else labels.to(device) for labels in (valid, real))
     for images, targets in loader:
         images, targets = preprocess(images, targets)
         with autocast():
             outputs = model(images)
         outputs = outputs.float()
-        if valid is not None:
-            outputs = outputs.masked_fill(~valid, -torch.inf)
-        top = outputs.topk(min(5, outputs.shape[1]), dim=1).indices  # (B, 5)
-        is_target = top == targets[:, None] if real is None else real[targets].gather(1, top)
+        is_target = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
         totals[0] += is_target[:, 0].sum()
         totals[1] += is_target.any(dim=1).sum()
-        if real is None:
-            totals[2] += nn.functional.cross_entropy(outputs, targets, reduction='sum')
-            totals[3] += len(targets)
-        else:
-            log_share = outputs.log_softmax(dim=1).masked_fill(~real[targets], -torch.inf).logsumexp(dim=1)
-            totals[2] -= log_share.nan_to_num(neginf=0.).sum()
-            totals[3] += real[targets].any(dim=1).sum()
+        totals[2] += nn.functional.cross_entropy(outputs, targets, reduction='sum')
+        totals[3] += len(targets)
         if progress is not None:
             progress.step()
     correct, in_five, loss, count = all_reduce_(totals).tolist()

@@ -197,8 +197,9 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--valid-labels', type=path, metavar='FILE',
                    help="with --eval: score only among the class indices in FILE, one a line, or 'all' for no limit "
                    '(default: all, but for ImageNet weights the WordNet ids of the data)')
-    g.add_argument('--real-labels', type=path, metavar='JSON',
-                   help="with --eval: ReaL labels of ImageNet's validation images (real.json)")
+    g.add_argument('--real-labels', type=path, nargs='?', const='', metavar='JSON',
+                   help="with --eval: also score by the ReaL labels of ImageNet's validation images (default: timm's "
+                   'copy of real.json)')
     g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
     g.add_argument('--loader', choices=('fast', 'reference'),
                    help='decode and augment training images by libjpeg-turbo, torch and OpenCV (fast) or by Pillow '
@@ -425,7 +426,8 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         (teacher and not distils, 'a teacher needs --distillation-type soft or hard'),
         (args.opt_betas and len(args.opt_betas) != 2, '--opt-betas needs two numbers'),
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
-        ((args.valid_labels or args.real_labels) and not args.eval, '--valid-labels and --real-labels need --eval'),
+        (args.valid_labels and not args.eval, '--valid-labels needs --eval'),
+        (args.real_labels is not None and not args.eval, '--real-labels needs --eval'),
     ]
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         low, high = getattr(args, name) or (0, 1)

@@ -45,7 +45,7 @@ from optim import build_optimizer, build_scheduler, load_optimizer, position_sch
 from precision import ApexScaler, NativeScaler, autocast_to, build_precision, configure_cuda, load_scaler, resolve_dtype
 from processes import usage_errors
 from run import RunWriter, check_written, find_checkpoint, open_run, raise_stopped, setup_process
-from samplers import TrainSampler
+from samplers import TrainSampler, eval_indices
 from sources import EncodedImages
 from transforms import build_transform
 from utils import Progress
@@ -418,26 +418,51 @@ def build_val_loader(args: argparse.Namespace, val_set: Dataset, device: torch.d
 
 def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, device: torch.device) -> None:
     """Measure throughput or evaluate, as --throughput or --eval asks."""
-    with usage_errors():
-        labels = 'all' if args.real_labels or not args.eval else None
-        valid, line = valid_classes(val_set, args.valid_labels or labels)
-        real = read_real(val_set, args.real_labels) if args.real_labels else None
-    if line:
-        logger.info(line)
     loader = build_val_loader(args, val_set, device)
     autocast = autocast_to(resolve_dtype(args.amp_dtype, device), device)
     if args.throughput:
         images, _ = Preprocessor(device)(*next(iter(loader)))
         logger.info('batch_size %d throughput %.1f', len(images), throughput(model, images, autocast))
     else:
-        log_scores(score(model, loader, device, autocast, valid=valid, real=real))
+        hits = add_label_hooks(args, model, val_set)
+        log_scores(score(model, loader, device, autocast))
+        if args.real_labels is not None:
+            hits = [hit for rank in processes.gather_from_ranks(hits) for hit in rank]
+            acc1, acc5 = (100 * sum(column) / max(len(hits), 1) for column in zip(*hits))
+            logger.info('* ReaL Acc@1 %.3f Acc@5 %.3f on the %d images with labels', acc1, acc5, len(hits))
 
 
-def score(
-        model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable, **labels) -> dict[str, float]:
+@usage_errors()
+def add_label_hooks(args: argparse.Namespace, model: nn.Module, val_set: Dataset) -> list[tuple[bool, bool]]:
+    """Let `model` score among --valid-labels, and compare its predictions with --real-labels.
+
+    Returns:
+        A list that gets, for each image of this rank with ReaL labels, whether top-1 and top-5 contain one of them.
+    """
+    hits: list[tuple[bool, bool]] = []
+    valid = valid_classes(val_set, 'all' if args.real_labels is not None else args.valid_labels)
+    if len(valid) < model.num_classes:
+        logger.info('scoring among %d of %d classes (--valid-labels all: among all)', len(valid), model.num_classes)
+        others = torch.ones(model.num_classes, dtype=torch.bool)
+        others[valid] = False
+        model.register_forward_hook(
+            lambda module, images, logits: logits.masked_fill(others.to(logits.device), -torch.inf))
+    if args.real_labels is not None:
+        labels = read_real(val_set, args.real_labels)
+        of_rank = iter(eval_indices(len(val_set), processes.get_rank(), processes.get_world_size()))
+
+        def compare(module: nn.Module, images: tuple, logits: torch.Tensor) -> None:
+            for top in logits.topk(5).indices.tolist():
+                if right := labels[next(of_rank)]:
+                    hits.append((top[0] in right, not right.isdisjoint(top)))
+        model.register_forward_hook(compare)
+    return hits
+
+
+def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> dict[str, float]:
     """Evaluate `model` on the shares of all ranks, with a progress bar on rank 0."""
     with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
-        return evaluate(model, loader, Preprocessor(device), autocast, progress, **labels)
+        return evaluate(model, loader, Preprocessor(device), autocast, progress)
 
 
 # Building a run

@@ -14,6 +14,7 @@ from timm.data import ImageNetInfo
 
 import nano
 import train
+from errors import UsageError
 from transforms import build_transform
 from weights import load_model
 
@@ -121,9 +122,67 @@ def test_real_labels_may_name_several_classes(tmp_path, capsys):
         hits += [top in labels[-1]] if labels[-1] else []
         file.rename(file.with_name(f'ILSVRC2012_val_{number:08d}.png'))
     (tmp_path / 'real.json').write_text(json.dumps(labels))
-    score, out = evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', tmp_path / 'data', '--real-labels',
-                          tmp_path / 'real.json')
-    assert score == pytest.approx(100 * np.mean(hits), abs=1e-3) and f'the {len(hits)} test images' in out
+    _, out = evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', tmp_path / 'data', '--real-labels',
+                      tmp_path / 'real.json')
+    assert f'ReaL Acc@1 {100 * np.mean(hits):.3f}' in out and f'the {len(hits)} images' in out
+    assert 'ReaL Acc@1' in evaluate(
+        capsys, '--resume', tmp_path / 'w.pth', '--data-path', tmp_path / 'data', '--real-labels')[1]  # timm's copy
+
+
+def test_ranks_score_subsets_and_real_labels_alike(tmp_path, capsys):
+    model = nameless(tmp_path / 'w.pth', 1000)
+    root = write_images(tmp_path / 'data' / 'val', IDS[:5], per_class=3)
+    for number, file in enumerate(sorted(root.rglob('*.png')), 1):
+        file.rename(file.with_name(f'ILSVRC2012_val_{number:08d}.png'))
+    labels = [[logits(model, file).argmax().item()] if i % 3 else [] for i, file in enumerate(sorted(root.rglob('*')))
+              if file.is_file()]
+    (tmp_path / 'real.json').write_text(json.dumps(labels))
+    for more in ([], ['--real-labels', tmp_path / 'real.json']):
+        flags = ['--resume', tmp_path / 'w.pth', '--data-path', tmp_path / 'data', *more]
+        _, alone = evaluate(capsys, *flags)
+        nano.finish(nano.start(['--eval', '--device', 'cpu', '--num-workers', 0, '--batch-size', 8, '--model',
+                                'cmt_nano', *flags], ranks=2, output=tmp_path / 'out.txt'))
+        assert [line for line in alone.splitlines() if 'Acc' in line] == [
+            line for line in (tmp_path / 'out.txt').read_text().splitlines() if 'Acc' in line]
+        (tmp_path / 'out.txt').unlink()
+
+
+@pytest.mark.parametrize('names, num_classes, more, words', [
+    (['a', 'b', 'c'], 12, [], '--class-map'),
+    (['1', '2', '12'], 12, [], '--class-map'),
+    (['1', '01', '2'], 3, [], None),  # as text
+    (IDS[:3], 1000, ['--valid-labels', 'bad.txt'], 'bad.txt'),
+    (IDS[:3], 1000, ['--valid-labels', 'none.txt'], 'none.txt'),
+    (IDS[:3], 1000, ['--real-labels'], 'ILSVRC2012_val'),
+])
+def test_what_cannot_be_scored_is_one_line(names, num_classes, more, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    nameless(tmp_path / 'w.pth', num_classes)
+    write_images(tmp_path / 'data', names, per_class=1)
+    (tmp_path / 'bad.txt').write_text('3\n1000\n')
+    flags = ['--resume', tmp_path / 'w.pth', '--data-path', tmp_path / 'data', *more]
+    if words is None:
+        assert 'order of the data' in evaluate(capsys, *flags)[1]
+        return
+    with pytest.raises((UsageError, OSError), match=words):
+        evaluate(capsys, *flags)
+
+
+def test_timm_refuses_a_file_of_another_size_or_classes(tmp_path):
+    nameless(tmp_path / 'w.pth', 7)
+    images = torch.randn(2, 3, 64, 64)
+    expected = load_model(str(tmp_path / 'w.pth'))(images)
+
+    def create(overlay, num_classes=7):
+        return timm.create_model('cmt_nano', pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=dict(
+            file=str(tmp_path / 'w.pth'), **overlay)).eval()
+
+    for overlay in ({}, {'num_classes': 7}, {'input_size': (3, 64, 64)}):
+        with pytest.raises(ValueError, match='input_size=.*num_classes=7'):
+            create(overlay)
+    both = {'num_classes': 7, 'input_size': (3, 64, 64)}
+    assert torch.equal(create(both)(images), expected)
+    assert create(both, num_classes=5)(images).shape == (2, 5)  # a new head
 
 
 def test_the_file_knows_size_and_crop(flags, tmp_path, capsys):
