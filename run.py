@@ -280,7 +280,8 @@ def check_written(writer: RunWriter | None) -> None:
 
 def raise_stopped(args: argparse.Namespace, stop_signal: int, where: str, is_complete: bool) -> None:
     """Log where a signal stopped the run, touch --stopped-file, and raise SystemExit with the run's exit status."""
-    logger.info('stopped %s%s', where, ', which was the last' if is_complete else '; --resume auto resumes there')
+    outcome = ', which was the last' if is_complete else '; --resume auto resumes there'
+    logger.info('stopped %s%s', where, outcome if args.output_dir else '; nothing was saved, for lack of --output-dir')
     if args.stopped_file and args.output_dir and processes.get_rank() == 0 and not is_complete:
         Path(args.stopped_file).touch()
     resumes_itself = args.resume == 'auto' and stop_signal != signal.SIGINT
