@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
@@ -234,6 +234,24 @@ def _split(dataset: EncodedImages, val_split: float, is_train: bool) -> EncodedI
         raise UsageError(f'--val-split {val_split} leaves no images for {"training" if is_train else "validation"}')
     dataset.select(sorted(selected))
     return dataset
+
+
+def limit(dataset: Dataset, number: int) -> Dataset:
+    """Select the first images of each class, `number` in all, as many of each class as there are."""
+    if np.ndim(getattr(dataset, 'targets', None)) != 1:
+        raise UsageError('--max-train-images: this data set does not list the classes of its images; leave it out')
+    targets = np.array(dataset.targets)
+    order = np.argsort(targets, kind='stable')
+    position = np.argsort(order) - np.searchsorted(targets[order], targets)  # of an image within its class
+    if number < np.sum(position == 0):
+        raise UsageError(f'--max-train-images {number}: there are {np.sum(position == 0)} classes, give at least that')
+    indices = np.sort(np.lexsort((targets, position))[:number]).tolist()
+    if isinstance(dataset, EncodedImages):
+        dataset.select(indices)
+        return dataset
+    subset = Subset(dataset, indices)
+    subset.classes, subset.targets = dataset.classes, targets[indices].tolist()
+    return subset
 
 
 def check_two_classes(dataset: Dataset, data_path: str) -> None:

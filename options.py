@@ -188,6 +188,8 @@ def get_parser() -> argparse.ArgumentParser:
                    help='IMNET: class folders in the order of their index, one a line')
     g.add_argument('--val-split', type=fraction, metavar='FRACTION',
                    help='IMNET without val/: share of each class to hold out, the same images in every run')
+    g.add_argument('--max-train-images', type=positive, metavar='N',
+                   help='train on N images: as many of each class as of the others, the first of the data set')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
                    help='INAT: the rank of the taxonomy to classify by')
     g.add_argument('--input-size', type=image_size, default=224, help='height and width in pixels, a multiple of 32')

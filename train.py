@@ -34,9 +34,9 @@ import cmt
 import processes
 import utils
 from checkpoints import FORMAT, LAST, is_own, load_strictly
-from datasets import build_dataset, check_two_classes, has_split
+from datasets import build_dataset, check_two_classes, has_split, limit
 from engine import Meters, Preprocessor, TrainStep, check_faults, evaluate, throughput, train_one_epoch
-from errors import UsageError
+from errors import UsageError, printable
 from fast_transforms import HAS_FAST, FastTransform
 from launch import read_launch
 from loader import build_loader, check_shared_memory
@@ -332,6 +332,7 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         train = build(is_train=True, transform=transform, classes=saved_classes) if has_train else None
         if is_training:
             check_two_classes(train, args.data_path)
+            train = limit(train, args.max_train_images) if args.max_train_images else train
         val = build(is_train=False, transform=build_transform(False, args.input_size),
                     classes=train.classes if train is not None else saved_classes)
         if saved_classes and set(val.classes) == set(saved_classes) and list(val.classes) != list(saved_classes):
@@ -509,6 +510,8 @@ def describe(run: Run) -> None:
     logger.info('%s: %.2f M parameters, %d classes, %d training and %d validation images, %d steps per epoch',
                 args.model or 'CMT', n_parameters(run.core) / 1e6, run.core.num_classes, len(train_set), len(val_set),
                 run.updates_per_epoch)
+    if hasattr(train_set.dataset, 'targets') and hasattr(val_set.dataset, 'targets'):
+        describe_classes(train_set.dataset, val_set.dataset)
     precision = f'apex {args.apex_opt_level}' if isinstance(run.scaler, ApexScaler) else str(run.dtype)[6:]
     if precision == 'float32' and torch.get_float32_matmul_precision() == 'high':
         precision = 'tf32'
@@ -522,6 +525,19 @@ def describe(run: Run) -> None:
         logger.warning(warning)
     if run.state.epoch >= run.num_epochs:
         logger.info('nothing left to do: %d of %d epochs are done', run.state.epoch, run.num_epochs)
+
+
+def describe_classes(train_set: Dataset, val_set: Dataset) -> None:
+    """Log the smallest and the largest training class, and the classes without validation images."""
+    names = [printable(str(name)) for name in val_set.classes]
+    counts, val_counts = (
+        torch.bincount(torch.as_tensor(dataset.targets).view(len(dataset), -1)[:, 0], minlength=len(names)).tolist()
+        for dataset in (train_set, val_set))  # QMNIST has eight targets for each image, the class first.
+    logger.info('a class has %d (%s) to %d (%s) training images', *min(zip(counts, names)), *max(zip(counts, names)))
+    missing = [name for name, count in zip(names, val_counts) if not count]
+    if missing:
+        logger.warning('no validation images of %s%s', ', '.join(missing[:5]),
+                       f' and {len(missing) - 5} more' if missing[5:] else '')
 
 
 # An epoch
