@@ -264,8 +264,14 @@ def check_two_classes(dataset: Dataset, data_path: str) -> None:
         raise UsageError(f'{data_path} has one class, {dataset.classes[present.pop()]}{hint}; training needs two')
 
 
+def _holds_images(root: str) -> bool:
+    """Return whether `root` has splits or class folders for --data-set IMNET."""
+    return has_split(root, 'train') or sum(path.is_dir() and any(
+        map(tv_datasets.folder.is_image_file, os.listdir(path))) for path in Path(root).glob('[!.]*')) > 1
+
+
 def _torchvision(name: str, root: str, is_train: bool, transform: Callable | None) -> Dataset:
-    splits, settings = [{'train': is_train}], {'download': True}
+    splits, settings = [{'train': is_train}], {'download': not _holds_images(root)}
     if name == 'CARS':  # The address to download from no longer exists.
         dataset_class, splits, settings = tv_datasets.StanfordCars, [{'split': 'train' if is_train else 'test'}], {}
     elif name == 'PETS':
@@ -281,6 +287,8 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
     try:
         loaded = [dataset_class(root=root, transform=transform, **split, **settings) for split in splits]
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
+        if _holds_images(root):
+            raise UsageError(f'{root} holds images, not {name}: give --data-set IMNET, or a new folder') from None
         raise UsageError(f'{name} is not in {root} and could not be downloaded ({first_line(error)})') from error
     dataset = loaded[0] if len(loaded) == 1 else ConcatDataset(loaded)
     classes = getattr(loaded[0], 'classes', None)

@@ -419,6 +419,8 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         (teacher and not distils, 'a teacher needs --distillation-type soft or hard'),
         (args.opt_betas and len(args.opt_betas) != 2, '--opt-betas needs two numbers'),
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
+        (args.data_set == 'DIGITS' and args.data_path,
+         f'--data-set DIGITS does not read --data-path {args.data_path}: for images add --data-set IMNET'),
     ]
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         low, high = getattr(args, name) or (0, 1)
