@@ -302,7 +302,7 @@ class TarImages(EncodedImages):
         """Return whether the tars are numbered from 00000.tar on, or the first holds a KEY.json next to an image."""
         path, keys = Path(self.roots[0]), {key_of(m.name) for m in images if m.tar == 0}
         with open(path, 'rb') as file:  # The saved index has no JSON files.
-            names = [name for _, (name, _) in zip(range(100), _files(file, 0, path.stat().st_size, str(path)))]
+            names = [name for _, (name, _) in zip(range(1000), _files(file, 0, path.stat().st_size, str(path)))]
         return any(name.endswith('.json') and key_of(name) in keys for name in names) or \
             path.stem.startswith('00') and all(Path(root).stem.isdecimal() for root in self.roots)
 

@@ -533,7 +533,7 @@ def describe_classes(train_set: Dataset, val_set: Dataset) -> None:
     counts, val_counts = (
         torch.bincount(torch.as_tensor(dataset.targets).view(len(dataset), -1)[:, 0], minlength=len(names)).tolist()
         for dataset in (train_set, val_set))  # QMNIST has eight targets for each image, the class first.
-    logger.info('a class has %d (%s) to %d (%s) training images', *min(zip(counts, names)), *max(zip(counts, names)))
+    logger.info('training images per class: %d (%s) to %d (%s)', *min(zip(counts, names)), *max(zip(counts, names)))
     missing = [name for name, count in zip(names, val_counts) if not count]
     if missing:
         logger.warning('no validation images of %s%s', ', '.join(missing[:5]),
