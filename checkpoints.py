@@ -3,13 +3,13 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import pickle
 import re
 import secrets
 import shutil
-import urllib.error
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -156,6 +156,20 @@ def no_checkpoint(name: str) -> str:
     return f'no checkpoint at {name}' + (f' ({folder} contains {others})' if others else '')
 
 
+def download(url: str) -> Path:
+    """Return the cached file of `url`, downloaded if need be; torch.hub itself caches by the last part of `url`."""
+    file = Path(torch.hub.get_dir(), 'checkpoints', f'{hashlib.sha256(url.encode()).hexdigest()}.pth')
+    if file.exists():
+        logger.warning('%s was downloaded before: reading %s (remove it to download again)', url, file)
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(file))
+    except Exception as error:  # urllib raises anything.
+        raise UsageError(f'{url} could not be downloaded ({one_line(error)})') from None
+    return file
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a file of torch.save without running code that it might contain.
 
@@ -169,21 +183,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UsageError: no such file, a damaged file, not a checkpoint, or one that would run code when loaded.
     """
     name = str(path)
-    is_url = name.startswith(('http://', 'https://'))
-    if not is_url and not os.path.isfile(name):
+    if name.startswith(('http://', 'https://')):
+        file = download(name)
+        try:
+            return read_checkpoint(file)
+        except UsageError as error:
+            file.unlink(missing_ok=True)
+            raise UsageError(f'{name}: {error} (this copy was removed: the next start downloads it again)') from None
+    if not os.path.isfile(name):
         raise UsageError(no_checkpoint(name))
     # Released checkpoints contain their training arguments; unpickling a Namespace runs nothing. Repeat this at each
     # call, since timm's load_checkpoint removes the type.
     torch.serialization.add_safe_globals([argparse.Namespace])
-    damaged = None
     try:
-        if is_url:
-            state = torch.hub.load_state_dict_from_url(name, map_location='cpu', weights_only=True)
-        else:
-            if zipfile.is_zipfile(name):  # torch.load does not verify the checksums.
-                with zipfile.ZipFile(name) as archive:
-                    damaged = archive.testzip()
-            state = None if damaged else torch.load(name, map_location='cpu', weights_only=True)
+        damaged = zipfile.is_zipfile(name) and zipfile.ZipFile(name).testzip()  # torch.load verifies no checksums.
+        state = None if damaged else torch.load(name, map_location='cpu', weights_only=True)
     except Exception as error:  # Parsers fail anywhere on a damaged file.
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
             # The file may be good, so do not fall back to an older one.
@@ -191,8 +205,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         code = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if code:
             reason = f'{name} was not loaded: it would run {code[1]}'
-        elif isinstance(error, urllib.error.URLError):
-            reason = f'{name} could not be downloaded ({error})'
+        elif name.endswith(('.onnx', '.pt2', '.ts', '.torchscript')) or 'TorchScript' in str(error):
+            reason = f'{name} is an exported model: give the checkpoint that it was made from'
         else:
             reason = f'{name} is truncated, damaged, or not a checkpoint'
         raise UsageError(reason) from None

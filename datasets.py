@@ -9,7 +9,7 @@ import numpy as np
 import timm
 from PIL import Image
 from timm.data import ImageNetInfo, create_dataset
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
@@ -312,6 +312,24 @@ def _split(dataset: EncodedImages, val_split: float, is_train: bool) -> EncodedI
     return dataset
 
 
+def limit(dataset: Dataset, number: int) -> Dataset:
+    """Select the first images of each class, `number` in all, as many of each class as there are."""
+    if np.ndim(getattr(dataset, 'targets', None)) != 1:
+        raise UsageError('--max-train-images: this data set does not list the classes of its images; leave it out')
+    targets = np.array(dataset.targets)
+    order = np.argsort(targets, kind='stable')
+    position = np.argsort(order) - np.searchsorted(targets[order], targets)  # of an image within its class
+    if number < np.sum(position == 0):
+        raise UsageError(f'--max-train-images {number}: there are {np.sum(position == 0)} classes, give at least that')
+    indices = np.sort(np.lexsort((targets, position))[:number]).tolist()
+    if isinstance(dataset, EncodedImages):
+        dataset.select(indices)
+        return dataset
+    subset = Subset(dataset, indices)
+    subset.classes, subset.targets = dataset.classes, targets[indices].tolist()
+    return subset
+
+
 def check_two_classes(dataset: Dataset, data_path: str) -> None:
     """Raise UsageError if all images of a training set belong to one class."""
     present = set(getattr(dataset, 'targets', ()))
@@ -322,8 +340,14 @@ def check_two_classes(dataset: Dataset, data_path: str) -> None:
         raise UsageError(f'{data_path} has one class, {dataset.classes[present.pop()]}{hint}; training needs two')
 
 
+def _holds_images(root: str) -> bool:
+    """Return whether `root` has splits or class folders for --data-set IMNET."""
+    return has_split(root, 'train') or sum(path.is_dir() and os.access(path, os.R_OK) and any(
+        map(tv_datasets.folder.is_image_file, os.listdir(path))) for path in Path(root).glob('[!.]*')) > 1
+
+
 def _torchvision(name: str, root: str, is_train: bool, transform: Callable | None) -> Dataset:
-    splits, settings = [{'train': is_train}], {'download': True}
+    splits, settings = [{'train': is_train}], {'download': not _holds_images(root)}
     if name == 'CARS':  # The address to download from no longer exists.
         dataset_class, splits, settings = tv_datasets.StanfordCars, [{'split': 'train' if is_train else 'test'}], {}
     elif name == 'PETS':
@@ -339,6 +363,8 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
     try:
         loaded = [dataset_class(root=root, transform=transform, **split, **settings) for split in splits]
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
+        if _holds_images(root):
+            raise UsageError(f'{root} holds images, not {name}: give --data-set IMNET, or a new folder') from None
         raise UsageError(f'{name} is not in {root} and could not be downloaded ({first_line(error)})') from error
     dataset = loaded[0] if len(loaded) == 1 else ConcatDataset(loaded)
     classes = getattr(loaded[0], 'classes', None)

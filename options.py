@@ -188,6 +188,8 @@ def get_parser() -> argparse.ArgumentParser:
                    help='IMNET: class folders in the order of their index, one a line')
     g.add_argument('--val-split', type=fraction, metavar='FRACTION',
                    help='IMNET without val/: share of each class to hold out, the same images in every run')
+    g.add_argument('--max-train-images', type=positive, metavar='N',
+                   help='train on N images: as many of each class as of the others, the first of the data set')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
                    help='INAT: the rank of the taxonomy to classify by')
     g.add_argument('--input-size', type=image_size, default=224, help='height and width in pixels, a multiple of 32')
@@ -319,7 +321,7 @@ def get_parser() -> argparse.ArgumentParser:
         '--debug': 'it skipped a FLOPs count, which scripts/profile_flops.py now does',
         # DeiT and ConvNeXt
         '--dist-eval': 'all processes always share the evaluation, and it is exact',
-        '--nb-classes': 'the number of classes comes from the data',
+        **dict.fromkeys(('--nb-classes', '--num-classes'), 'the number of classes comes from the data'),
         '--unscale-lr': '--lr is for a global batch of 512',
         '--update-freq': 'use --accum-steps',
         '--auto-resume': 'use --resume auto',
@@ -371,7 +373,7 @@ def make_paths_absolute(args: argparse.Namespace) -> None:
     """Make paths absolute, so that config.yaml and checkpoints can be used from any folder."""
     for name in PATHS + FILES_OR_NAMES:
         path = (getattr(args, name, None) or '').removeprefix('local-dir:')
-        is_file = path.endswith(EXTENSIONS) and '://' not in path or os.path.isfile(os.path.join(path, 'config.json'))
+        is_file = path.endswith(EXTENSIONS) and '://' not in path or any(Path(path).glob('config.*'))
         if path and (name in PATHS or is_file or os.path.isfile(path)):
             setattr(args, name, os.path.abspath(path))
 
@@ -428,6 +430,8 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
         (args.valid_labels and not args.eval, '--valid-labels needs --eval'),
         (args.real_labels is not None and not args.eval, '--real-labels needs --eval'),
+        (args.data_set == 'DIGITS' and args.data_path,
+         f'--data-set DIGITS does not read --data-path {args.data_path}: for images add --data-set IMNET'),
     ]
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         low, high = getattr(args, name) or (0, 1)
@@ -440,7 +444,10 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     try:
         config = yaml.safe_load(Path(path).read_text('utf-8'))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        parser.error(f'--config {path}: {getattr(error, "strerror", None) or " ".join(str(error).split())}')
+        recipes = {file.stem: file for file in Path(__file__).with_name('configs').glob('*.yaml')}
+        similar = [] if os.path.exists(path) else difflib.get_close_matches(Path(path).stem, recipes, 1)
+        hint = f' ({os.path.relpath(recipes[similar[0]])}?)' if similar else ''
+        parser.error(f'--config {path}: {getattr(error, "strerror", None) or " ".join(str(error).split())}{hint}')
     if not isinstance(config, dict):
         parser.error(f'--config {path} does not consist of "flag: value" lines')
     known = parser._option_string_actions

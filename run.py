@@ -23,7 +23,7 @@ import utils
 from checkpoints import BEST, LAST, PREVIOUS, atomic_write, epoch_files
 from errors import TrainingFault, UsageError, printable
 from processes import usage_errors
-from weights import read, read_file
+from weights import best_of_run, read, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
     elif is_training and Path(args.resume).name == LAST and Path(args.resume).is_file():
         file, checkpoint = checkpoints.newest_checkpoint(Path(args.resume).parent)
     elif args.resume:
-        file, checkpoint = args.resume, read(args.resume) if os.path.isdir(args.resume) else read_file(args.resume)
+        file = best_of_run(args.resume)
+        checkpoint = read(file) if os.path.isdir(file) else read_file(file)
     if args.eval and checkpoint is None:
         raise UsageError(f'no checkpoint in {folder}: --eval needs one')
     is_writer = is_training and processes.get_rank() == 0  # Only this rank uses the best scores.
@@ -280,7 +281,8 @@ def check_written(writer: RunWriter | None) -> None:
 
 def raise_stopped(args: argparse.Namespace, stop_signal: int, where: str, is_complete: bool) -> None:
     """Log where a signal stopped the run, touch --stopped-file, and raise SystemExit with the run's exit status."""
-    logger.info('stopped %s%s', where, ', which was the last' if is_complete else '; --resume auto resumes there')
+    outcome = ', which was the last' if is_complete else '; --resume auto resumes there'
+    logger.info('stopped %s%s', where, outcome if args.output_dir else '; nothing was saved, for lack of --output-dir')
     if args.stopped_file and args.output_dir and processes.get_rank() == 0 and not is_complete:
         Path(args.stopped_file).touch()
     resumes_itself = args.resume == 'auto' and stop_signal != signal.SIGINT

@@ -294,9 +294,17 @@ class TarImages(EncodedImages):
             paths = [folders[shared:] for folders in paths]
         names = [''.join(folders[:1]) for folders in paths]
         if not any(names) and self.roots[1:] and Path(self.roots[0]).parent.name == split:  # SPLIT/CLASS.tar
-            names = [Path(self.roots[m.tar]).stem for m in images]
+            names = [Path(self.roots[m.tar]).stem for m in images] if not self._are_shards(images) else names
         names, images = zip(*sorted(zip(names, images), key=lambda pair: (pair[0], *os.path.split(pair[1].name))))
         return images, names if any(names) else _published_val_classes(Path(self.roots[0]), images)
+
+    def _are_shards(self, images: list[Member]) -> bool:
+        """Return whether the tars are numbered from 00000.tar on, or the first holds a KEY.json next to an image."""
+        path, keys = Path(self.roots[0]), {key_of(m.name) for m in images if m.tar == 0}
+        with open(path, 'rb') as file:  # The saved index has no JSON files.
+            names = [name for _, (name, _) in zip(range(1000), _files(file, 0, path.stat().st_size, str(path)))]
+        return any(name.endswith('.json') and key_of(name) in keys for name in names) or \
+            path.stem.startswith('00') and all(Path(root).stem.isdecimal() for root in self.roots)
 
     def _read_bytes(self, tar: int, offset: int, size: int) -> bytes:
         with open(self.roots[tar], 'rb') as file:

@@ -31,12 +31,13 @@ from timm.utils import ModelEmaV3, distribute_bn, random_seed
 from torch.utils.data import DataLoader, Dataset
 
 import cmt
+import datasets
 import processes
 import utils
 from checkpoints import FORMAT, LAST, is_own, load_strictly
-from datasets import build_dataset, check_two_classes, has_split, is_unsplit, order_classes, read_real, valid_classes
+from datasets import build_dataset, check_two_classes, has_split
 from engine import Meters, Preprocessor, TrainStep, check_faults, evaluate, throughput, train_one_epoch
-from errors import UsageError
+from errors import UsageError, printable
 from fast_transforms import HAS_FAST, FastTransform
 from launch import read_launch
 from loader import build_loader, check_shared_memory
@@ -326,7 +327,7 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         if args.loader == 'fast':
             transform = FastTransform(transform)
         is_whole = args.eval and is_folders and bool(path) and not args.val_split and (
-            is_unsplit(path) or args.val_split == 0 and not has_split(path, 'val'))
+            datasets.is_unsplit(path) or args.val_split == 0 and not has_split(path, 'val'))
         has_train = is_training or saved_classes is None and not is_whole and (
             not path or bool(args.val_split) or not is_folders or has_split(path, 'train'))
         folder = Path(path or '') / 'train'
@@ -341,10 +342,11 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         train = build(is_train=True, transform=transform, classes=saved_classes) if has_train else None
         if is_training:
             check_two_classes(train, args.data_path)
+            train = datasets.limit(train, args.max_train_images) if args.max_train_images else train
         val = build(is_train=False, transform=build_transform(False, args.input_size, crop_pct=args.crop_pct),
                     classes=train.classes if train is not None else saved_classes, is_whole=is_whole)
         if args.eval and saved_classes is None and not args.class_map and isinstance(val, EncodedImages):
-            logger.info(order_classes(val, initial.weights.model_args.get('num_classes', 0)))
+            logger.info(datasets.order_classes(val, initial.weights.model_args.get('num_classes', 0)))
         if args.eval and args.val_split:
             logger.info('scoring the share %g of %s that was held out of training (--val-split 0: all images)',
                         args.val_split, path)
@@ -440,7 +442,7 @@ def add_label_hooks(args: argparse.Namespace, model: nn.Module, val_set: Dataset
         A list that gets, for each image of this rank with ReaL labels, whether top-1 and top-5 contain one of them.
     """
     hits: list[tuple[bool, bool]] = []
-    valid = valid_classes(val_set, 'all' if args.real_labels is not None else args.valid_labels)
+    valid = datasets.valid_classes(val_set, 'all' if args.real_labels is not None else args.valid_labels)
     if len(valid) < model.num_classes:
         logger.info('scoring among %d of %d classes (--valid-labels all: among all)', len(valid), model.num_classes)
         others = torch.ones(model.num_classes, dtype=torch.bool)
@@ -448,7 +450,7 @@ def add_label_hooks(args: argparse.Namespace, model: nn.Module, val_set: Dataset
         model.register_forward_hook(
             lambda module, images, logits: logits.masked_fill(others.to(logits.device), -torch.inf))
     if args.real_labels is not None:
-        labels = read_real(val_set, args.real_labels)
+        labels = datasets.read_real(val_set, args.real_labels)
         of_rank = iter(eval_indices(len(val_set), processes.get_rank(), processes.get_world_size()))
 
         def compare(module: nn.Module, images: tuple, logits: torch.Tensor) -> None:
@@ -555,6 +557,8 @@ def describe(run: Run) -> None:
     logger.info('%s: %.2f M parameters, %d classes, %d training and %d validation images, %d steps per epoch',
                 args.model or 'CMT', n_parameters(run.core) / 1e6, run.core.num_classes, len(train_set), len(val_set),
                 run.updates_per_epoch)
+    if hasattr(train_set.dataset, 'targets') and hasattr(val_set.dataset, 'targets'):
+        describe_classes(train_set.dataset, val_set.dataset)
     precision = f'apex {args.apex_opt_level}' if isinstance(run.scaler, ApexScaler) else str(run.dtype)[6:]
     if precision == 'float32' and torch.get_float32_matmul_precision() == 'high':
         precision = 'tf32'
@@ -568,6 +572,19 @@ def describe(run: Run) -> None:
         logger.warning(warning)
     if run.state.epoch >= run.num_epochs:
         logger.info('nothing left to do: %d of %d epochs are done', run.state.epoch, run.num_epochs)
+
+
+def describe_classes(train_set: Dataset, val_set: Dataset) -> None:
+    """Log the smallest and the largest training class, and the classes without validation images."""
+    names = [printable(str(name)) for name in val_set.classes]
+    counts, val_counts = (
+        torch.bincount(torch.as_tensor(dataset.targets).view(len(dataset), -1)[:, 0], minlength=len(names)).tolist()
+        for dataset in (train_set, val_set))  # QMNIST has eight targets for each image, the class first.
+    logger.info('training images per class: %d (%s) to %d (%s)', *min(zip(counts, names)), *max(zip(counts, names)))
+    missing = [name for name, count in zip(names, val_counts) if not count]
+    if missing:
+        logger.warning('no validation images of %s%s', ', '.join(missing[:5]),
+                       f' and {len(missing) - 5} more' if missing[5:] else '')
 
 
 # An epoch

@@ -20,7 +20,7 @@ from timm.models import adapt_input_conv
 
 import cmt
 import mindspore
-from checkpoints import FORMAT, is_own, load_strictly, no_checkpoint, read_checkpoint
+from checkpoints import BEST, FORMAT, LAST, is_own, load_strictly, no_checkpoint, read_checkpoint
 from errors import UsageError, first_line
 
 logger = logging.getLogger(__name__)
@@ -196,8 +196,18 @@ def _initial_share(checkpoint: dict[str, Any], args: dict[str, Any]) -> float:
 # Reading
 
 def read_weights(file: str, use_ema: bool = False) -> Weights:
-    """Read the weights of a file or name; arguments and errors are those of `read` and Weights.from_checkpoint."""
-    return Weights.from_checkpoint(read(file), file, use_ema)
+    """Read the weights of a file, run or name; arguments and errors are those of `read` and Weights.from_checkpoint."""
+    return Weights.from_checkpoint(read(file := best_of_run(file)), file, use_ema)
+
+
+def best_of_run(name: str) -> str:
+    """Return the best checkpoint of a run's folder by its accuracy, else the last; `name` if it is no such folder."""
+    folder = Path(name)
+    scores = {file: read_checkpoint(folder / file).get('acc1', 0) for file in BEST if (folder / file).is_file()}
+    best = folder / max(scores, key=scores.get, default=LAST)
+    if best.is_file():
+        logger.warning('%s is the folder of a run: reading %s', name, best.name)
+    return str(best) if best.is_file() else name
 
 
 def read(file: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import json
+import mimetypes
 import os
 import sys
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ def read_images(
         try:
             image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
         except Exception as error:  # Pillow's plugins raise anything on damaged files
-            reason = getattr(error, 'strerror', None) or one_line(error)
+            reason, kind = getattr(error, 'strerror', None) or one_line(error), mimetypes.guess_type(name)[0] or ''
+            reason += f' but {kind}' if reason == 'not an image' and kind[:6] not in ('', 'image/') else ''
             print(f'cannot read {printable(name)} ({reason})', file=sys.stderr)
         else:
             yield name, transform(image)

@@ -3,20 +3,24 @@ import argparse
 import builtins
 import contextlib
 import functools
+import http.server
 import itertools
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
 
 import nano
 from checkpoints import BEST, LAST, PREVIOUS, atomic_write, epoch_files, newest_checkpoint, read_checkpoint
+from errors import UsageError
 from run import RunWriter
 
 
@@ -297,3 +301,87 @@ def test_released_checkpoints_hold_a_namespace(tmp_path, new_format):
     torch.save(content, tmp_path / 'released.pth', _use_new_zipfile_serialization=new_format)
     loaded = read_checkpoint(tmp_path / 'released.pth')
     assert loaded['args'].lr == 0.1 and loaded['model']['w'].tolist() == [1, 1]
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serve tmp_path/www over HTTP, and return the address; a file named cut-* ends after half of its bytes."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def copyfile(self, source, outputfile):
+            content = source.read()
+            outputfile.write(content[:len(content) // 2] if 'cut' in self.path else content)
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    asked = []
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    for folder in ('a', 'b'):
+        write_file(tmp_path / 'www' / folder / 'best.pth', 'ab'.index(folder))
+    handler = functools.partial(Handler, directory=tmp_path / 'www')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{serving.server_port}', asked
+        serving.shutdown()
+
+
+def write_file(path, epoch, new_format=True):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state(epoch), path, _use_new_zipfile_serialization=new_format)
+
+
+def test_each_address_is_downloaded_once(server, caplog, tmp_path):
+    """Also if two of them end in the same name; a file replaced on the server is named as an older download."""
+    address, asked = server
+    for _ in range(2):
+        assert [epoch_of(read_checkpoint(f'{address}/{folder}/best.pth')) for folder in 'ab'] == [0, 1]
+    assert epoch_of(read_checkpoint(f'{address}/a/best.pth?version=2')) == 0
+    assert asked == ['/a/best.pth', '/b/best.pth', '/a/best.pth?version=2']
+    write_file(tmp_path / 'www/a/best.pth', 7)
+    caplog.clear()
+    assert epoch_of(read_checkpoint(f'{address}/a/best.pth')) == 0
+    cached, = re.findall(r'/\S*cache/\S+', caplog.text)
+    os.remove(cached)
+    assert epoch_of(read_checkpoint(f'{address}/a/best.pth')) == 7
+
+
+@pytest.mark.parametrize('new_format', [True, False])
+def test_a_cut_download_is_named_and_repeated(server, tmp_path, new_format):
+    address, asked = server
+    write_file(tmp_path / 'www/cut/best.pth', 3, new_format)
+    (tmp_path / 'www/cut/page.pth').write_text('<html>Please log in</html>')
+    for name in ('best.pth', 'page.pth', 'best.pth'):
+        with pytest.raises(UsageError, match=f'{address}/cut/{name}'):
+            read_checkpoint(f'{address}/cut/{name}')
+        assert not [path for path in (tmp_path / 'cache').rglob('*') if path.is_file()]
+    assert len(asked) == 3
+
+
+def test_a_damaged_cached_file_is_named_and_removed(server, tmp_path):
+    address, _ = server
+    read_checkpoint(f'{address}/a/best.pth')
+    cached, = [path for path in (tmp_path / 'cache').rglob('*') if path.is_file()]
+    content = bytearray(cached.read_bytes())
+    content[len(content) // 2] ^= 1
+    cached.write_bytes(content)
+    with pytest.raises(UsageError, match=str(cached)):
+        read_checkpoint(f'{address}/a/best.pth')
+    assert epoch_of(read_checkpoint(f'{address}/a/best.pth')) == 0
+
+
+@pytest.mark.parametrize('path', ['/none.pth', '/two words.pth', ':1/best.pth'])
+def test_addresses_without_a_file_are_one_line(server, tmp_path, path):
+    with pytest.raises(UsageError, match='could not be downloaded'):
+        read_checkpoint(re.sub(r':\d+$', '', server[0]) + path if path[0] == ':' else server[0] + path)
+    assert not [path for path in (tmp_path / 'cache').rglob('*') if path.is_file()]
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_exported_models_are_not_damaged_checkpoints(tmp_path):
+    (tmp_path / 'model.onnx').write_bytes(b'\x08\x0a\x12\x07pytorch')
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / 'model.pt')
+    torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.ones(1),)), tmp_path / 'model.pt2')
+    for name in ('model.onnx', 'model.pt', 'model.pt2'):
+        with pytest.raises(UsageError, match=f'{name} is an exported model'):
+            read_checkpoint(tmp_path / name)

@@ -40,7 +40,9 @@ def test_two_steps(path, images, tmp_path, monkeypatch):
     count = 100 if kind == 'IMNET' else 1437 if kind == 'DIGITS' else 16
     argv = ['--config', path, '--model', 'cmt_nano', '--input-size', 32, '--batch-size', count // 2 & ~1,
             '--device', 'cpu', '--num-workers', 0, '--epochs', 1, '--warmup-epochs', 0, '--cooldown-epochs', 0,
-            '--output-dir', tmp_path / 'run', '--data-path', images if kind == 'IMNET' else tmp_path / 'data']
+            '--output-dir', tmp_path / 'run']
+    if kind != 'DIGITS':
+        argv += ['--data-path', images if kind == 'IMNET' else tmp_path / 'data']
     if kind in WRITERS:
         WRITERS[kind](tmp_path / 'data')
     if 'finetune' in config:

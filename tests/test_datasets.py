@@ -4,7 +4,10 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
+import tarfile
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,12 +18,13 @@ from PIL import Image, ImageOps
 from timm.utils import random_seed
 from torchvision import datasets as tv_datasets
 
-from datasets import Digits, build_dataset
+from datasets import Digits, build_dataset, limit
 from errors import UnreadableImage, UsageError
 from fast_transforms import FastTransform
 from loader import SeededDataset, build_loader
 from samplers import TrainSampler
 from sources import ImageFolder
+from test_configs import write_cifar
 from transforms import build_transform
 
 
@@ -71,6 +75,72 @@ def test_cifar_that_can_not_be_had_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(tv_datasets.CIFAR10, 'download', no_network)
     with pytest.raises(UsageError, match=f'^CIFAR10 is not in {tmp_path} and could not be downloaded .no network.$'):
         build_dataset('CIFAR10', True, tmp_path, 32)
+
+
+@pytest.mark.parametrize('name', ['CIFAR10', 'CIFAR100', 'CARS', 'FLOWERS102', 'PETS', 'torch/mnist', 'torch/cifar10'])
+@pytest.mark.parametrize('layout', ['train/{}/x.png', '{}/x.png', 'train.tar', 'images.tar'])
+def test_images_are_not_taken_for_a_place_to_download_to(images, tmp_path, monkeypatch, name, layout):
+    """Nothing is fetched, and nothing is written among the images."""
+    for label in 'ab':
+        (tmp_path / layout.format(label)).parent.mkdir(parents=True, exist_ok=True)
+        if layout.endswith('.tar'):
+            with tarfile.open(tmp_path / layout, 'w') as tar:
+                tar.add(images / 'train', '.')
+        else:
+            noise().save(tmp_path / layout.format(label))
+    monkeypatch.setattr(socket, 'create_connection', None)
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(UsageError, match='--data-set IMNET'):
+        build_dataset(name, True, tmp_path / layout if layout == 'images.tar' else tmp_path, 32)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize('folders', [[], ['cats', 'dogs']])
+def test_a_data_set_that_is_there_is_read_beside_images(tmp_path, monkeypatch, folders):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        noise().save(tmp_path / folder / 'x.png')
+    files = {f'data_batch_{i}': 8 for i in range(1, 6)}
+    write_cifar(tmp_path, 'cifar-10-batches-py', 'labels', files, 'batches.meta', 10)
+    monkeypatch.setattr(tv_datasets.cifar, 'check_integrity', lambda *_: True)
+    assert len(build_dataset('CIFAR10', True, tmp_path, 32)) == 40
+
+
+def test_a_new_or_an_empty_folder_is_downloaded_to(tmp_path, monkeypatch):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'other' / 'texts').mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(tv_datasets.CIFAR10, 'download', lambda self: asked.append(self.root))
+    for name in ('new', 'empty', 'other'):
+        with pytest.raises(UsageError, match='could not be downloaded'):
+            build_dataset('CIFAR10', True, tmp_path / name, 32)
+    assert asked == [tmp_path / name for name in ('new', 'empty', 'other')]
+
+
+def test_a_limit_takes_the_first_images_of_each_class(images, tmp_path):
+    """As many of each class as of the others while there are, for each kind of data set."""
+    whole = build_dataset('IMNET', True, images, 32)  # 40, 24 and 36 images
+    for number, counts in ((3, [1, 1, 1]), (5, [2, 2, 1]), (72, [24, 24, 24]), (90, [33, 24, 33]), (500, [40, 24, 36])):
+        subset = limit(build_dataset('IMNET', True, images, 32), number)
+        assert np.bincount(subset.targets).tolist() == counts and len(subset) == sum(counts)
+        names = [name for label, count in enumerate(counts)
+                 for name in [name for name, target in whole.samples if target == label][:count]]
+        assert [name for name, _ in subset.samples] == names and subset.classes == whole.classes
+        assert [subset.read(i) for i in (0, -1)] == [Path(names[i]).read_bytes() for i in (0, -1)]
+    for shard in range(2):
+        with tarfile.open(tmp_path / f'train-{shard}.tar', 'w') as tar:
+            for i, (name, target) in enumerate(list(whole.samples)[shard::2]):
+                (tmp_path / 'cls').write_text(str(target))
+                tar.add(name, f'{i}{Path(name).suffix}')
+                tar.add(tmp_path / 'cls', f'{i}.cls')
+    shards = limit(build_dataset('IMNET', True, tmp_path / 'train-0.tar', 32), 30)
+    assert np.bincount(shards.targets).tolist() == [10] * 3 and len({shards.read(i) for i in range(30)}) == 30
+    digits = limit(Digits(True, 16), 25)
+    assert np.bincount(digits.targets).tolist() == [3] * 5 + [2] * 5 and digits.classes == list('0123456789')
+    assert [digits[i][1] for i in range(25)] == digits.targets
+    for dataset in (whole, digits):
+        with pytest.raises(UsageError, match='--max-train-images'):
+            limit(dataset, 2)
 
 
 @pytest.mark.parametrize('size', [64, 192, 224, 256])

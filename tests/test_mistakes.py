@@ -19,7 +19,10 @@ MISTAKES = """
 --data-path foreign | --class-map .*unheard
 --data-path deep | images, .*class_0, class_1, class_2
 --data-path one --class-map map.txt | class_1
---data-set DIGITS --eval --resume {whole}/checkpoint_last.pth | checkpoint_last.pth .*--finetune
+--data-set DIGITS --data-path= --eval --resume {whole}/checkpoint_last.pth | checkpoint_last.pth .*--finetune
+--data-set DIGITS | --data-set IMNET
+--data-set CIFAR10 | --data-set IMNET
+--max-train-images 2
 --model cmt_xxl
 --model resnet18
 --model efficientvit_b0
@@ -31,6 +34,7 @@ MISTAKES = """
 --resume {whole}/checkpoint_last.pth --input-size 64 | --input-size
 --resume {whole}/checkpoint_last.pth --opt lamb | --opt adamw
 --resume {whole}/checkpoint_best.pth | checkpoint_best.pth .*--finetune
+--resume {whole} | checkpoint(_ema)?_best.pth .*--finetune
 --resume short.pth | short.pth
 --resume list.pth
 --resume text.pth

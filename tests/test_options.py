@@ -117,6 +117,24 @@ def test_mistakes_name_their_flag(mistake, argv):
     assert re.search(f'{(missing or [first])[0]}', mistake(first, *(v for v in values if v not in missing)))
 
 
+@pytest.mark.parametrize('path', ['digits.yaml', 'digits', 'config/digits.yaml', 'digit.yaml', './digits.yml'])
+def test_a_recipe_in_another_folder_is_named(mistake, path):
+    hint = re.search(r'\((.*digits.yaml)\?\)', mistake('--config', path))
+    assert hint and Path(hint[1]).samefile(ROOT / 'configs' / 'digits.yaml')
+
+
+def test_a_config_unlike_any_recipe_gets_no_hint(mistake, tmp_path):
+    (tmp_path / 'digits.yaml').write_text('lr: [')
+    for path in ('mine.yaml', 'digits.yaml', '.'):
+        assert '?)' not in mistake('--config', path)
+
+
+@pytest.mark.parametrize('argv', ['--num-classes 10', '--num_classes=10', '--nb_classes 10', '--nb-classes=10'])
+def test_the_number_of_classes_comes_from_the_data(mistake, argv):
+    text, flag = mistake(*argv.split()), re.split('[ =]', argv.replace('_', '-'))[0]
+    assert 'from the data' in text and set(re.findall('--[a-z-]+', text)) == {flag}
+
+
 def test_a_run_stays_in_the_folder_of_its_config(tmp_path, mistake):
     (tmp_path / 'config.yaml').write_text('epochs: 3\n')
     argv = ['--config', str(tmp_path / 'config.yaml'), '--resume', 'auto']

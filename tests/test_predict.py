@@ -107,6 +107,17 @@ def test_any_file_name_and_unreadable_images(place, capsys):
     assert Image.open('sheet.jpg').width > 400
 
 
+@pytest.mark.parametrize('name, kind', [
+    ('clip.mp4', 'video/mp4'), ('clip.mov', 'video/quicktime'), ('song.mp3', 'audio/mpeg'),
+    ('paper.pdf', 'application/pdf'), ('notes.txt', 'text/plain')])
+def test_a_file_that_is_not_an_image_is_called_what_it_is(place, capsys, name, kind):
+    Path(name).write_bytes(b'\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41')
+    with pytest.raises(SystemExit, match='1'):
+        predict.main(['named.pth', name])
+    error = capsys.readouterr().err
+    assert name in error and kind in error and error.count('\n') == 1
+
+
 def test_class_names(place, capsys):
     def names(*argv):
         return [one['class'] for one in as_json(capsys, *argv, 'photos/a.png', '--top', '99')[0]['predictions']]

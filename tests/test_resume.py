@@ -247,6 +247,15 @@ def test_job_scripts_see_whether_a_stopped_run_has_epochs_left(flags, tmp_path):
     assert '\nstopped-file' not in (tmp_path / 'run' / 'config.yaml').read_text()
 
 
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_only_a_run_that_was_saved_is_said_to_resume(flags, tmp_path, number):
+    for argv, saves in (([], False), (['--output-dir', tmp_path / 'run'], True)):
+        output = tmp_path / f'{saves}.txt'
+        nano.finish(nano.start([*flags, *argv], before=stop_at(3, number), output=output), 128 + number)
+        line, = re.findall('.*stopped .*', output.read_text())
+        assert ('--resume auto' in line) == saves and ('nothing was saved' in line) != saves
+
+
 def test_a_signal_to_one_of_two_ranks_stops_both(flags, pair, tmp_path):
     run = [*flags, '--epochs', 2, '--resume', 'auto', '--output-dir', tmp_path / 'run']
     nano.finish(nano.start(run, ranks=2, before=stop_at(4, rank=1)))

@@ -11,10 +11,15 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 
+import convert_checkpoint
 import errors
+import export
 import nano
 import options
+import predict
+import run
 
 
 def contents(folder) -> dict:
@@ -230,6 +235,59 @@ def test_best_checkpoints_hold_the_scored_weights_alone(flags, images, tmp_path,
     with pytest.raises(errors.UsageError, match='--finetune'):
         nano.train([*run, '--resume', path, '--output-dir', tmp_path / 'more'])
     assert not (tmp_path / 'more').exists()
+
+
+@pytest.fixture
+def run_folder(flags, tmp_path, monkeypatch):
+    """A run of an epoch, with the given scores in its best checkpoints; None removes one of them."""
+    nano.train([*flags, '--epochs', 1, '--input-size', 64, '--output-dir', tmp_path / 'run'])
+    Image.new('RGB', (64, 64)).save(tmp_path / 'x.png')
+    monkeypatch.chdir(tmp_path)
+
+    def rate(acc1, ema_acc1):
+        for name, score in (('checkpoint_best.pth', acc1), ('checkpoint_ema_best.pth', ema_acc1)):
+            state = nano.read('run')
+            content = {key: state[key] for key in run.DESCRIPTION if key in state} | {
+                'model': state['model_ema' if 'ema' in name else 'model'], 'acc1': score}
+            Path('run', name).unlink(missing_ok=True)
+            if score is not None:
+                torch.save(content, Path('run', name))
+    return rate
+
+
+@pytest.mark.parametrize('scores, name', [
+    ((50., 60.), 'checkpoint_ema_best.pth'), ((60., 50.), 'checkpoint_best.pth'),
+    ((None, 0.), 'checkpoint_ema_best.pth'), ((50., 50.), 'checkpoint_best.pth'),
+    ((None, None), 'checkpoint_last.pth')])
+def test_a_runs_folder_is_its_best_checkpoint(run_folder, flags, capsys, caplog, scores, name):
+    """For each command that reads weights, which says the name."""
+    run_folder(*scores)
+    file, more = f'run/{name}', [*flags, '--epochs', 1, '--input-size', 64, '--output-dir', 'new', '--overwrite']
+
+    def outputs(path):
+        capsys.readouterr()
+        for command in (
+                lambda: predict.main([path, 'x.png', '--json']),
+                lambda: convert_checkpoint.main([path, 'out.safetensors', '--overwrite']),
+                lambda: export.main([path, 'out.ts', '--overwrite']),
+                lambda: nano.train(['--eval', '--resume', path, '--device', 'cpu', '--num-workers', 0]),
+                lambda: nano.train([*more, '--finetune', path])):
+            caplog.clear()
+            command()
+            assert path == file or name in caplog.text + capsys.readouterr().out
+        return [Path('out.safetensors').read_bytes(), nano.read('new')['model']]
+    assert nano.same(outputs('run'), outputs(file))
+    assert yaml.safe_load(Path('new/config.yaml').read_text())['finetune'] == os.path.abspath(file)
+    nano.train([*more, '--finetune', 'run'])
+    assert yaml.safe_load(Path('new/config.yaml').read_text())['finetune'] == os.path.abspath('run')
+
+
+def test_folders_without_a_run_are_named(mistake, tmp_path):
+    (tmp_path / 'photos').mkdir()
+    Image.new('RGB', (64, 64)).save(tmp_path / 'photos' / 'x.png')
+    assert 'photos' in mistake(predict, 'photos', 'photos')
+    (tmp_path / 'photos' / 'checkpoint_best.pth').write_text('damaged')
+    assert 'photos/checkpoint_best.pth' in mistake(predict, 'photos', 'photos')
 
 
 def assert_best_has_files(folder):

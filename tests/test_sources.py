@@ -320,6 +320,39 @@ def test_tars_without_classes_or_beside_folders_are_refused(tmp_path):
             train_set(path)
 
 
+def jpegs(*keys, beside=()):
+    """Return members: KEY.jpg for each key, and KEY.EXTENSION for each of `beside`."""
+    return [(f'{key}.{extension}', b'{}') for key in keys for extension in ('jpg', *beside)]
+
+
+@pytest.mark.parametrize('names, beside', [
+    (('00000', '00001'), ['json', 'txt']), (('00000', '00001'), []), (('shard-0', 'shard-1'), ['json']),
+    (('cats', 'dogs'), ['json']), (('0', '1', '2'), ['json'])])
+def test_shards_without_labels_are_not_classes(tmp_path, names, beside):
+    (tmp_path / 'train').mkdir()
+    for i, name in enumerate(names):
+        members(tmp_path / 'train' / f'{name}.tar', *jpegs(*range(10 * i, 10 * i + 10), beside=beside))
+    for _ in range(2):  # the second time from the index
+        with pytest.raises(UsageError, match='has no classes: .* KEY.cls'):
+            train_set(tmp_path)
+    labeled = [(f'{key}.{extension}', data) for key in range(10) for extension, data in (
+        ('jpg', b''), ('json', b'{}'), ('cls', b'%d' % (key % 2)))]
+    for name in names:
+        members(tmp_path / 'train' / f'{name}.tar', *labeled)
+    assert train_set(tmp_path).classes == ['0', '1']
+
+
+@pytest.mark.parametrize('names, others', [
+    (('n01440764', 'n01443537'), []), (('cat', 'dog'), [('about.json', b'{}'), ('list.txt', b'')]),
+    (('0', '1', '2'), []), (('0', '7', '10'), [])])
+def test_tars_named_as_classes_are_classes(tmp_path, names, others):
+    (tmp_path / 'train').mkdir()
+    for name in names:
+        members(tmp_path / 'train' / f'{name}.tar', *others, *jpegs('a', 'b'))
+    train = train_set(tmp_path)
+    assert train.classes == sorted(names) and np.bincount(train.targets).tolist() == [2] * len(names)
+
+
 def test_a_folder_of_training_shards_can_be_split(images, tmp_path):
     (tmp_path / 'shards').mkdir()
     pack(tmp_path / 'shards' / 'train-0.tar', images / 'train')

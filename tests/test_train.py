@@ -101,6 +101,41 @@ def test_a_run_learns_and_writes_what_design_says(whole):
     assert nano.updates(whole) == 18
 
 
+def test_the_smallest_and_the_largest_class_are_logged(flags, images, renamed, capsys):
+    """And the classes without validation images, at most five of them by name."""
+    nano.train([*flags, *ONE_STEP, '--data-path', images])
+    printed = capsys.readouterr().out
+    assert '24 (class_1) to 40 (class_0)' in printed and 'no validation images' not in printed
+    data = renamed(**{name: 'class_1' for name in 'abcdefgh'})
+    for missing, words in (('g', 'of g\n'), ('abcdef', 'of a, b, c, d, e and 2 more\n')):
+        for name in missing:
+            (data / 'val' / name).unlink()
+        nano.train([*flags, *ONE_STEP, '--data-path', data])
+        assert f'no validation images {words}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('number, counts', [(3, {1}), (31, {10, 11}), (100, {24, 36, 40})])
+def test_max_train_images_trains_on_so_many_in_each_resume(flags, images, tmp_path, capsys, number, counts):
+    """And as a folder of these images does."""
+    flags = [*flags, '--batch-size', 2, '--resume', 'auto']
+    run = [*flags, '--max-train-images', number, '--output-dir', tmp_path / 'run']
+    for epochs in (1, 2):
+        nano.train([*run, '--epochs', epochs])
+        assert nano.read(tmp_path / 'run')['training_images'] == number
+        assert f'{min(counts)} (class_' in capsys.readouterr().out
+    shares = {100: (40, 24, 36), 31: (11, 10, 10), 3: (1, 1, 1)}[number]
+    (tmp_path / 'short').mkdir()
+    (tmp_path / 'short' / 'val').symlink_to(images / 'val')
+    for label, share in enumerate(shares):
+        folder = tmp_path / 'short' / 'train' / f'class_{label}'
+        folder.mkdir(parents=True)
+        for file in sorted((images / 'train' / folder.name).iterdir())[:share]:
+            (folder / file.name).symlink_to(file)
+    for epochs in (1, 2):
+        nano.train([*flags, '--data-path', tmp_path / 'short', '--output-dir', tmp_path / 'links', '--epochs', epochs])
+    assert nano.same(nano.read(tmp_path / 'run')['model'], nano.read(tmp_path / 'links')['model'])
+
+
 def test_a_small_model_learns(flags, tmp_path):
     nano.train([
         *flags, '--output-dir', tmp_path / 'run', '--mixup', 0, '--cutmix', 0, '--aa', 'none', '--reprob', 0,
