@@ -190,6 +190,8 @@ def get_parser() -> argparse.ArgumentParser:
                    help='IMNET without val/: share of each class to hold out, the same images in every run')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
                    help='INAT: the rank of the taxonomy to classify by')
+    g.add_argument('--ignore-exif', action=toggle, default=False,
+                   help="read images as stored, without EXIF's orientation, as published scores were made")
     g.add_argument('--input-size', type=image_size, default=224, help='height and width in pixels, a multiple of 32')
     g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
     g.add_argument('--loader', choices=('fast', 'reference'),

@@ -283,7 +283,7 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: 
 def with_saved_flags(args: argparse.Namespace, checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
     """Return `args` with data, input size and precision of the run that wrote the checkpoint, unless they are given."""
     flags = {**checkpoint['args'], 'input_size': checkpoint['model_args']['img_size'][0]}
-    names = 'input_size', 'amp_dtype', 'fast_norm'
+    names = 'input_size', 'ignore_exif', 'amp_dtype', 'fast_norm'
     if not {'--data-set', '--data-path'} & args.given:
         names += 'data_set', 'data_path', 'val_split', 'inat_category'
     given = {flag.removeprefix('--').removeprefix('no-').replace('-', '_') for flag in args.given}
@@ -323,17 +323,18 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         folder = Path(args.data_path or '') / 'train'
         is_folder = args.data_set == 'DIGITS' or (
             args.data_set == 'IMNET' and folder.is_dir() and not any(folder.glob('*.tar')))
-    build = functools.partial(
-        build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
-        val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category)
+    build = functools.partial(build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
+                              val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category,
+                              ignore_exif=args.ignore_exif)
     # One process per node downloads or indexes tars. Every process lists a plain folder by itself.
     local_rank0_first = not all(processes.gather_from_ranks(is_folder))
     with usage_errors(), processes.first_on_each_node() if local_rank0_first else contextlib.nullcontext():
         train = build(is_train=True, transform=transform, classes=saved_classes) if has_train else None
         if is_training:
             check_two_classes(train, args.data_path)
+        rotated = torch.multiprocessing.RawArray('q', args.num_workers + 1) if args.num_workers else [0]
         val = build(is_train=False, transform=build_transform(False, args.input_size),
-                    classes=train.classes if train is not None else saved_classes)
+                    classes=train.classes if train is not None else saved_classes, rotated=rotated)
         if saved_classes and set(val.classes) == set(saved_classes) and list(val.classes) != list(saved_classes):
             raise UsageError(f'--class-map has another order than the classes of {initial.file}: leave it out')
         if saved_classes and list(val.classes) != list(saved_classes):
@@ -411,6 +412,9 @@ def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, dev
         logger.info('batch_size %d throughput %.1f', len(images), throughput(model, images, autocast))
     else:
         log_scores(score(model, loader, device, autocast))
+        rotated = sum(processes.gather_from_ranks(int(sum(getattr(val_set, 'reading', {}).get('rotated', ())))))
+        if rotated:
+            logger.info('EXIF rotated %d of the images. Published scores ignore EXIF: use --ignore-exif', rotated)
 
 
 def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> dict[str, float]:

@@ -30,7 +30,7 @@ import _path
 from errors import UsageError, first_line, one_line, printable
 from options import Parser, add_weights_flag, image_size, output_file, path, positive
 from reports import check_extension, draw_sheet, save
-from sources import is_image, open_image
+from sources import EXTENSIONS, HEIF, IGNORED, is_image, log_left_out, open_image
 from transforms import build_transform
 from weights import build_model, create_cmt, read_weights
 
@@ -79,9 +79,13 @@ def find_images(arguments: list[str]) -> list[tuple[str, str | bytes]]:
                     raise UsageError('-: standard input contains neither an image nor paths of images') from None
                 images += find_images(paths)
         elif os.path.isdir(argument):
-            paths = sorted(str(path) for path in Path(argument).rglob('*') if is_image(str(path.relative_to(argument))))
+            files = [path for path in Path(argument).rglob('*') if not IGNORED.search(str(path.relative_to(argument)))]
+            paths = sorted(str(path) for path in files if is_image(path.name))
+            left_out = log_left_out((p.name for p in files if not is_image(p.name) and p.is_file()), argument)
             if not paths:
-                raise UsageError(f'no images in {argument}')
+                raise UsageError(f'no images in {argument}' + f', only {left_out}' * bool(left_out))
+            if left_out:
+                print(f'left out of {printable(argument)}: {left_out}', file=sys.stderr)
             images += zip(paths, paths)
         else:
             images.append((argument, argument))
@@ -95,7 +99,8 @@ def read_images(images: list[tuple[str, str | bytes]], size: int) -> Iterator[tu
         try:
             image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
         except Exception as error:  # Pillow's plugins raise anything on damaged files
-            reason = getattr(error, 'strerror', None) or one_line(error)
+            is_left_out = not name.lower().endswith(EXTENSIONS) and name.lower().endswith(HEIF)
+            reason = getattr(error, 'strerror', None) or one_line(error) + ': pip install pillow-heif' * is_left_out
             print(f'cannot read {printable(name)} ({reason})', file=sys.stderr)
         else:
             yield name, transform(image)
