@@ -130,9 +130,8 @@ def build_dataset(
     if name == 'DIGITS':
         return Digits(is_train, input_size, transform)
     if name != 'IMNET' and not name.startswith('INAT'):
-        opener = functools.partial(open_image, **reading)  # MNIST is gray.
-        dataset = _torchvision(name, data_path or 'data', is_train, tv_transforms.Compose(
-            [opener, *([transform] if transform else [])]))
+        dataset = _torchvision(name, data_path or 'data', is_train, tv_transforms.Compose(  # MNIST is gray.
+            [functools.partial(open_image, **reading), *([transform] if transform else [])]))
     elif not data_path:
         raise UsageError('--data-path is missing: the folder that contains train/ and val/ '
                          '(--data-set DIGITS needs none and no network)')

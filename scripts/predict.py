@@ -60,8 +60,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_images(arguments: list[str]) -> list[tuple[str, str | bytes]]:
-    """Return (name, path or encoded image) of each image that `arguments` name.
+def find_images(arguments: list[str], left_out: list[str]) -> list[tuple[str, str | bytes]]:
+    """Return (name, path or encoded image) of each image that `arguments` name; count a folder's others in `left_out`.
 
     Raises:
         UsageError: a folder without images, or standard input without an image or a path.
@@ -77,15 +77,15 @@ def find_images(arguments: list[str]) -> list[tuple[str, str | bytes]]:
                 paths = [line for line in os.fsdecode(content).splitlines() if line.strip()]
                 if not paths or b'\0' in content:
                     raise UsageError('-: standard input contains neither an image nor paths of images') from None
-                images += find_images(paths)
+                images += find_images(paths, left_out)
         elif os.path.isdir(argument):
             files = [path for path in Path(argument).rglob('*') if not IGNORED.search(str(path.relative_to(argument)))]
             paths = sorted(str(path) for path in files if is_image(path.name))
-            left_out = log_left_out((p.name for p in files if not is_image(p.name) and p.is_file()), argument)
+            others = log_left_out((p.name for p in files if not is_image(p.name) and p.is_file()), argument)
             if not paths:
-                raise UsageError(f'no images in {argument}' + f', only {left_out}' * bool(left_out))
-            if left_out:
-                print(f'left out of {printable(argument)}: {left_out}', file=sys.stderr)
+                raise UsageError(f'no images in {argument}' + f', only {others}' * bool(others))
+            if others:
+                left_out.append(f'left out of {printable(argument)}: {others}\n')
             images += zip(paths, paths)
         else:
             images.append((argument, argument))
@@ -237,8 +237,9 @@ def main(argv: list[str] | None = None) -> None:
     with parser.usage_errors():
         if args.picture:
             check_extension(args.picture)
-        images = find_images(args.images)
+        images = find_images(args.images, left_out := [])
         model, names = load(args)
+    sys.stderr.writelines(left_out)
 
     results, entries = predict(model, names, images, args.top, args.batch_size, MAX_ON_SHEET if args.picture else 0)
     if entries:
