@@ -1,4 +1,5 @@
 """Build data sets, find their splits, and hold out a validation split."""
+import functools
 import json
 import os
 import re
@@ -102,7 +103,7 @@ class Digits(Dataset):
 def build_dataset(
         name: str, is_train: bool, data_path: str | None, input_size: int, transform: Callable | None = None,
         classes: list[str] | None = None, val_split: float = 0., class_map: str | None = None, category: str = 'name',
-        is_whole: bool = False) -> Dataset:
+        is_whole: bool = False, **reading) -> Dataset:
     """Build a data set of (image, class index) samples.
 
     Its `classes` are the class names in the order of their index.
@@ -119,6 +120,7 @@ def build_dataset(
         class_map: file with the class folders of IMNET in the order of their index, one on each line.
         category: rank of INAT's classes.
         is_whole: open all images of an IMNET folder or tar that has no val split.
+        reading: ignore_exif and rotated of sources.open_image.
 
     Raises:
         UsageError: data that is missing or unusable.
@@ -130,19 +132,23 @@ def build_dataset(
     if name == 'DIGITS':
         return Digits(is_train, input_size, transform)
     if name != 'IMNET' and not name.startswith('INAT'):
-        return _torchvision(name, data_path or 'data', is_train, transform)
-    if not data_path:
+        dataset = _torchvision(name, data_path or 'data', is_train, tv_transforms.Compose(  # MNIST is gray.
+            [functools.partial(open_image, **reading), *([transform] if transform else [])]))
+    elif not data_path:
         raise UsageError('--data-path is missing: the folder that contains train/ and val/ '
                          '(--data-set DIGITS needs none and no network)')
-    if name.startswith('INAT'):
-        return INaturalist(data_path, 2000 + int(name[4:]), is_train, category, transform)
-    if class_map:
-        classes = _read_class_map(class_map)
-    if is_whole:
-        return open_unsplit(data_path, transform, classes)
-    if not val_split:
-        return open_split(data_path, 'train' if is_train else 'val', transform, classes)
-    return _split(open_unsplit(data_path, transform, classes), val_split, is_train)
+    elif name.startswith('INAT'):
+        dataset = INaturalist(data_path, 2000 + int(name[4:]), is_train, category, transform)
+    else:
+        if class_map:
+            classes = _read_class_map(class_map)
+        if is_whole or val_split:
+            dataset = open_unsplit(data_path, transform, classes)
+            dataset = dataset if is_whole else _split(dataset, val_split, is_train)
+        else:
+            dataset = open_split(data_path, 'train' if is_train else 'val', transform, classes)
+    dataset.reading = reading
+    return dataset
 
 
 def _read_class_map(file: str) -> list[str]:
@@ -357,7 +363,6 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
         splits = [{'split': split} for split in (('train', 'val') if is_train else ('test',))]
     elif name.startswith('torch/'):
         dataset_class, splits = create_dataset, [{'name': name, 'split': 'train' if is_train else 'validation'}]
-        transform = tv_transforms.Compose([open_image, *([transform] if transform else [])])  # MNIST is gray.
     else:
         dataset_class = getattr(tv_datasets, name)
     try:

@@ -4,6 +4,7 @@ The draws are those of transforms.build_transform: under the same seed both load
 """
 import copy
 import functools
+import io
 import math
 import random
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpola
 from torchvision import transforms as tv_transforms
 
 from errors import UsageError
-from sources import open_image
+from sources import UPRIGHT, open_image, orientation
 
 try:
     import cv2
@@ -33,12 +34,14 @@ class Jpeg:
 
     Args:
         data: bytes of the file.
-        size: (width, height) in pixels.
+        size: (width, height) of the stored image in pixels.
+        ignore_exif: leave it as it is stored.
     """
 
-    def __init__(self, data: bytes, size: tuple[int, int]):
+    def __init__(self, data: bytes, size: tuple[int, int], ignore_exif: bool):
         self.data = data
-        self.size = size
+        self.orientation = 1 if ignore_exif else _jpeg_orientation(data)
+        self.stored_size, self.size = size, size if self.orientation < 5 else size[::-1]
         self.scale, self.pixels = 0, None
 
     def decode(self, scale: int = 1) -> np.ndarray:
@@ -51,27 +54,37 @@ class Jpeg:
             OSError: Pillow cannot read the file either.
         """
         if self.scale != scale:
-            width, height = (-(-side // scale) for side in self.size)
+            width, height = (-(-side // scale) for side in self.stored_size)
             try:
                 # Not used: the fast inverse DCT darkens images by 0.8 gray levels for 4 % of the decoder's time, and
                 # the fast upsampling of colors changes pixels by a gray level and saves nothing.
                 pixels = simplejpeg.decode_jpeg(self.data, 'RGB', min_height=height, min_width=width)
             except ValueError:
-                image = open_image(self.data)
+                image = open_image(self.data, ignore_exif=True)
                 pixels = np.array(image.reduce(scale) if scale > 1 else image)
+            if self.orientation > 1:
+                pixels = np.array(Image.fromarray(pixels).transpose(UPRIGHT[self.orientation]))
             self.scale, self.pixels = scale, pixels
         return self.pixels
 
 
-def open_jpeg(data: bytes) -> Jpeg | Image.Image:
-    """Open an image file: as Jpeg if libjpeg-turbo may decode it, else by Pillow."""
+def _jpeg_orientation(data: bytes) -> int:
+    """Return EXIF's orientation; Pillow, which is slow, reads only headers with EXIF, XMP (0xe1) or oddities."""
+    start = 2
+    while b'\xff\xc0' <= data[start:start + 2] < b'\xff\xff' and data[start + 1] not in (0xda, 0xe1):
+        start += 2 + int.from_bytes(data[start + 2:start + 4], 'big')
+    return 1 if data[start:start + 2] == b'\xff\xda' else orientation(Image.open(io.BytesIO(data)))
+
+
+def open_jpeg(data: bytes, ignore_exif: bool = False) -> Jpeg | Image.Image:
+    """Open an image file: as Jpeg if libjpeg-turbo may decode it, else as sources.open_image does."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:  # not a JPEG, a damaged header, or sampling factors that libjpeg-turbo's API refuses
-        return open_image(data)
+        return open_image(data, ignore_exif)
     limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # Pillow refuses larger images.
     is_supported = colors in ('Gray', 'YCbCr', 'RGB') and width * height <= limit
-    return Jpeg(data, (width, height)) if is_supported else open_image(data)
+    return Jpeg(data, (width, height), ignore_exif) if is_supported else open_image(data, ignore_exif)
 
 
 class FastTransform:
@@ -116,7 +129,10 @@ class FastTransform:
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(height, width) >= s * least)
         if scale > 1 and isinstance(image, Jpeg):  # Only Pillow crops within a pixel.
             top, left, height, width = (value / scale for value in box)
-            return np.array(Image.fromarray(image.decode(scale)).resize(
+            pixels = image.decode(scale)  # Flipped ones begin with the incomplete block of `scale` pixels.
+            left += (image.orientation in (2, 3, 6, 7)) * (pixels.shape[1] - image.size[0] / scale)
+            top += (image.orientation in (3, 4, 7, 8)) * (pixels.shape[0] - image.size[1] / scale)
+            return np.array(Image.fromarray(pixels).resize(
                 self.crop.size[::-1], str_to_pil_interp(mode), box=(left, top, left + width, top + height)))
         if not (height and width):  # an image of one or two pixels; Pillow returns black
             return np.zeros((*self.crop.size, 3), np.uint8)

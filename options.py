@@ -192,6 +192,8 @@ def get_parser() -> argparse.ArgumentParser:
                    help='train on N images: as many of each class as of the others, the first of the data set')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
                    help='INAT: the rank of the taxonomy to classify by')
+    g.add_argument('--ignore-exif', action=toggle, default=False,
+                   help="read images as stored, without EXIF's orientation, as published scores were made")
     g.add_argument('--input-size', type=image_size, default=224, help='height and width in pixels, a multiple of 32')
     g.add_argument('--crop-pct', '--eval-crop-ratio', type=in_range(float, 0, 1, above=True), metavar='SHARE',
                    help="share of an image's short side that evaluation keeps (default: the checkpoint's, else 0.875, "

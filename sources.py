@@ -10,11 +10,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
-from torch.utils.data import Dataset
+from PIL import ExifTags, Image
+from PIL.Image import Transpose
+from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets import imagenet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -27,18 +28,39 @@ IGNORED = re.compile(r'(?:^|/)(?:\.(?!\.?(?:/|$))|(?:@eaDir|__MACOSX|lost\+found
 # Photo formats that Pillow decodes without a plugin.
 EXTENSIONS = (*IMG_EXTENSIONS, '.apng', '.avif', '.avifs', '.dib', '.gif', '.j2c', '.j2k', '.jfif', '.jp2', '.jpc',
               '.jpe', '.jpf', '.jpx', '.mpo', '.pbm', '.pnm', '.qoi', '.tga')
+HEIF = '.heic', '.heif'
+with contextlib.suppress(ImportError):
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+    EXTENSIONS += HEIF
+UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+           6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # by EXIF's orientation
 
 
-def open_image(image: bytes | Image.Image) -> Image.Image:
-    """Open an image as torchvision's loader does: RGB, without the rotation that EXIF asks for.
+def orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation of an image: 2 to 8, or 1 if it is upright or its EXIF data are damaged."""
+    with contextlib.suppress(Exception):  # Pillow raises anything on damaged data.
+        value = image.getexif().get(ExifTags.Base.Orientation)
+        return value if value in UPRIGHT else 1
+    return 1
 
-    16-bit gray images keep their upper 8 bits; Pillow's conversion would make them white.
+
+def open_image(image: bytes | Image.Image, ignore_exif: bool = False, rotated: Any = None) -> Image.Image:
+    """Open an image as RGB, upright, or with `ignore_exif` as it is stored, which is how torchvision's loader reads it.
+
+    16-bit gray images keep their upper 8 bits; Pillow's conversion would make them white. `rotated`, (workers + 1,),
+    counts the images that EXIF rotates; each process has its own element.
 
     Raises:
         ValueError: gray values of unknown range (32-bit integers, floats).
     """
     if isinstance(image, bytes):
         image = Image.open(io.BytesIO(image))
+    image.load()  # Pillow turns a TIFF itself.
+    if not ignore_exif and orientation(image) != 1:
+        image = image.transpose(UPRIGHT[orientation(image)])  # ImageOps.exif_transpose fails on damaged EXIF data.
+        if rotated is not None:
+            rotated[worker.id if (worker := get_worker_info()) else -1] += 1
     if image.mode.startswith('I;16') or image.mode == 'I' and image.format == 'PPM':  # a 16-bit PGM
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert('RGB')
     if image.mode in ('I', 'F'):
@@ -77,6 +99,7 @@ class EncodedImages(Dataset):
     """
 
     has_labels = False  # True if .cls files give the class indices
+    reading = {}  # arguments of open_image
 
     def __init__(self, samples: Samples, transform: Callable | None):
         self.samples = samples
@@ -89,7 +112,7 @@ class EncodedImages(Dataset):
     def __getitem__(self, index: int):
         if self.last[0] != index:
             self.last = None, None  # free the memory before the next image is decoded
-            self.last = index, getattr(self.transform, 'open_image', open_image)(self.read(index))
+            self.last = index, getattr(self.transform, 'open_image', open_image)(self.read(index), **self.reading)
         image = self.last[1]
         return self.transform(image) if self.transform else image, self.samples[index][1]
 
@@ -125,12 +148,15 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not IGNORED.search(name)
 
 
-def log_left_out(files: Iterable[str], where: str | Path) -> None:
-    """Log how many files are not images, by extension."""
+def log_left_out(files: Iterable[str], where: str | Path) -> str:
+    """Log and return how many files are not images, by extension, with advice on HEIF; '' for no files."""
     counts = Counter(printable(os.path.splitext(file)[1].lower()) or 'no extension' for file in files)
-    if counts:
-        logger.info('left out of %s: %s', where, ', '.join(
-            f'{count} {extension}' for extension, count in counts.most_common(5)) + ', ...' * (len(counts) > 5))
+    heif = sum(counts[extension] for extension in HEIF)
+    left_out = ', '.join(f'{count} {extension}' for extension, count in counts.most_common(5)) + \
+        ', ...' * (len(counts) > 5) + f' ({heif} HEIC: pip install pillow-heif)' * (heif > 0)
+    if left_out:
+        logger.info('left out of %s: %s', where, left_out)
+    return left_out
 
 
 def is_folder(entry: os.DirEntry) -> bool:
@@ -247,6 +273,7 @@ class TarImages(EncodedImages):
         members = [
             Member(tar, name, *place) for tar, path in enumerate(paths) for name, place in tar_index(path).items()]
         images = [m for m in members if is_image(m.name)]
+        log_left_out((m.name for m in members if m.name.lower().endswith(HEIF) and not is_image(m.name)), where)
         if {split_folder(m.name) for m in images} >= {'train', 'val'}:
             images = [m for m in images if split_folder(m.name) == split]
         if not images:
@@ -346,7 +373,7 @@ def split_folder(name: str) -> str | None:
 
 
 def tar_index(path: Path) -> dict[str, tuple[int, int]]:
-    """Map each image and label in a tar, and in its inner tars, to (offset, size) in bytes.
+    """Map each image (also HEIF) and label in a tar, and in its inner tars, to (offset, size) in bytes.
 
     The index is saved next to the tar, else in ~/.cache/cmt, and used until the tar's size or time changes.
 
@@ -367,7 +394,7 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
     logger.info('reading the index of %s', path)
     with open(path, 'rb') as tar:
         files = dict(_files(tar, 0, stat.st_size, str(path)))
-    index = {name: place for name, place in files.items() if is_image(name) or name.endswith('.cls')}
+    index = {name: place for name, place in files.items() if name.lower().endswith((*EXTENSIONS, *HEIF, '.cls'))}
     log_left_out((name for name in files if name not in index), path)
     names = np.frombuffer(os.fsencode('\0'.join(index)), np.uint8)
     for index_file in index_files:

@@ -289,7 +289,7 @@ def with_saved_flags(
     With the data of the run comes its --val-split, so that the images that it held out are evaluated.
     """
     given = {flag.removeprefix('--').removeprefix('no-').replace('-', '_') for flag in args.given}
-    flags, names = checkpoint['args'] if weights.is_own else {}, ['amp_dtype', 'fast_norm']
+    flags, names = checkpoint['args'] if weights.is_own else {}, ['ignore_exif', 'amp_dtype', 'fast_norm']
     if all(getattr(args, name) == flags.get(name) for name in {'data_set', 'data_path'} & given):
         names += ['data_set', 'data_path', 'val_split', 'inat_category']
     saved = {name: flags[name] for name in names if name in flags and name not in given}
@@ -333,9 +333,9 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         folder = Path(path or '') / 'train'
         is_folder = args.data_set == 'DIGITS' or (
             args.data_set == 'IMNET' and folder.is_dir() and not any(folder.glob('*.tar')))
-    build = functools.partial(
-        build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
-        val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category)
+    build = functools.partial(build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
+                              val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category,
+                              ignore_exif=args.ignore_exif)
     # One process per node downloads or indexes tars. Every process lists a plain folder by itself.
     local_rank0_first = not all(processes.gather_from_ranks(is_folder))
     with usage_errors(), processes.first_on_each_node() if local_rank0_first else contextlib.nullcontext():
@@ -343,8 +343,10 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         if is_training:
             check_two_classes(train, args.data_path)
             train = datasets.limit(train, args.max_train_images) if args.max_train_images else train
+        rotated = torch.multiprocessing.RawArray('q', args.num_workers + 1) if args.num_workers else [0]
         val = build(is_train=False, transform=build_transform(False, args.input_size, crop_pct=args.crop_pct),
-                    classes=train.classes if train is not None else saved_classes, is_whole=is_whole)
+                    classes=train.classes if train is not None else saved_classes, is_whole=is_whole,
+                    rotated=rotated)
         if args.eval and saved_classes is None and not args.class_map and isinstance(val, EncodedImages):
             logger.info(datasets.order_classes(val, initial.weights.model_args.get('num_classes', 0)))
         if args.eval and args.val_split:
@@ -428,9 +430,12 @@ def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, dev
     else:
         hits = add_label_hooks(args, model, val_set)
         log_scores(score(model, loader, device, autocast))
+        rotated = sum(processes.gather_from_ranks(int(sum(getattr(val_set, 'reading', {}).get('rotated', ())))))
+        if rotated:
+            logger.info('EXIF rotated %d of the images. Published scores ignore EXIF: use --ignore-exif', rotated)
         if args.real_labels is not None:
             hits = [hit for rank in processes.gather_from_ranks(hits) for hit in rank]
-            acc1, acc5 = (100 * sum(column) / max(len(hits), 1) for column in zip(*hits))
+            acc1, acc5 = (100 * sum(column) / max(len(hits), 1) for column in zip(*hits or [(0, 0)]))
             logger.info('* ReaL Acc@1 %.3f Acc@5 %.3f on the %d images with labels', acc1, acc5, len(hits))
 
 

@@ -31,7 +31,7 @@ import _path
 from errors import UsageError, first_line, one_line, printable
 from options import Parser, add_weights_flag, image_size, in_range, output_file, path, positive
 from reports import check_extension, draw_sheet, save
-from sources import is_image, open_image
+from sources import EXTENSIONS, HEIF, IGNORED, is_image, log_left_out, open_image
 from transforms import build_transform
 from weights import build_model, create_cmt, read_weights
 
@@ -63,8 +63,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_images(arguments: list[str]) -> list[tuple[str, str | bytes]]:
-    """Return (name, path or encoded image) of each image that `arguments` name.
+def find_images(arguments: list[str], left_out: list[str]) -> list[tuple[str, str | bytes]]:
+    """Return (name, path or encoded image) of each image that `arguments` name; count a folder's others in `left_out`.
 
     Raises:
         UsageError: a folder without images, or standard input without an image or a path.
@@ -80,11 +80,15 @@ def find_images(arguments: list[str]) -> list[tuple[str, str | bytes]]:
                 paths = [line for line in os.fsdecode(content).splitlines() if line.strip()]
                 if not paths or b'\0' in content:
                     raise UsageError('-: standard input contains neither an image nor paths of images') from None
-                images += find_images(paths)
+                images += find_images(paths, left_out)
         elif os.path.isdir(argument):
-            paths = sorted(str(path) for path in Path(argument).rglob('*') if is_image(str(path.relative_to(argument))))
+            files = [path for path in Path(argument).rglob('*') if not IGNORED.search(str(path.relative_to(argument)))]
+            paths = sorted(str(path) for path in files if is_image(path.name))
+            others = log_left_out((p.name for p in files if not is_image(p.name) and p.is_file()), argument)
             if not paths:
-                raise UsageError(f'no images in {argument}')
+                raise UsageError(f'no images in {argument}' + f', only {others}' * bool(others))
+            if others:
+                left_out.append(f'left out of {printable(argument)}: {others}\n')
             images += zip(paths, paths)
         else:
             images.append((argument, argument))
@@ -100,7 +104,10 @@ def read_images(
             image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
         except Exception as error:  # Pillow's plugins raise anything on damaged files
             reason, kind = getattr(error, 'strerror', None) or one_line(error), mimetypes.guess_type(name)[0] or ''
-            reason += f' but {kind}' if reason == 'not an image' and kind[:6] not in ('', 'image/') else ''
+            if name.lower().endswith(HEIF) and not name.lower().endswith(EXTENSIONS):
+                reason += ': pip install pillow-heif'
+            elif reason == 'not an image' and kind[:6] not in ('', 'image/'):
+                reason += f' but {kind}'
             print(f'cannot read {printable(name)} ({reason})', file=sys.stderr)
         else:
             yield name, transform(image)
@@ -239,8 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     with parser.usage_errors():
         if args.picture:
             check_extension(args.picture)
-        images = find_images(args.images)
+        images = find_images(args.images, left_out := [])
         model, names = load(args)
+    sys.stderr.writelines(left_out)
 
     results, entries = predict(model, names, images, args.top, args.batch_size, MAX_ON_SHEET if args.picture else 0)
     if entries:

@@ -33,7 +33,7 @@ from datasets import has_split, open_split, open_unsplit
 from errors import TrainingFault, UnreadableImage, UsageError, one_line, printable
 from loader import build_loader
 from options import Parser, count, in_range, path, positive
-from sources import DEVKIT, IGNORED, EncodedImages, TarImages, find_devkit, key_of, open_image
+from sources import DEVKIT, IGNORED, EncodedImages, TarImages, find_devkit, key_of, open_image, orientation
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
 
@@ -47,8 +47,8 @@ def stamp(images: EncodedImages, index: int) -> list[int]:
 class Encoder(Dataset):
     """Read encoded images, and encode those again whose short side is longer than `short_side` pixels (None: none).
 
-    The rotation that EXIF asks for is left out, as in training, and so are EXIF's other data. A sample is the image's
-    bytes and its stamp. If `skip_damaged`, a string replaces the bytes of an image that cannot be decoded: the reason.
+    Images that EXIF rotates are encoded again too, upright and without EXIF data. A sample is the image's bytes and its
+    stamp. If `skip_damaged`, a string replaces the bytes of an image that cannot be decoded: the reason.
 
     Raises:
         UnreadableImage: a file that cannot be read, or without `skip_damaged` an image that cannot be decoded.
@@ -73,12 +73,13 @@ class Encoder(Dataset):
                 'damaged images out with --skip-damaged')) from error
 
     def encode(self, data: bytes) -> bytes:
-        """Return the bytes of an image, encoded again if its short side is too long."""
+        """Return the bytes of an image, encoded again if its short side is too long or EXIF rotates it."""
         image = open_image(data)
         shortest = min(image.size)
-        if not self.short_side or shortest <= self.short_side or max(image.size) > 65500:  # libjpeg's limit
+        short = min(self.short_side or shortest, shortest)
+        if short == shortest and orientation(Image.open(io.BytesIO(data))) == 1 or max(image.size) > 65500:  # libjpeg
             return data
-        size = [round(side * self.short_side / shortest) for side in image.size]
+        size = [round(side * short / shortest) for side in image.size]
         image, out = image.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
         image.info.clear()  # Pillow would copy a JPEG's comment, and hangs on one of 64 KiB
         image.save(out, 'JPEG', quality=self.quality, subsampling='4:2:0')

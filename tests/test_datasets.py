@@ -284,3 +284,30 @@ def test_a_damaged_validation_image_is_an_error_that_names_it(tmp_path, workers)
     dataset = damage(tmp_path / 'a', 1)
     with pytest.raises(UnreadableImage, match=r'cannot read validation image .*a/00\.png'):
         list(build_loader(dataset, 2, num_workers=workers))
+
+
+@pytest.mark.parametrize('loader', ['reference', 'fast'])
+def test_photographs_of_torchvisions_sets_are_upright(tmp_path, loader):
+    """As Oxford's pets, whose files torchvision converts to RGB before this project sees them."""
+    root = tmp_path / 'oxford-iiit-pet'
+    (root / 'images').mkdir(parents=True)
+    (root / 'annotations').mkdir()
+    files = [f'Abyssinian_{i}' for i in range(1, 9)]
+    (root / 'annotations' / 'trainval.txt').write_text(''.join(f'{name} 1 1 1\n' for name in files))
+    pixels = np.zeros((80, 120, 3), np.uint8)
+    pixels[:40, :60] = 255
+    for i, name in enumerate(files, 1):
+        exif = Image.Exif()
+        exif[0x0112] = i
+        Image.fromarray(pixels).save(root / 'images' / f'{name}.jpg', exif=exif)
+    transform = build_transform(True, 32, auto_augment=None, color_jitter=None, hflip=0., scale=(1., 1.))
+    transform = FastTransform(transform) if loader == 'fast' else transform
+    for ignore_exif in (False, True):
+        dataset = build_dataset('PETS', True, tmp_path, 32, transform, ignore_exif=ignore_exif)
+        for i, name in enumerate(files):
+            image = Image.open(root / 'images' / f'{name}.jpg')
+            image = (image if ignore_exif else ImageOps.exif_transpose(image)).convert('RGB')
+            random_seed(i)
+            expected = transform(image)
+            random_seed(i)
+            assert torch.equal(dataset[i][0], expected)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torchvision.transforms.functional import normalize
 
@@ -20,6 +20,7 @@ import convert_checkpoint
 import nano
 import predict
 from reports import GAP, HEADER, PAD, SIDE
+from test_sources import run_without_heif
 from transforms import build_transform
 
 NAMES = ['cat', 'dog', 'eel', 'fox', 'gnu', 'hen']
@@ -86,7 +87,7 @@ def test_table_and_csv_say_what_json_says(place, capsys):
 
 
 def test_any_file_name_and_unreadable_images(place, capsys):
-    """Each output has the five photographs and one with a strange name; what cannot be read is named on one line."""
+    """Each output has the five photographs and one with a strange name; files left out are counted, others named."""
     name = os.fsdecode(b'photos/more/bad\xff\nname.png')
     shutil.copy('photos/a.png', name)
     Path('photos/.ipynb_checkpoints').mkdir()
@@ -98,7 +99,7 @@ def test_any_file_name_and_unreadable_images(place, capsys):
         with pytest.raises(SystemExit) as stop:
             predict.main(['named.pth', 'photos', 'gone.png', '--top', '1', flag])
         printed[flag], errors = capsys.readouterr()
-        assert stop.value.code == 1 and len(errors.splitlines()) == 3
+        assert stop.value.code == 1 and len(errors.splitlines()) == 4
         assert all(path in errors for path in (r'photos/no\udcff\nimage.png', 'photos/short.png', 'gone.png'))
     images = [result['image'] for result in json.loads(printed['--json'])]
     assert len(images) == 6 and name in images
@@ -212,3 +213,30 @@ def test_sheet_shows_what_the_model_sees(place, capsys):
     crop = Image.fromarray(np.asarray(crop_of(argv[1])).transpose(1, 2, 0)).resize((SIDE, SIDE), 3)  # bicubic
     top, left = HEADER + PAD, GAP + PAD
     assert np.array_equal(sheet[top:top + SIDE, left:left + SIDE], np.asarray(crop))
+
+
+@pytest.mark.parametrize('orientation', range(2, 9))
+def test_rotated_photographs_are_seen_upright(place, capsys, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open('photos/a.png').save('rotated.png', exif=exif)
+    ImageOps.exif_transpose(Image.open('rotated.png')).save('upright.png')
+    rotated, upright = as_json(capsys, 'named.pth', 'rotated.png', 'upright.png')
+    assert rotated['predictions'] == upright['predictions'] != as_json(
+        capsys, 'named.pth', 'photos/a.png')[0]['predictions']
+
+
+def test_files_of_a_folder_that_are_left_out_are_counted(place):
+    """On one line, with advice on HEIC; a folder of nothing else is a mistake that names them."""
+    shutil.copy('photos/notes.txt', 'photos/more/notes.txt')
+    for name in ('photos/1.heic', 'photos/.hidden.txt', 'phone/1.HEIC', 'phone/2.heif'):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).touch()
+    run = run_without_heif('scripts/predict.py', 'cmt_ti', place / 'photos', '--random-weights', '--json')
+    line, = run.stderr.splitlines()
+    assert '2 .txt, 1 .heic' in line and 'pip install pillow-heif' in line and len(json.loads(run.stdout)) == 5
+    file = place / 'phone/1.HEIC'
+    run = run_without_heif('scripts/predict.py', 'cmt_ti', file, '--random-weights', '--json')
+    assert run.returncode == 1 and str(file) in run.stderr and 'pip install pillow-heif' in run.stderr
+    run = run_without_heif('scripts/predict.py', 'cmt_ti', place / 'phone', '--random-weights', '--json')
+    assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'pip install pillow-heif' in run.stderr

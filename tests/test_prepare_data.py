@@ -168,7 +168,7 @@ def test_images_of_any_kind_are_prepared_as_loaders_read_them(tmp_path):
     assert {name for name, _ in listed(made)} == set(kinds)
     for i, (name, label) in enumerate(listed(made)):
         before, after = open_image((tmp_path / 'src' / label / name).read_bytes()), made[i][0]
-        assert after.size == ((871, 30) if name == 'long.jpg' else (40, 30))
+        assert after.size == {'long.jpg': (871, 30), 'exif.jpg': (30, 40)}.get(name, (40, 30))
         image = Image.open(io.BytesIO(made.read(i)))
         assert 0x0112 not in image.getexif() and 'comment' not in image.info
         difference = np.asarray(before.resize(after.size, Image.Resampling.LANCZOS), int) - np.asarray(after)
@@ -409,3 +409,28 @@ def test_other_settings_do_not_mix(photographs, tmp_path):
         with pytest.raises(UsageError, match='other settings.*prepared.json.*remove .*dst.incomplete'):
             run(src, tmp_path / 'dst', *SMALL_TARS, 0, *changed)
     assert not (tmp_path / 'dst').exists()
+
+
+def test_rotated_images_are_stored_upright_without_the_tag(tmp_path):
+    """Large and small ones, for training and validation; only these are encoded again."""
+    sizes = {'large': (120, 80), 'small': (48, 32)}
+    for split, kind, (name, size), i in itertools.product(('train', 'val'), ('jpg', 'png'), sizes.items(), range(1, 9)):
+        exif = Image.Exif()
+        exif[0x0112] = i
+        path = tmp_path / 'src' / split / name / f'{i}.{kind}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph(*size, seed=i).save(path, exif=exif)
+    run(tmp_path / 'src', tmp_path / 'dst', '--short-side', 40, '--quality', 100)
+    for split in ('train', 'val'):
+        source, made = (open_split(str(tmp_path / folder), split, None, None) for folder in ('src', 'dst'))
+        assert listed(source) == listed(made) and len(made) == 32
+        for i, (name, label) in enumerate(listed(made)):
+            is_copied = name.startswith('1.') and (label == 'small' or split == 'val')
+            assert (made.read(i) == source.read(i)) == is_copied
+            image = Image.open(io.BytesIO(made.read(i)))
+            assert is_copied or 0x0112 not in image.getexif()
+            expected = source[i][0]
+            if label == 'large' and split == 'train':
+                expected = expected.resize([side // 2 for side in expected.size], Image.Resampling.LANCZOS)
+            assert made[i][0].size == image.size == expected.size
+            assert np.abs(np.asarray(expected, int) - np.asarray(made[i][0])).mean() < 3

@@ -5,6 +5,9 @@ import os
 import random
 import resource
 import shutil
+import struct
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import imagenet
 
 import nano
@@ -153,10 +156,10 @@ def test_names_that_begin_with_a_dot_are_ignored(tmp_path):
 def test_other_files_in_a_tar_are_counted(tmp_path, caplog):
     caplog.set_level('INFO')
     inner = Path(members(tmp_path / 'a.tar', ('0.png', b'0'), ('too_deep.tar', b''))).read_bytes()
-    path = members(tmp_path / 'train.tar', ('a.tar', inner), ('b/0.png', b''), ('b/1.heic', b''), ('b/.DS_Store', b''),
-                   ('a/1.heic', b''), ('notes.txt', b''), ('c', tarfile.SYMTYPE, 'b'))
+    path = members(tmp_path / 'train.tar', ('a.tar', inner), ('b/0.png', b''), ('b/1.eps', b''), ('b/.DS_Store', b''),
+                   ('a/1.eps', b''), ('notes.txt', b''), ('c', tarfile.SYMTYPE, 'b'))
     assert len(train_set(path)) == 2
-    assert 'train.tar: 2 .heic, 1 .tar, 1 .txt, 1 no extension\n' in caplog.text
+    assert 'train.tar: 2 .eps, 1 .tar, 1 .txt, 1 no extension\n' in caplog.text
 
 
 @pytest.mark.parametrize('name, kind', [
@@ -542,3 +545,103 @@ def test_folders_of_splits_are_not_classes(images, tmp_path):
         (tmp_path / name).symlink_to(images / 'train')
     with pytest.raises(UsageError, match='contains Testing and Training'):
         train_set(tmp_path, val_split=0.2)
+
+
+def rotated(kind: str, orientation: int, size=(12, 8), exif=None) -> bytes:
+    """Return a noisy image with EXIF's orientation, or with the EXIF data `exif`."""
+    data, file = Image.Exif(), io.BytesIO()
+    data[0x0112] = orientation
+    pixels = np.random.default_rng(orientation).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind, exif=exif or data)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'MPO', 'TIFF'])
+def test_images_in_folders_and_tars_are_upright(tmp_path, kind):
+    """Unless --ignore-exif asks for the pixels that are stored; Pillow turns a TIFF in any case."""
+    files = {f'train/a/{i}.{kind.lower()}': rotated(kind, i) for i in range(1, 9)}
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / 'tar').mkdir()
+    members(tmp_path / 'tar' / 'train.tar',
+            *((name.removeprefix('train/'), data) for name, data in files.items()))
+    for path in (tmp_path, tmp_path / 'tar'):
+        upright, stored = train_set(path), train_set(path, ignore_exif=True)
+        for i, data in enumerate(files.values()):
+            expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+            assert expected.size == ((12, 8) if i < 4 else (8, 12))
+            assert upright[i][0].tobytes() == expected.convert('RGB').tobytes()
+            assert stored[i][0].tobytes() == Image.open(io.BytesIO(data)).convert('RGB').tobytes()
+
+
+TURN = 0x0112, 3, 1, struct.pack('<HH', 6, 0)  # the orientation's tag, type, count and value
+
+
+def damaged_exif(*tags, length=None) -> bytes:
+    body = struct.pack('<2sHIH', b'II', 42, 8, len(tags)) + b''.join(struct.pack('<HHI4s', *tag) for tag in tags)
+    return b'Exif\0\0' + (body + bytes(4))[:length]
+
+
+@pytest.mark.parametrize('exif, turns', [
+    (damaged_exif(TURN, length=12), False), (b'Exif\0\0noise, not a header', False),
+    (damaged_exif((0x0112, 2, 2, b'6\0\0\0')), False), (damaged_exif((0x0112, 3, 1, b'\x09\0\0\0')), False),
+    (damaged_exif(TURN, (0x8769, 4, 1, bytes([255, 255, 9, 0]))), True),
+    (damaged_exif(TURN, (0x0100, 2, 4, b'abc\0')), True), (damaged_exif(TURN, (0x011a, 2, 4, b'abc\0')), True)])
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF data')
+def test_damaged_exif_data_leave_an_image_readable(exif, turns, kind):
+    data = rotated(kind, 6, exif=exif)
+    fast = FastTransform(build_transform(True, 32))
+    for image in (open_image(data), fast.open_image(data)):
+        assert image.size == ((8, 12) if turns else (12, 8))
+        assert fast(image).shape == (3, 32, 32)
+
+
+WITHOUT_HEIF = [sys.executable, '-c', """
+import logging, runpy, sys
+sys.modules['pillow_heif'] = None  # as if it were not installed
+sys.path.insert(0, 'scripts')
+sys.argv = sys.argv[1:]
+if sys.argv[0].endswith('.py'):
+    runpy.run_path(sys.argv[0], run_name='__main__')
+    sys.exit()
+logging.basicConfig(level='INFO', format='%(message)s')
+from datasets import build_dataset
+for path in sys.argv:
+    print(len(build_dataset('IMNET', True, path, 32)))"""]
+
+
+def run_without_heif(*argv) -> subprocess.CompletedProcess:
+    """Run a script with its flags, or print the lengths of training sets."""
+    return subprocess.run([*WITHOUT_HEIF, *map(str, argv)], cwd=Path(__file__).parents[1], text=True,
+                          capture_output=True, timeout=120)
+
+
+def test_without_its_package_heic_is_counted_with_advice(tmp_path):
+    """In each run, whether or not the tar has an index."""
+    save_images(tmp_path / 'train', 'a/0.png', 'b/1.png')
+    for name in ('a/1.heic', 'b/2.HEIC', 'b/3.heif'):
+        (tmp_path / 'train' / name).write_bytes(b'not read')
+    (tmp_path / 'tar').mkdir()
+    pack(tmp_path / 'tar' / 'train.tar', tmp_path / 'train')
+    run = run_without_heif(tmp_path, tmp_path / 'tar', tmp_path / 'tar')
+    lines = [line for line in run.stderr.splitlines() if ' .heic' in line]
+    assert run.stdout.split() == ['2', '2', '2'] and len(lines) == 3, run.stderr
+    assert all('2 .heic, 1 .heif' in line and 'pip install pillow-heif' in line for line in lines)
+
+
+def test_with_its_package_heic_is_an_image(tmp_path):
+    """Even in a tar whose index was written without the package."""
+    pytest.importorskip('pillow_heif')
+    save_images(tmp_path / 'train', 'a/0.png')
+    for name in ('b/1.HEIC', 'b/2.heif'):
+        (tmp_path / 'train' / 'b').mkdir(exist_ok=True)
+        Image.new('RGB', (64, 48), 'red').save(tmp_path / 'train' / name, 'HEIF')
+    (tmp_path / 'tar').mkdir()
+    pack(tmp_path / 'tar' / 'train.tar', tmp_path / 'train')
+    assert run_without_heif(tmp_path / 'tar').stdout.split() == ['1']
+    for path in (tmp_path, tmp_path / 'tar'):
+        dataset = train_set(path)
+        assert [dataset[i][0].size for i in range(3)] == [(8, 8), (64, 48), (64, 48)]
+        assert np.abs(np.array(dataset[1][0], int) - (255, 0, 0)).max() < 9

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -279,3 +280,34 @@ def test_classes_are_scored_under_the_checkpoints_indices(flags, images, whole, 
         correct += of_class * len(list((images / 'val' / name).iterdir()))
         shutil.rmtree(data)
     assert correct / 27 == pytest.approx(of_all, abs=1e-3)
+
+
+@pytest.mark.parametrize('ranks, workers', [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_eval_counts_the_images_that_exif_rotates(flags, images, whole, tmp_path, ranks, workers):
+    """Once, over all ranks and workers; without the rotations it gives the score of the stored images."""
+    shutil.copytree(images / 'val', tmp_path / 'val')
+    for i, path in enumerate(sorted(tmp_path.glob('val/*/*.png'))[::2]):
+        exif = Image.Exif()
+        exif[0x0112] = 1 + i % 8  # two of ten are upright
+        Image.open(path).save(path, exif=exif)
+    for flag, count in (('--no-ignore-exif', 8), ('--ignore-exif', 0)):
+        nano.finish(nano.start(
+            [*flags, '--data-path', tmp_path, '--eval', '--resume', whole / 'checkpoint_last.pth', '--no-model-ema',
+             '--num-workers', workers, flag], ranks=ranks, output=tmp_path / flag))
+        lines = [line for line in (tmp_path / flag).read_text().splitlines() if 'EXIF' in line]
+        assert len(lines) == (count > 0) and all(f' {count} ' in line and '--ignore-exif' in line for line in lines)
+    stored, rotated = (scores((tmp_path / flag).read_text()) for flag in ('--ignore-exif', '--no-ignore-exif'))
+    assert stored == score_lines(nano.log(whole)[-1]) != rotated
+
+
+def test_eval_reads_images_as_the_checkpoints_run_did(flags, images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / 'data')
+    path, exif = tmp_path / 'data/val/class_0/01.png', Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+    run = [*flags, '--data-path', tmp_path / 'data', '--epochs', 1]
+    nano.train([*run, '--ignore-exif', '--output-dir', tmp_path / 'run'])
+    for more, count in (([], 0), (['--no-ignore-exif'], 1)):
+        capsys.readouterr()
+        nano.train([*run, '--eval', '--resume', tmp_path / 'run/checkpoint_last.pth', *more])
+        assert capsys.readouterr().out.count('--ignore-exif') == count

@@ -10,7 +10,7 @@ import pytest
 import simplejpeg
 import timm.data.auto_augment as auto_augment
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -249,3 +249,37 @@ def test_without_its_packages_the_fast_loader_is_refused(monkeypatch):
     with pytest.raises(UsageError, match='pip install'):
         build_fast(64)
     build_transform(True, 64)
+
+
+def turned(pixels, orientation, xmp=False, **options) -> bytes:
+    """Return a JPEG with an orientation in its EXIF data, or in XMP, which Pillow reads too."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    text = f'<tiff:Orientation>{orientation}</tiff:Orientation>'.encode()
+    return jpeg(pixels, **(dict(xmp=text) if xmp else dict(exif=exif)), **options)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('xmp', [False, True])
+def test_both_loaders_turn_images_upright(orientation, xmp):
+    """With the same draws and close pixels, from whole crops, scaled crops and files that only Pillow decodes."""
+    large, small = np.tile(PHOTOGRAPHS[0], (3, 3, 1))[:1277, :1909], PHOTOGRAPHS[1][:301, :203]
+    good = turned(small, orientation, xmp)
+    damaged, cmyk = good[:-4000] + bytes(99) + good[-3901:], turned(Image.fromarray(small).convert('CMYK'), orientation)
+    for data, size in ((turned(large, orientation, xmp), 64), (damaged, 96), (cmyk, 96), (good, 96), (good, 256)):
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert('RGB')
+        for image in (open_image(data), open_jpeg(data)):
+            assert image.size == expected.size
+        assert np.array_equal(open_image(data), expected)
+        differences = [np.abs(a - b).mean() for a, b in both(data, size, **OFF)]
+        assert np.mean(differences) < 1 and max(differences) < 4
+    assert open_jpeg(data, ignore_exif=True).size == (203, 301)
+
+
+def test_orientation_is_found_behind_other_segments():
+    """Photoshop's data may hold a thumbnail, and markers may be padded with 0xff."""
+    data = turned(PHOTOGRAPHS[0], 6)
+    block = jpeg(PHOTOGRAPHS[0][:40, :40])
+    for before in (b'\xff\xed' + (len(block) + 2).to_bytes(2, 'big') + block, b'\xff\xff\xff'):
+        file = data[:2] + before + data[2:]
+        assert open_jpeg(file).size == open_image(file).size == (427, 640)
