@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import detection
-import nano  # noqa: F401
+import nano
 import options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,3 +86,17 @@ def test_weights_from_a_file_need_no_network(tmp_path, monkeypatch):
     names = {}
     exec(snippet, names)
     assert nano.same(dict(names['model'].state_dict()), dict(state))
+
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/evaluation.md'])
+def test_snippets_load_a_runs_checkpoint(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, folder = nano.warm(num_classes=3), tmp_path / 'output' / 'pets'
+    folder.mkdir(parents=True)
+    torch.save({'format': 1, 'model': model.state_dict(), 'model_args': model.model_args, 'classes': ['a', 'b', 'c'],
+                'args': {'model': 'cmt_nano', 'crop_pct': 0.9}}, folder / 'checkpoint_best.pth')
+    Image.new('RGB', (90, 70), (200, 100, 0)).save('photo.jpg')
+    snippet, = re.findall(r'^```python\n((?:(?!```).)*?load_model.*?)^```', (ROOT / page).read_text(), re.S | re.M)
+    exec(snippet, {})
+    out = capsys.readouterr().out
+    assert "(64, 64) 0.9 ['a', 'b', 'c']" in out if page == 'README.md' else out.split()[0] in 'abc'
