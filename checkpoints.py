@@ -157,15 +157,18 @@ def no_checkpoint(name: str) -> str:
 
 
 def download(url: str) -> Path:
-    """Return the cached file of `url`, downloaded if need be; torch.hub itself caches by the last part of `url`."""
+    """Download `url` unless it is cached, and return the file.
+
+    torch.hub names its files by the last part of the URL, so the checkpoints of two runs would collide.
+    """
     file = Path(torch.hub.get_dir(), 'checkpoints', f'{hashlib.sha256(url.encode()).hexdigest()}.pth')
     if file.exists():
-        logger.warning('%s was downloaded before: reading %s (remove it to download again)', url, file)
+        logger.info('using the cached download %s of %s; delete it to download again', file, url)
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(file))
-    except Exception as error:  # urllib raises anything.
+    except Exception as error:  # urllib raises many types.
         raise UsageError(f'{url} could not be downloaded ({one_line(error)})') from None
     return file
 
@@ -189,7 +192,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return read_checkpoint(file)
         except UsageError as error:
             file.unlink(missing_ok=True)
-            raise UsageError(f'{name}: {error} (this copy was removed: the next start downloads it again)') from None
+            raise UsageError(f'{name}: {error} (the cached copy was removed)') from None
     if not os.path.isfile(name):
         raise UsageError(no_checkpoint(name))
     # Released checkpoints contain their training arguments; unpickling a Namespace runs nothing. Repeat this at each
@@ -206,7 +209,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if code:
             reason = f'{name} was not loaded: it would run {code[1]}'
         elif name.endswith(('.onnx', '.pt2', '.ts', '.torchscript')) or 'TorchScript' in str(error):
-            reason = f'{name} is an exported model: give the checkpoint that it was made from'
+            reason = f'{name} is an exported model: give the checkpoint it was exported from'
         else:
             reason = f'{name} is truncated, damaged, or not a checkpoint'
         raise UsageError(reason) from None

@@ -641,7 +641,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
 
     Raises:
         ValueError: tensors are missing or left over, the grid of a position bias does not follow from its shape, or
-            size and classes of the file are others than those of `model.pretrained_cfg`.
+            a local file has another size or number of classes than `model.pretrained_cfg`.
     """
     state_dict = state_dict.get('model', state_dict)
     bias = state_dict.get('stages.0.position_bias', state_dict.get('relative_pos_a'))
@@ -656,11 +656,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
         raise ValueError(f'the weights do not fit the model: {len(errors)} tensors differ ({"; ".join(errors[:8])})')
     cfg, classes = getattr(model, 'pretrained_cfg', {}), len(state_dict.get('head.weight', ()))
     side = 0 if bias is None else 4 * (bias.shape[1] if bias.ndim == 5 else math.isqrt(bias.shape[1]))
-    # timm would resample to the first without a word, and drop the head of the second.
-    if cfg.get('file') and (model.img_size[0] == cfg['input_size'][1] != side != 0 or
-                            0 < classes == model.num_classes != cfg['num_classes']):
-        raise ValueError(f'the weights are for {side} px and {classes} classes: add input_size=(3, {side}, {side}) and '
-                         f'num_classes={classes} to pretrained_cfg_overlay, or use weights.load_model')
+    # Otherwise timm silently resamples the position biases or drops the head.
+    wrong = [f'input_size=(3, {side}, {side})'] * (model.img_size[0] == cfg.get('input_size', (0, 0))[1] != side != 0)
+    wrong += [f'num_classes={classes}'] * (0 < classes == model.num_classes != cfg.get('num_classes'))
+    if cfg.get('file') and wrong:
+        raise ValueError(f'add {" and ".join(wrong)} to pretrained_cfg_overlay, or use weights.load_model')
     return state_dict
 
 

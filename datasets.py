@@ -3,13 +3,12 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-import timm
 from PIL import Image
-from timm.data import ImageNetInfo, create_dataset
+from timm.data import ImageNetInfo, RealLabelsImagenet, create_dataset
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
@@ -19,6 +18,8 @@ from sources import IGNORED, EncodedImages, ImageFolder, Samples, TarImages, ope
 
 # A tar whose file name has one of these words between non-letters belongs to that split.
 SPLIT = re.compile(r'(?<![A-Za-z])(train|val)(?:ing|idation)?(?![A-Za-z])')
+
+IMAGENET = ImageNetInfo('imagenet-1k').label_names()  # WordNet ids in the order of the outputs
 
 
 class INaturalist(EncodedImages):
@@ -119,8 +120,8 @@ def build_dataset(
         val_split: share of each class of an IMNET folder without val/ that is held out for validation.
         class_map: file with the class folders of IMNET in the order of their index, one on each line.
         category: rank of INAT's classes.
-        is_whole: open all images of an IMNET folder or tar that has no val split.
-        reading: ignore_exif and rotated of sources.open_image.
+        is_whole: use all images of unsplit IMNET data, for evaluation.
+        reading: keyword arguments of sources.open_image.
 
     Raises:
         UsageError: data that is missing or unusable.
@@ -189,75 +190,55 @@ def has_split(data_path: str, split: str) -> bool:
 
 
 def is_unsplit(data_path: str) -> bool:
-    """Return whether `data_path` has no splits by name: a folder of classes, or a tar of another name."""
+    """Return whether `data_path` is a folder of classes, or a tar without a split in its name."""
     path = Path(data_path)
     return not has_split(data_path, 'val') and (
         not has_split(data_path, 'train') or path.is_file() and _split_of(path) is None)
 
 
 def order_classes(dataset: EncodedImages, num_classes: int) -> str:
-    """Order the classes of a data set as the outputs of weights without class names, and return a line that says how.
-
-    Raises:
-        UsageError: the weights have another number of outputs, and the order is unknown.
-    """
-    names, ids = dataset.classes, ImageNetInfo('imagenet-1k').label_names() if num_classes == 1000 else []
+    """Map a data set's classes to the outputs of weights without class names; return a log line that says how."""
+    names = dataset.classes
     by_index = {int(name): name for name in names} if all(map(str.isdecimal, names)) else {}
     if by_index and len(by_index) == len(names) and max(by_index) < num_classes:
-        order, line = [by_index.get(i, str(i)) for i in range(num_classes)], 'the class names are numbers: the indices'
-    elif set(names) <= set(ids):
-        order, line = ids, 'the class names are WordNet ids: in the order of ImageNet-1k'
+        order, line = [by_index.get(i, str(i)) for i in range(num_classes)], 'folder names are the indices'
+    elif num_classes == 1000 and set(names) <= set(IMAGENET):
+        order, line = IMAGENET, 'WordNet ids in the order of ImageNet-1k'
     elif len(names) == num_classes:
-        order, line = names, 'in the order of the data; --class-map sets another'
+        order, line = names, 'folders in alphabetical order'
     else:
-        raise UsageError(f'the weights name none of their {num_classes} classes, and the data have {len(names)} '
-                         f'({", ".join(names[:3])}, ...): give all in their order by --class-map')
+        raise UsageError(f'the weights have {num_classes} unnamed classes, the data {len(names)} '
+                         f'({", ".join(names[:3])}, ...): list all {num_classes} in order in --class-map')
     lookup = np.array([order.index(name) for name in names])
     dataset.samples.targets, dataset.classes = lookup[dataset.samples.targets], list(order)
-    return f'weights without class names: {line}'
+    return f'weights without class names: {line} (--class-map sets another order)'
 
 
 def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
-    """Return the indices of the classes to score among; see --valid-labels.
-
-    Raises:
-        UsageError: a file that cannot be read, or an index that is not a class.
-    """
-    count = len(dataset.classes)
-    if labels is None and list(dataset.classes) == ImageNetInfo('imagenet-1k').label_names():
-        return sorted(set(dataset.targets))
+    """Return the indices of the classes to score among, as --valid-labels asks."""
+    count, used = len(dataset.classes), set(getattr(dataset, 'targets', ()))
+    if labels is None and list(dataset.classes) == IMAGENET:
+        return sorted(used)
     if labels in (None, 'all'):
         return list(range(count))
     try:
-        indices = sorted(set(map(int, Path(labels).read_text().split())))
-    except ValueError as error:
-        raise UsageError(f'--valid-labels {labels}: {error}') from None
-    if not indices or indices[0] < 0 or indices[-1] >= count:
-        raise UsageError(f'--valid-labels {labels}: give indices from 0 to {count - 1}')
-    return indices
+        indices = set(map(int, Path(labels).read_text().split()))
+    except ValueError:
+        indices = set()
+    if not indices or not indices <= set(range(count)):
+        raise UsageError(f'--valid-labels {labels} must list class indices from 0 to {count - 1}')
+    if not used <= indices:
+        raise UsageError(f'--valid-labels {labels} lacks {len(used - indices)} classes of the data')
+    return sorted(indices)
 
 
-def read_real(dataset: Dataset, file: str) -> list[set[int]]:
-    """Read the ReaL labels (Beyer et al., arXiv 2006.07159) of each image of ImageNet's validation set.
-
-    timm's RealLabelsImagenet needs all images in one process.
-
-    Args:
-        dataset: the validation set.
-        file: real.json; '' for timm's copy.
-
-    Raises:
-        UsageError: other images, or another file.
-    """
-    numbers = [re.search(r'ILSVRC2012_val_(\d{8})', name) for name, _ in getattr(dataset, 'samples', ())]
-    if not numbers or not all(numbers) or list(dataset.classes) != ImageNetInfo('imagenet-1k').label_names():
+def real_labels(dataset: Dataset, indices: Iterable[int]) -> RealLabelsImagenet:
+    """Build timm's ReaL evaluation (arXiv 2006.07159) for these of ImageNet's validation images, in this order."""
+    real = RealLabelsImagenet(range(50_000))  # It insists on all images; each rank has a share of them.
+    real.filenames = [Path(dataset.samples[i][0]).name for i in indices] if hasattr(dataset, 'samples') else ['']
+    if not real.real_labels.keys() >= set(real.filenames) or list(dataset.classes) != IMAGENET:
         raise UsageError('--real-labels needs the images ILSVRC2012_val_*.JPEG in folders of WordNet ids')
-    file = file or str(Path(timm.data.__file__).parent / '_info' / 'imagenet_real_labels.json')
-    try:
-        labels = json.loads(Path(file).read_text())
-        return [set(labels[int(number[1]) - 1]) for number in numbers]
-    except (ValueError, TypeError, IndexError, KeyError):
-        raise UsageError(f'--real-labels {file} is not real.json, a list of lists of class indices') from None
+    return real
 
 
 def _tars(path: Path, split: str) -> list[Path]:
@@ -319,14 +300,14 @@ def _split(dataset: EncodedImages, val_split: float, is_train: bool) -> EncodedI
 
 
 def limit(dataset: Dataset, number: int) -> Dataset:
-    """Select the first images of each class, `number` in all, as many of each class as there are."""
+    """Keep `number` images: the first of each class, balanced over the classes."""
     if np.ndim(getattr(dataset, 'targets', None)) != 1:
         raise UsageError('--max-train-images: this data set does not list the classes of its images; leave it out')
     targets = np.array(dataset.targets)
     order = np.argsort(targets, kind='stable')
     position = np.argsort(order) - np.searchsorted(targets[order], targets)  # of an image within its class
     if number < np.sum(position == 0):
-        raise UsageError(f'--max-train-images {number}: there are {np.sum(position == 0)} classes, give at least that')
+        raise UsageError(f'--max-train-images {number}: give at least {np.sum(position == 0)}, one for each class')
     indices = np.sort(np.lexsort((targets, position))[:number]).tolist()
     if isinstance(dataset, EncodedImages):
         dataset.select(indices)
@@ -348,7 +329,7 @@ def check_two_classes(dataset: Dataset, data_path: str) -> None:
 
 def _holds_images(root: str) -> bool:
     """Return whether `root` has splits or class folders for --data-set IMNET."""
-    return has_split(root, 'train') or sum(path.is_dir() and os.access(path, os.R_OK) and any(
+    return Path(root, 'train').is_dir() or sum(path.is_dir() and os.access(path, os.R_OK) and any(
         map(tv_datasets.folder.is_image_file, os.listdir(path))) for path in Path(root).glob('[!.]*')) > 1
 
 
@@ -369,7 +350,8 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
         loaded = [dataset_class(root=root, transform=transform, **split, **settings) for split in splits]
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
         if _holds_images(root):
-            raise UsageError(f'{root} holds images, not {name}: give --data-set IMNET, or a new folder') from None
+            raise UsageError(f'{root} contains folders of images, not {name}: give --data-set IMNET, or another '
+                             '--data-path') from None
         raise UsageError(f'{name} is not in {root} and could not be downloaded ({first_line(error)})') from error
     dataset = loaded[0] if len(loaded) == 1 else ConcatDataset(loaded)
     classes = getattr(loaded[0], 'classes', None)

@@ -35,7 +35,7 @@ class Jpeg:
     Args:
         data: bytes of the file.
         size: (width, height) of the stored image in pixels.
-        ignore_exif: leave it as it is stored.
+        ignore_exif: ignore the EXIF orientation.
     """
 
     def __init__(self, data: bytes, size: tuple[int, int], ignore_exif: bool):
@@ -69,7 +69,7 @@ class Jpeg:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """Return EXIF's orientation; Pillow, which is slow, reads only headers with EXIF, XMP (0xe1) or oddities."""
+    """Return EXIF's orientation; only headers with EXIF or XMP (0xe1), or malformed ones, go to Pillow: it is slow."""
     start = 2
     while b'\xff\xc0' <= data[start:start + 2] < b'\xff\xff' and data[start + 1] not in (0xda, 0xe1):
         start += 2 + int.from_bytes(data[start + 2:start + 4], 'big')
@@ -129,7 +129,7 @@ class FastTransform:
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(height, width) >= s * least)
         if scale > 1 and isinstance(image, Jpeg):  # Only Pillow crops within a pixel.
             top, left, height, width = (value / scale for value in box)
-            pixels = image.decode(scale)  # Flipped ones begin with the incomplete block of `scale` pixels.
+            pixels = image.decode(scale)  # In a flipped image the incomplete block comes first.
             left += (image.orientation in (2, 3, 6, 7)) * (pixels.shape[1] - image.size[0] / scale)
             top += (image.orientation in (3, 4, 7, 8)) * (pixels.shape[0] - image.size[1] / scale)
             return np.array(Image.fromarray(pixels).resize(

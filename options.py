@@ -189,21 +189,20 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--val-split', type=fraction, metavar='FRACTION',
                    help='IMNET without val/: share of each class to hold out, the same images in every run')
     g.add_argument('--max-train-images', type=positive, metavar='N',
-                   help='train on N images: as many of each class as of the others, the first of the data set')
+                   help='train on the first N images, balanced over the classes')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
                    help='INAT: the rank of the taxonomy to classify by')
     g.add_argument('--ignore-exif', action=toggle, default=False,
-                   help="read images as stored, without EXIF's orientation, as published scores were made")
+                   help="read images as stored, without EXIF's orientation, as for published scores")
     g.add_argument('--input-size', type=image_size, default=224, help='height and width in pixels, a multiple of 32')
     g.add_argument('--crop-pct', '--eval-crop-ratio', type=in_range(float, 0, 1, above=True), metavar='SHARE',
                    help="share of an image's short side that evaluation keeps (default: the checkpoint's, else 0.875, "
                    'or 1 up to 32 px)')
     g.add_argument('--valid-labels', type=path, metavar='FILE',
-                   help="with --eval: score only among the class indices in FILE, one a line, or 'all' for no limit "
-                   '(default: all, but for ImageNet weights the WordNet ids of the data)')
-    g.add_argument('--real-labels', type=path, nargs='?', const='', metavar='JSON',
-                   help="with --eval: also score by the ReaL labels of ImageNet's validation images (default: timm's "
-                   'copy of real.json)')
+                   help="with --eval: score only among the class indices in FILE, one a line, or 'all' "
+                   '(default: all; with the classes of ImageNet, those of the data)')
+    g.add_argument('--real-labels', action='store_true',
+                   help="with --eval: also score by the ReaL labels of ImageNet's validation images")
     g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
     g.add_argument('--loader', choices=('fast', 'reference'),
                    help='decode and augment training images by libjpeg-turbo, torch and OpenCV (fast) or by Pillow '
@@ -430,10 +429,10 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         (teacher and not distils, 'a teacher needs --distillation-type soft or hard'),
         (args.opt_betas and len(args.opt_betas) != 2, '--opt-betas needs two numbers'),
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
-        (args.valid_labels and not args.eval, '--valid-labels needs --eval'),
-        (args.real_labels is not None and not args.eval, '--real-labels needs --eval'),
+        ((args.valid_labels or args.real_labels) and not args.eval, '--valid-labels and --real-labels need --eval'),
+        (args.valid_labels and args.real_labels, '--real-labels scores among all classes: leave out --valid-labels'),
         (args.data_set == 'DIGITS' and args.data_path,
-         f'--data-set DIGITS does not read --data-path {args.data_path}: for images add --data-set IMNET'),
+         f'--data-set DIGITS takes no --data-path {args.data_path}: add --data-set IMNET to train on images'),
     ]
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         low, high = getattr(args, name) or (0, 1)

@@ -60,7 +60,7 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
     elif is_training and Path(args.resume).name == LAST and Path(args.resume).is_file():
         file, checkpoint = checkpoints.newest_checkpoint(Path(args.resume).parent)
     elif args.resume:
-        file = best_of_run(args.resume)
+        file = best_of_run(args.resume, use_ema=getattr(args, 'model_ema', True) and not is_training)
         checkpoint = read(file) if os.path.isdir(file) else read_file(file)
     if args.eval and checkpoint is None:
         raise UsageError(f'no checkpoint in {folder}: --eval needs one')
@@ -282,7 +282,7 @@ def check_written(writer: RunWriter | None) -> None:
 def raise_stopped(args: argparse.Namespace, stop_signal: int, where: str, is_complete: bool) -> None:
     """Log where a signal stopped the run, touch --stopped-file, and raise SystemExit with the run's exit status."""
     outcome = ', which was the last' if is_complete else '; --resume auto resumes there'
-    logger.info('stopped %s%s', where, outcome if args.output_dir else '; nothing was saved, for lack of --output-dir')
+    logger.info('stopped %s%s', where, outcome if args.output_dir else '; nothing was saved (no --output-dir)')
     if args.stopped_file and args.output_dir and processes.get_rank() == 0 and not is_complete:
         Path(args.stopped_file).touch()
     resumes_itself = args.resume == 'auto' and stop_signal != signal.SIGINT

@@ -39,24 +39,24 @@ UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.F
 
 def orientation(image: Image.Image) -> int:
     """Return EXIF's orientation of an image: 2 to 8, or 1 if it is upright or its EXIF data are damaged."""
-    with contextlib.suppress(Exception):  # Pillow raises anything on damaged data.
+    with contextlib.suppress(Exception):  # Pillow raises many types on damaged data.
         value = image.getexif().get(ExifTags.Base.Orientation)
         return value if value in UPRIGHT else 1
     return 1
 
 
 def open_image(image: bytes | Image.Image, ignore_exif: bool = False, rotated: Any = None) -> Image.Image:
-    """Open an image as RGB, upright, or with `ignore_exif` as it is stored, which is how torchvision's loader reads it.
+    """Open an image as RGB and apply its EXIF orientation; `ignore_exif` keeps the stored pixels, as torchvision does.
 
-    16-bit gray images keep their upper 8 bits; Pillow's conversion would make them white. `rotated`, (workers + 1,),
-    counts the images that EXIF rotates; each process has its own element.
+    16-bit gray images keep their upper 8 bits; Pillow's conversion would make them white. `rotated` counts the images
+    that EXIF rotates, in one element for each worker and the last for the main process.
 
     Raises:
         ValueError: gray values of unknown range (32-bit integers, floats).
     """
     if isinstance(image, bytes):
         image = Image.open(io.BytesIO(image))
-    image.load()  # Pillow turns a TIFF itself.
+    image.load()  # This applies a TIFF's orientation.
     if not ignore_exif and orientation(image) != 1:
         image = image.transpose(UPRIGHT[orientation(image)])  # ImageOps.exif_transpose fails on damaged EXIF data.
         if rotated is not None:

@@ -350,8 +350,11 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         if args.eval and saved_classes is None and not args.class_map and isinstance(val, EncodedImages):
             logger.info(datasets.order_classes(val, initial.weights.model_args.get('num_classes', 0)))
         if args.eval and args.val_split:
-            logger.info('scoring the share %g of %s that was held out of training (--val-split 0: all images)',
-                        args.val_split, path)
+            logger.info('scoring the share %g of %s that --val-split holds out (0: all images)', args.val_split, path)
+        held_out = is_whole and initial.weights.is_own and initial.checkpoint['args'].get('val_split')
+        if held_out and args.val_split is None:
+            logger.warning('scoring all images of %s. If the run trained on some of them, give --val-split %g', path,
+                           held_out)
         if saved_classes and set(val.classes) == set(saved_classes) and list(val.classes) != list(saved_classes):
             raise UsageError(f'--class-map has another order than the classes of {initial.file}: leave it out')
         if saved_classes and list(val.classes) != list(saved_classes):
@@ -428,42 +431,27 @@ def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, dev
         images, _ = Preprocessor(device)(*next(iter(loader)))
         logger.info('batch_size %d throughput %.1f', len(images), throughput(model, images, autocast))
     else:
-        hits = add_label_hooks(args, model, val_set)
+        with usage_errors():
+            valid = datasets.valid_classes(val_set, 'all' if args.real_labels else args.valid_labels)
+            indices = eval_indices(len(val_set), processes.get_rank(), processes.get_world_size())
+            real = datasets.real_labels(val_set, indices) if args.real_labels else None
+        if len(valid) < model.num_classes:
+            logger.info('scoring among %d of %d classes%s', len(valid), model.num_classes,
+                        '' if args.valid_labels else ' (--valid-labels all: all)')
+            others = torch.ones(model.num_classes, dtype=torch.bool, device=device)
+            others[valid] = False
+            model.register_forward_hook(lambda module, images, logits: logits.masked_fill(others, -torch.inf))
+        if real is not None:
+            model.register_forward_hook(lambda module, images, logits: real.add_result(logits))
         log_scores(score(model, loader, device, autocast))
         rotated = sum(processes.gather_from_ranks(int(sum(getattr(val_set, 'reading', {}).get('rotated', ())))))
         if rotated:
-            logger.info('EXIF rotated %d of the images. Published scores ignore EXIF: use --ignore-exif', rotated)
-        if args.real_labels is not None:
-            hits = [hit for rank in processes.gather_from_ranks(hits) for hit in rank]
-            acc1, acc5 = (100 * sum(column) / max(len(hits), 1) for column in zip(*hits or [(0, 0)]))
-            logger.info('* ReaL Acc@1 %.3f Acc@5 %.3f on the %d images with labels', acc1, acc5, len(hits))
-
-
-@usage_errors()
-def add_label_hooks(args: argparse.Namespace, model: nn.Module, val_set: Dataset) -> list[tuple[bool, bool]]:
-    """Let `model` score among --valid-labels, and compare its predictions with --real-labels.
-
-    Returns:
-        A list that gets, for each image of this rank with ReaL labels, whether top-1 and top-5 contain one of them.
-    """
-    hits: list[tuple[bool, bool]] = []
-    valid = datasets.valid_classes(val_set, 'all' if args.real_labels is not None else args.valid_labels)
-    if len(valid) < model.num_classes:
-        logger.info('scoring among %d of %d classes (--valid-labels all: among all)', len(valid), model.num_classes)
-        others = torch.ones(model.num_classes, dtype=torch.bool)
-        others[valid] = False
-        model.register_forward_hook(
-            lambda module, images, logits: logits.masked_fill(others.to(logits.device), -torch.inf))
-    if args.real_labels is not None:
-        labels = datasets.read_real(val_set, args.real_labels)
-        of_rank = iter(eval_indices(len(val_set), processes.get_rank(), processes.get_world_size()))
-
-        def compare(module: nn.Module, images: tuple, logits: torch.Tensor) -> None:
-            for top in logits.topk(5).indices.tolist():
-                if right := labels[next(of_rank)]:
-                    hits.append((top[0] in right, not right.isdisjoint(top)))
-        model.register_forward_hook(compare)
-    return hits
+            logger.info('applied the EXIF orientation of %d images (published ImageNet scores do not: --ignore-exif)',
+                        rotated)
+        if real is not None:
+            hits = [sum(processes.gather_from_ranks(real.is_correct[k]), []) for k in (1, 5)]
+            logger.info('* ReaL Acc@1 %.3f Acc@5 %.3f on the %d images with labels',
+                        *(100 * sum(hit) / max(len(hit), 1) for hit in hits), len(hits[0]))
 
 
 def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> dict[str, float]:
@@ -584,7 +572,7 @@ def describe_classes(train_set: Dataset, val_set: Dataset) -> None:
     names = [printable(str(name)) for name in val_set.classes]
     counts, val_counts = (
         torch.bincount(torch.as_tensor(dataset.targets).view(len(dataset), -1)[:, 0], minlength=len(names)).tolist()
-        for dataset in (train_set, val_set))  # QMNIST has eight targets for each image, the class first.
+        for dataset in (train_set, val_set))  # QMNIST's targets have 8 columns, the class first.
     logger.info('training images per class: %d (%s) to %d (%s)', *min(zip(counts, names)), *max(zip(counts, names)))
     missing = [name for name, count in zip(names, val_counts) if not count]
     if missing:

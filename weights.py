@@ -4,6 +4,7 @@ Origins: runs of this project, the authors' release, safetensors, MindCV's MindS
 Hugging Face Hub.
 """
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -197,17 +198,20 @@ def _initial_share(checkpoint: dict[str, Any], args: dict[str, Any]) -> float:
 
 def read_weights(file: str, use_ema: bool = False) -> Weights:
     """Read the weights of a file, run or name; arguments and errors are those of `read` and Weights.from_checkpoint."""
-    return Weights.from_checkpoint(read(file := best_of_run(file)), file, use_ema)
+    return Weights.from_checkpoint(read(file := best_of_run(file, use_ema)), file, use_ema)
 
 
-def best_of_run(name: str) -> str:
-    """Return the best checkpoint of a run's folder by its accuracy, else the last; `name` if it is no such folder."""
-    folder = Path(name)
-    scores = {file: read_checkpoint(folder / file).get('acc1', 0) for file in BEST if (folder / file).is_file()}
-    best = folder / max(scores, key=scores.get, default=LAST)
-    if best.is_file():
-        logger.warning('%s is the folder of a run: reading %s', name, best.name)
-    return str(best) if best.is_file() else name
+def best_of_run(name: str, use_ema: bool = True) -> str:
+    """Return the checkpoint with the best accuracy in a run's folder, else the last; or `name` if it is not such."""
+    scores = {}
+    for file in list(BEST)[:1 + use_ema]:
+        with contextlib.suppress(UsageError):  # missing or damaged
+            scores[file] = read_checkpoint(Path(name, file)).get('acc1', 0)
+    best = Path(name, max(scores, key=scores.get, default=LAST))
+    if timm.is_model(name) or not best.is_file():
+        return name
+    logger.warning('%s is a run folder, reading %s', name, best.name)
+    return str(best)
 
 
 def read(file: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help=f'draw a sheet of the first {MAX_ON_SHEET} images')
     parser.add_argument('--input-size', type=image_size, metavar='N', help="pixels (default: the checkpoint's)")
     parser.add_argument('--crop-pct', type=in_range(float, 0, 1, above=True), metavar='SHARE',
-                        help="share of an image's short side that is seen (default: the checkpoint's)")
+                        help="share of an image's short side that is kept (default: the checkpoint's)")
     add_weights_flag(parser)
     parser.add_argument('--random-weights', action='store_true', help='use MODEL untrained, to try the output')
     parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='default: %(default)s')
@@ -64,7 +64,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def find_images(arguments: list[str], left_out: list[str]) -> list[tuple[str, str | bytes]]:
-    """Return (name, path or encoded image) of each image that `arguments` name; count a folder's others in `left_out`.
+    """Return (name, path or encoded image) of each image that `arguments` name.
+
+    Notes on a folder's other files are appended to `left_out`.
 
     Raises:
         UsageError: a folder without images, or standard input without an image or a path.

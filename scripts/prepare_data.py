@@ -47,8 +47,8 @@ def stamp(images: EncodedImages, index: int) -> list[int]:
 class Encoder(Dataset):
     """Read encoded images, and encode those again whose short side is longer than `short_side` pixels (None: none).
 
-    Images that EXIF rotates are encoded again too, upright and without EXIF data. A sample is the image's bytes and its
-    stamp. If `skip_damaged`, a string replaces the bytes of an image that cannot be decoded: the reason.
+    Images with an EXIF rotation are encoded again too, upright and without EXIF data. A sample is the image's bytes and
+    its stamp. If `skip_damaged`, a string replaces the bytes of an image that cannot be decoded: the reason.
 
     Raises:
         UnreadableImage: a file that cannot be read, or without `skip_damaged` an image that cannot be decoded.
