@@ -232,9 +232,12 @@ def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
     return sorted(indices)
 
 
-def real_labels(dataset: Dataset, indices: Iterable[int]) -> RealLabelsImagenet:
-    """Build timm's ReaL evaluation (arXiv 2006.07159) for these of ImageNet's validation images, in this order."""
-    real = RealLabelsImagenet(range(50_000))  # It insists on all images; each rank has a share of them.
+def real_labels(dataset: Dataset, indices: Iterable[int], file: str) -> RealLabelsImagenet:
+    """Build timm's ReaL evaluation (arXiv 2006.07159) for these of ImageNet's validation images; '' is timm's file."""
+    try:
+        real = RealLabelsImagenet(range(50_000), file or None)  # It insists on all images; each rank has a share.
+    except (ValueError, AssertionError, TypeError):
+        raise UsageError(f'--real-labels {file} is not real.json, the labels of 50,000 images') from None
     real.filenames = [Path(dataset.samples[i][0]).name for i in indices] if hasattr(dataset, 'samples') else ['']
     if not real.real_labels.keys() >= set(real.filenames) or list(dataset.classes) != IMAGENET:
         raise UsageError('--real-labels needs the images ILSVRC2012_val_*.JPEG in folders of WordNet ids')

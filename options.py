@@ -201,8 +201,9 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--valid-labels', type=path, metavar='FILE',
                    help="with --eval: score only among the class indices in FILE, one a line, or 'all' "
                    '(default: all; with the classes of ImageNet, those of the data)')
-    g.add_argument('--real-labels', action='store_true',
-                   help="with --eval: also score by the ReaL labels of ImageNet's validation images")
+    g.add_argument('--real-labels', type=path, nargs='?', const='', metavar='JSON',
+                   help="with --eval: also score by the ReaL labels of ImageNet's validation images (default: timm's "
+                   'copy of real.json)')
     g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
     g.add_argument('--loader', choices=('fast', 'reference'),
                    help='decode and augment training images by libjpeg-turbo, torch and OpenCV (fast) or by Pillow '
@@ -421,6 +422,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
     """Describe the first combination of flags that cannot work, or return None."""
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     distils, teacher = args.distillation_type != 'none', args.teacher_model or args.teacher_path
+    valid, has_real = args.valid_labels, args.real_labels is not None
     checks = [
         (mixes and args.batch_size % 2 and not args.eval,
          f'--batch-size {args.batch_size} is odd: mixup and cutmix pair the images of a batch; give an even number'),
@@ -429,8 +431,9 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         (teacher and not distils, 'a teacher needs --distillation-type soft or hard'),
         (args.opt_betas and len(args.opt_betas) != 2, '--opt-betas needs two numbers'),
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
-        ((args.valid_labels or args.real_labels) and not args.eval, '--valid-labels and --real-labels need --eval'),
-        (args.valid_labels and args.real_labels, '--real-labels scores among all classes: leave out --valid-labels'),
+        ((valid or has_real) and not args.eval, '--valid-labels and --real-labels need --eval'),
+        (valid and has_real, '--real-labels scores among all classes: leave out --valid-labels'),
+        (valid not in (None, 'all') and not os.path.isfile(valid), f'--valid-labels {valid}: no such file'),
         (args.data_set == 'DIGITS' and args.data_path,
          f'--data-set DIGITS takes no --data-path {args.data_path}: add --data-set IMNET to train on images'),
     ]

@@ -205,8 +205,8 @@ class ImageFolder(EncodedImages):
         if not os.path.isdir(root):
             parent = Path(root).parent
             raise UsageError(f'no folder {root if parent.is_dir() else parent}: --data-path takes a folder with train/ '
-                             'and val/, or with tars that have these words in their names; a folder of classes needs '
-                             '--val-split 0.1 too')
+                             'and val/, or with tars that have these words in their names; to train on a folder of '
+                             'classes, add --val-split 0.1')
         entries = [entry for entry in os.scandir(root) if not IGNORED.search(entry.name)]
         above = {os.path.realpath(root), *map(str, Path(root).resolve().parents)}  # links to these are skipped
         folders = sorted(entry.name for entry in entries

@@ -432,9 +432,9 @@ def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, dev
         logger.info('batch_size %d throughput %.1f', len(images), throughput(model, images, autocast))
     else:
         with usage_errors():
-            valid = datasets.valid_classes(val_set, 'all' if args.real_labels else args.valid_labels)
+            valid = datasets.valid_classes(val_set, 'all' if args.real_labels is not None else args.valid_labels)
             indices = eval_indices(len(val_set), processes.get_rank(), processes.get_world_size())
-            real = datasets.real_labels(val_set, indices) if args.real_labels else None
+            real = None if args.real_labels is None else datasets.real_labels(val_set, indices, args.real_labels)
         if len(valid) < model.num_classes:
             logger.info('scoring among %d of %d classes%s', len(valid), model.num_classes,
                         '' if args.valid_labels else ' (--valid-labels all: all)')
