@@ -332,7 +332,7 @@ def check_two_classes(dataset: Dataset, data_path: str) -> None:
 
 def _holds_images(root: str) -> bool:
     """Return whether `root` has splits or class folders for --data-set IMNET."""
-    return Path(root, 'train').is_dir() or sum(path.is_dir() and os.access(path, os.R_OK) and any(
+    return has_split(root, 'train') or sum(path.is_dir() and os.access(path, os.R_OK) and any(
         map(tv_datasets.folder.is_image_file, os.listdir(path))) for path in Path(root).glob('[!.]*')) > 1
 
 

@@ -203,13 +203,13 @@ def read_weights(file: str, use_ema: bool = False) -> Weights:
 
 def best_of_run(name: str, use_ema: bool = True) -> str:
     """Return the checkpoint with the best accuracy in a run's folder, else the last; or `name` if it is not such."""
-    scores = {}
-    for file in list(BEST)[:1 + use_ema]:
-        with contextlib.suppress(UsageError):  # missing or damaged
-            scores[file] = read_checkpoint(Path(name, file)).get('acc1', 0)
-    best = Path(name, max(scores, key=scores.get, default=LAST))
-    if timm.is_model(name) or not best.is_file():
+    files, scores = [file for file in (LAST, *list(BEST)[:1 + use_ema]) if Path(name, file).is_file()], {}
+    if timm.is_model(name) or not files:
         return name
+    for file in filter(BEST.__contains__, files):
+        with contextlib.suppress(UsageError):  # damaged
+            scores[file] = read_checkpoint(Path(name, file)).get('acc1', 0)
+    best = Path(name, max(scores, key=scores.get, default=files[0]))
     logger.warning('%s is a run folder, reading %s', name, best.name)
     return str(best)
 

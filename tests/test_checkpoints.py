@@ -340,6 +340,7 @@ def test_each_address_is_downloaded_once(server, caplog, tmp_path):
     assert asked == ['/a/best.pth', '/b/best.pth', '/a/best.pth?version=2']
     write_file(tmp_path / 'www/a/best.pth', 7)
     caplog.clear()
+    caplog.set_level('INFO')
     assert epoch_of(read_checkpoint(f'{address}/a/best.pth')) == 0
     cached, = re.findall(r'/\S*cache/\S+', caplog.text)
     os.remove(cached)

@@ -260,24 +260,25 @@ def run_folder(flags, tmp_path, monkeypatch):
     ((None, 0.), 'checkpoint_ema_best.pth'), ((50., 50.), 'checkpoint_best.pth'),
     ((None, None), 'checkpoint_last.pth')])
 def test_a_runs_folder_is_its_best_checkpoint(run_folder, flags, capsys, caplog, scores, name):
-    """For each command that reads weights, which says the name."""
+    """For each command that reads weights, which says the name; --finetune takes no EMA."""
     run_folder(*scores)
+    own = 'checkpoint_last.pth' if scores[0] is None else 'checkpoint_best.pth'
     file, more = f'run/{name}', [*flags, '--epochs', 1, '--input-size', 64, '--output-dir', 'new', '--overwrite']
 
-    def outputs(path):
+    def outputs(path, finetuned):
         capsys.readouterr()
-        for command in (
-                lambda: predict.main([path, 'x.png', '--json']),
-                lambda: convert_checkpoint.main([path, 'out.safetensors', '--overwrite']),
-                lambda: export.main([path, 'out.ts', '--overwrite']),
-                lambda: nano.train(['--eval', '--resume', path, '--device', 'cpu', '--num-workers', 0]),
-                lambda: nano.train([*more, '--finetune', path])):
+        for expected, command in (
+                (name, lambda: predict.main([path, 'x.png', '--json'])),
+                (name, lambda: convert_checkpoint.main([path, 'out.safetensors', '--overwrite'])),
+                (name, lambda: export.main([path, 'out.ts', '--overwrite'])),
+                (name, lambda: nano.train(['--eval', '--resume', path, '--device', 'cpu', '--num-workers', 0])),
+                (own, lambda: nano.train([*more, '--finetune', finetuned]))):
             caplog.clear()
             command()
-            assert path == file or name in caplog.text + capsys.readouterr().out
+            assert path == file or expected in caplog.text + capsys.readouterr().out
         return [Path('out.safetensors').read_bytes(), nano.read('new')['model']]
-    assert nano.same(outputs('run'), outputs(file))
-    assert yaml.safe_load(Path('new/config.yaml').read_text())['finetune'] == os.path.abspath(file)
+    assert nano.same(outputs('run', 'run'), outputs(file, f'run/{own}'))
+    assert yaml.safe_load(Path('new/config.yaml').read_text())['finetune'] == os.path.abspath(f'run/{own}')
     nano.train([*more, '--finetune', 'run'])
     assert yaml.safe_load(Path('new/config.yaml').read_text())['finetune'] == os.path.abspath('run')
 
