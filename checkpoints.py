@@ -199,7 +199,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     # call, since timm's load_checkpoint removes the type.
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
-        damaged = zipfile.is_zipfile(name) and zipfile.ZipFile(name).testzip()  # torch.load verifies no checksums.
+        damaged = None
+        if zipfile.is_zipfile(name):  # torch.load does not verify the checksums.
+            with zipfile.ZipFile(name) as archive:
+                damaged = archive.testzip()
         state = None if damaged else torch.load(name, map_location='cpu', weights_only=True)
     except Exception as error:  # Parsers fail anywhere on a damaged file.
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):

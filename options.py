@@ -139,7 +139,7 @@ def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) 
     g.add_argument('--num-workers', type=count, default=num_workers, help='data loading workers of each process')
     g.add_argument('--amp-dtype', default='auto', choices=('auto', *DTYPES),
                    help='auto: float32 on CPU, bfloat16 on CUDA, float16 on CUDA devices without bfloat16; '
-                   'tf32: float32 with products in TF32 on CUDA')
+                   'tf32: float32 with matrix products in TF32 on CUDA')
     g.add_argument('--fast-norm', action=argparse.BooleanOptionalAction, default=False,
                    help="compute LayerNorm in autocast's dtype instead of float32: fewer bytes, less precise")
     g.add_argument('--device', choices=('cuda', 'cpu'), help='default: cuda if available, else cpu')

@@ -33,9 +33,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def configure_cuda(amp_dtype: str, is_training: bool, fixed_size: bool) -> None:
-    """Set torch's options for CUDA: TF32 for --amp-dtype tf32, cuDNN's convolutions and cuDNN's attention.
+    """Enable TF32 for --amp-dtype tf32, let cuDNN benchmark its convolutions, and disable its attention in training.
 
-    With images of a fixed size, cuDNN times its algorithms at the first step and takes the fastest.
+    Benchmarking times cuDNN's algorithms at the first step and keeps the fastest. It pays only for images of one size.
     """
     if amp_dtype == 'tf32':
         torch.set_float32_matmul_precision('high')  # Convolutions use TF32 by default.

@@ -343,7 +343,7 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         if is_training:
             check_two_classes(train, args.data_path)
             train = datasets.limit(train, args.max_train_images) if args.max_train_images else train
-        rotated = torch.multiprocessing.RawArray('q', args.num_workers + 1) if args.num_workers else [0]
+        rotated = None if is_training else torch.multiprocessing.RawArray('q', args.num_workers + 1)
         val = build(is_train=False, transform=build_transform(False, args.input_size, crop_pct=args.crop_pct),
                     classes=train.classes if train is not None else saved_classes, is_whole=is_whole,
                     rotated=rotated)
@@ -444,7 +444,7 @@ def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, dev
         if real is not None:
             model.register_forward_hook(lambda module, images, logits: real.add_result(logits))
         log_scores(score(model, loader, device, autocast))
-        rotated = sum(processes.gather_from_ranks(int(sum(getattr(val_set, 'reading', {}).get('rotated', ())))))
+        rotated = sum(processes.gather_from_ranks(sum(getattr(val_set, 'reading', {}).get('rotated', ()))))
         if rotated:
             logger.info('applied the EXIF orientation of %d images (published ImageNet scores do not: --ignore-exif)',
                         rotated)

@@ -202,7 +202,7 @@ def read_weights(file: str, use_ema: bool = False) -> Weights:
 
 
 def best_of_run(name: str, use_ema: bool = True) -> str:
-    """Return the checkpoint with the best accuracy in a run's folder, else the last; or `name` if it is not such."""
+    """Return the best checkpoint of a run folder by accuracy, else its last one; `name` if it is not a run folder."""
     files, scores = [file for file in (LAST, *list(BEST)[:1 + use_ema]) if Path(name, file).is_file()], {}
     if timm.is_model(name) or not files:
         return name
