@@ -148,15 +148,14 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not IGNORED.search(name)
 
 
-def log_left_out(files: Iterable[str], where: str | Path) -> str:
-    """Log and return how many files are not images, by extension, with advice on HEIF; '' for no files."""
+def log_left_out(files: Iterable[str], where: str | Path) -> None:
+    """Log how many files are not images, by extension, with advice on HEIF."""
     counts = Counter(printable(os.path.splitext(file)[1].lower()) or 'no extension' for file in files)
     heif = sum(counts[extension] for extension in HEIF)
     left_out = ', '.join(f'{count} {extension}' for extension, count in counts.most_common(5)) + \
         ', ...' * (len(counts) > 5) + f' ({heif} HEIC: pip install pillow-heif)' * (heif > 0)
     if left_out:
-        logger.info('left out of %s: %s', where, left_out)
-    return left_out
+        logger.info('left out of %s: %s', printable(str(where)), left_out)
 
 
 def is_folder(entry: os.DirEntry) -> bool:

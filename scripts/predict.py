@@ -13,7 +13,7 @@ import argparse
 import csv
 import io
 import json
-import mimetypes
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from options import Parser, add_weights_flag, image_size, in_range, output_file,
 from reports import check_extension, draw_sheet, save
 from sources import EXTENSIONS, HEIF, IGNORED, is_image, log_left_out, open_image
 from transforms import build_transform
-from weights import build_model, create_cmt, read_weights
+from weights import build_model, read_weights
 
 assert _path.ROOT  # importing _path puts the repository on sys.path
 
@@ -57,16 +57,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--crop-pct', type=in_range(float, 0, 1, above=True), metavar='SHARE',
                         help="share of an image's short side that is kept (default: the checkpoint's)")
     add_weights_flag(parser)
-    parser.add_argument('--random-weights', action='store_true', help='use MODEL untrained, to try the output')
     parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='default: %(default)s')
     parser.add_argument('--device', help='default: cuda if available')
     return parser
 
 
-def find_images(arguments: list[str], left_out: list[str]) -> list[tuple[str, str | bytes]]:
+def find_images(arguments: list[str]) -> list[tuple[str, str | bytes]]:
     """Return (name, path or encoded image) of each image that `arguments` name.
-
-    Notes on a folder's other files are appended to `left_out`.
 
     Raises:
         UsageError: a folder without images, or standard input without an image or a path.
@@ -82,15 +79,13 @@ def find_images(arguments: list[str], left_out: list[str]) -> list[tuple[str, st
                 paths = [line for line in os.fsdecode(content).splitlines() if line.strip()]
                 if not paths or b'\0' in content:
                     raise UsageError('-: standard input contains neither an image nor paths of images') from None
-                images += find_images(paths, left_out)
+                images += find_images(paths)
         elif os.path.isdir(argument):
             files = [path for path in Path(argument).rglob('*') if not IGNORED.search(str(path.relative_to(argument)))]
             paths = sorted(str(path) for path in files if is_image(path.name))
-            others = log_left_out((p.name for p in files if not is_image(p.name) and p.is_file()), argument)
+            log_left_out((path.name for path in files if not is_image(path.name) and path.is_file()), argument)
             if not paths:
-                raise UsageError(f'no images in {argument}' + f', only {others}' * bool(others))
-            if others:
-                left_out.append(f'left out of {printable(argument)}: {others}\n')
+                raise UsageError(f'no images in {argument}')
             images += zip(paths, paths)
         else:
             images.append((argument, argument))
@@ -105,11 +100,9 @@ def read_images(
         try:
             image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
         except Exception as error:  # Pillow's plugins raise anything on damaged files
-            reason, kind = getattr(error, 'strerror', None) or one_line(error), mimetypes.guess_type(name)[0] or ''
+            reason = getattr(error, 'strerror', None) or one_line(error)
             if name.lower().endswith(HEIF) and not name.lower().endswith(EXTENSIONS):
                 reason += ': pip install pillow-heif'
-            elif reason == 'not an image' and kind[:6] not in ('', 'image/'):
-                reason += f' but {kind}'
             print(f'cannot read {printable(name)} ({reason})', file=sys.stderr)
         else:
             yield name, transform(image)
@@ -140,24 +133,18 @@ def describe(names: list[str] | None, model: nn.Module) -> list[str]:
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     """Return the model on its device, and the names of its classes."""
-    size = {'img_size': args.input_size} if args.input_size else {}
-    if args.random_weights:
-        torch.manual_seed(0)
-        model, names = create_cmt(args.model, **size).eval(), None
-    else:
-        weights = read_weights(args.model, use_ema=args.model_ema)
-        model = build_model(weights, **size)
-        names = weights.class_names(model)
-        if weights.is_ema:
-            print('; '.join(["using the EMA (--no-model-ema uses the model's own weights)", *weights.notes]),
-                  file=sys.stderr)
+    weights = read_weights(args.model, use_ema=args.model_ema)
+    model = build_model(weights, **({'img_size': args.input_size} if args.input_size else {}))
+    if weights.is_ema:
+        print('; '.join(["using the EMA (--no-model-ema uses the model's own weights)", *weights.notes]),
+              file=sys.stderr)
     if args.crop_pct:
         model.pretrained_cfg['crop_pct'] = args.crop_pct
     if model.img_size[0] != model.img_size[1]:
         raise UsageError(f'{args.model} takes {model.img_size}, evaluation crops squares: give an --input-size')
     if model.num_classes == 0:
         raise UsageError(f'{args.model} has no classifier')
-    names = read_names(args.class_names) if args.class_names else describe(names, model)
+    names = read_names(args.class_names) if args.class_names else describe(weights.class_names(model), model)
     if len(names) != model.num_classes:
         raise UsageError(f'{args.class_names} contains {len(names)} names, the model has {model.num_classes} classes')
     try:
@@ -245,12 +232,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors='backslashreplace')  # no encoding has every file name
+    logging.basicConfig(format='%(message)s')  # warnings, to standard error
+    logging.getLogger('sources').setLevel(logging.INFO)  # which files of a folder are left out
     with parser.usage_errors():
         if args.picture:
             check_extension(args.picture)
-        images = find_images(args.images, left_out := [])
+        images = find_images(args.images)
         model, names = load(args)
-    sys.stderr.writelines(left_out)
 
     results, entries = predict(model, names, images, args.top, args.batch_size, MAX_ON_SHEET if args.picture else 0)
     if entries:

@@ -87,7 +87,7 @@ def test_table_and_csv_say_what_json_says(place, capsys):
 
 
 def test_any_file_name_and_unreadable_images(place, capsys):
-    """Each output has the five photographs and one with a strange name; files left out are counted, others named."""
+    """Each output has the five photographs and one with a strange name; unreadable files are named."""
     name = os.fsdecode(b'photos/more/bad\xff\nname.png')
     shutil.copy('photos/a.png', name)
     Path('photos/.ipynb_checkpoints').mkdir()
@@ -99,7 +99,7 @@ def test_any_file_name_and_unreadable_images(place, capsys):
         with pytest.raises(SystemExit) as stop:
             predict.main(['named.pth', 'photos', 'gone.png', '--top', '1', flag])
         printed[flag], errors = capsys.readouterr()
-        assert stop.value.code == 1 and len(errors.splitlines()) == 4
+        assert stop.value.code == 1 and len(errors.splitlines()) == 3
         assert all(path in errors for path in (r'photos/no\udcff\nimage.png', 'photos/short.png', 'gone.png'))
     images = [result['image'] for result in json.loads(printed['--json'])]
     assert len(images) == 6 and name in images
@@ -108,15 +108,13 @@ def test_any_file_name_and_unreadable_images(place, capsys):
     assert Image.open('sheet.jpg').width > 400
 
 
-@pytest.mark.parametrize('name, kind', [
-    ('clip.mp4', 'video/mp4'), ('clip.mov', 'video/quicktime'), ('song.mp3', 'audio/mpeg'),
-    ('paper.pdf', 'application/pdf'), ('notes.txt', 'text/plain')])
-def test_a_file_that_is_not_an_image_is_called_what_it_is(place, capsys, name, kind):
+@pytest.mark.parametrize('name', ['clip.mp4', 'notes.txt'])
+def test_a_video_or_text_is_not_called_damaged(place, capsys, name):
     Path(name).write_bytes(b'\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41')
     with pytest.raises(SystemExit, match='1'):
         predict.main(['named.pth', name])
     error = capsys.readouterr().err
-    assert name in error and kind in error and error.count('\n') == 1
+    assert name in error and 'not an image' in error and error.count('\n') == 1
 
 
 def test_class_names(place, capsys):
@@ -173,12 +171,13 @@ def test_standard_input_is_an_image_or_paths(place, capsys, monkeypatch):
     (['named.pth', 'photos', '--picture', 'a.xyz'], 'a.xyz'),
     (['named.pth', 'photos', '--input-size', '50'], '32'),
     (['named.pth', 'photos', '--device', 'cudo'], '--device cudo'),
-    (['resnet18', 'photos', '--random-weights'], 'resnet18'),
+    (['other.pth', 'photos'], 'other.pth'),
 ])
 def test_mistakes_get_one_line(place, mistake, argv, reason):
     (place / 'empty').mkdir()
     (place / 'two.txt').write_text('one\ntwo\n')
     (place / 'odd.json').write_text('{"one": [1]}')
+    torch.save({'fc.weight': torch.zeros(2, 3)}, 'other.pth')  # of another architecture
     assert reason in mistake(predict, *argv)
 
 
@@ -232,11 +231,11 @@ def test_files_of_a_folder_that_are_left_out_are_counted(place):
     for name in ('photos/1.heic', 'photos/.hidden.txt', 'phone/1.HEIC', 'phone/2.heif'):
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).touch()
-    run = run_without_heif('scripts/predict.py', 'cmt_ti', place / 'photos', '--random-weights', '--json')
+    run = run_without_heif('scripts/predict.py', place / 'named.pth', place / 'photos', '--json')
     line, = run.stderr.splitlines()
     assert '2 .txt, 1 .heic' in line and 'pip install pillow-heif' in line and len(json.loads(run.stdout)) == 5
     file = place / 'phone/1.HEIC'
-    run = run_without_heif('scripts/predict.py', 'cmt_ti', file, '--random-weights', '--json')
+    run = run_without_heif('scripts/predict.py', place / 'named.pth', file, '--json')
     assert run.returncode == 1 and str(file) in run.stderr and 'pip install pillow-heif' in run.stderr
-    run = run_without_heif('scripts/predict.py', 'cmt_ti', place / 'phone', '--random-weights', '--json')
-    assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'pip install pillow-heif' in run.stderr
+    run = run_without_heif('scripts/predict.py', place / 'named.pth', place / 'phone', '--json')
+    assert run.returncode == 2 and run.stderr.count('pip install pillow-heif') == 1
