@@ -46,18 +46,13 @@ def _fields(data: int | memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def _tensor(message: memoryview) -> tuple[list[int], str, memoryview]:
-    """Return (dims, type, content) of a Tensor message; dims are packed or not."""
+    """Return (dims, type, content) of a Tensor message. In proto2, dims are not packed."""
     dims, kind, content = [], b'Float32', memoryview(b'')
     for number, item in _fields(message):
-        if number == 1 and isinstance(item, int):
-            dims.append(item)
-        elif number == 1:
-            at = 0
-            while at < len(item):
-                dim, at = _varint(item, at)
-                dims.append(dim)
-        elif isinstance(item, int):
+        if isinstance(item, int) != (number == 1):
             raise _Damaged
+        if number == 1:
+            dims.append(item)
         elif number == 2:
             kind = item
         elif number == 3:

@@ -116,12 +116,11 @@ def field(number, content):
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-def write_mindspore(path, tensors, packed=False, slices=1, crc=False):
-    """Write a MindSpore file: dims packed or not, tensors in slices, with a checksum at the end or without."""
+def write_mindspore(path, tensors, slices=1, crc=False):
+    """Write a MindSpore file: tensors in slices, with a checksum at the end or without."""
     out = b''
     for name, value in tensors.items():
-        dims = field(1, b''.join(map(varint, value.shape))) if packed else \
-            b''.join(varint(1 << 3) + varint(dim) for dim in value.shape)
+        dims = b''.join(varint(1 << 3) + varint(dim) for dim in value.shape)
         content = value.tobytes()
         step = -(-len(content) // slices // 4) * 4
         for at in range(0, len(content), step):
@@ -132,7 +131,7 @@ def write_mindspore(path, tensors, packed=False, slices=1, crc=False):
 
 @pytest.mark.parametrize('sizes, img_size, layout', [
     (dict(stem_chs=6, embed_dims=(10, 12, 20, 40), depths=(2, 1, 1, 3), mlp_ratios=(3.8,) * 4, sr_ratios=(4, 2, 2, 1),
-          num_features=48, num_classes=1), (64, 96), dict(packed=True)),
+          num_features=48, num_classes=1), (64, 96), {}),
     (dict(stem_chs=8, embed_dims=(8, 8, 16, 32), depths=(1,) * 4, mlp_ratios=(2.5, 3.6, 1, 4), num_features=20,
           num_classes=300), (96, 32), dict(slices=3, crc=True)),
 ])
