@@ -101,7 +101,8 @@ OPERATIONS = [
 @pytest.mark.parametrize('resample', [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
 def test_operations_equal_pillows(name, args, most, resample):
     function = auto_augment.NAME_TO_OP[name]
-    fast = fast_transforms._fast_op(function)
+    step = auto_augment.RandAugment([auto_augment.AugmentOp(name)])
+    fast = fast_transforms._fast_step(step).ops[0].aug_fn
     for pixels in (PHOTOGRAPHS[0][100:300, 50:274], np.full((37, 50, 3), 200, np.uint8)):
         kwargs = dict(fillcolor=(124, 116, 104), resample=resample)
         expected = np.asarray(function(Image.fromarray(pixels), *args, **kwargs)).astype(int)
@@ -217,11 +218,6 @@ def test_odd_files_are_read_as_the_reference_reads_them(kind):
         return
     for a, b in both(data, 64, range(6), **OFF):
         assert np.abs(a - b).mean() < 4
-
-
-def test_a_single_pixel_is_read_though_its_crop_may_be_empty():
-    images = [a for a, b in both(jpeg(PHOTOGRAPHS[0][:1, :1]), 64, range(30), **OFF) if np.abs(a - b).max() <= 1]
-    assert len(images) == 30 and {image.max() == 0 for image in images} == {False, True}
 
 
 @pytest.mark.parametrize('draws', [300, pytest.param(20000, marks=pytest.mark.soak)])
