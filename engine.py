@@ -68,11 +68,6 @@ class Preprocessor:
         return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of running sums: Apple's GPUs (mps) have no float64."""
-    return torch.float32 if device.type == 'mps' else torch.float64
-
-
 class Meters:
     """Keep the running sums of an epoch on the device, so that only reading them is a host sync."""
     NAMES = ('loss', 'samples', 'skipped', 'skipped_in_a_row', 'overflows', 'overflows_in_a_row')
@@ -80,7 +75,7 @@ class Meters:
 
     def __init__(self, device: torch.device, saved: list[list[float]] | None = None):
         """Start at 0, or from an earlier result of gather(), even if the number of ranks has changed."""
-        self.sums = torch.zeros(len(self.NAMES), dtype=sum_dtype(device), device=device)
+        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         if saved:
             if len(saved) == get_world_size():
                 sums = saved[get_rank()]
@@ -173,7 +168,7 @@ class TrainStep:
             loss = loss + batch_loss.detach()
 
         self.scaler.unscale_(self.optimizer)
-        parameters = self.scaler.parameters(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         # Gradients are equal on all ranks here, losses are not.
         bad_loss = all_reduce_((~torch.isfinite(loss)).float(), dist.ReduceOp.MAX)
@@ -285,7 +280,7 @@ def evaluate(
     """
     model.eval()
     device = preprocess.device
-    totals = torch.zeros(4, dtype=sum_dtype(device), device=device)  # correct, in the top 5, loss, images
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # correct, in the top 5, loss, images
     for images, targets in loader:
         images, targets = preprocess(images, targets)
         with autocast():

@@ -52,10 +52,6 @@ class NativeScaler(torch.amp.GradScaler):
         """Compute scaled gradients; `last` marks the last batch of an optimizer step."""
         self.scale(loss).backward()
 
-    def parameters(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-        """Return the parameters that have a gradient."""
-        return [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-
     @property
     def skips_overflows(self) -> bool:
         """Return whether the scaler itself skips steps with overflowing gradients."""
