@@ -50,21 +50,11 @@ def read_launch() -> Launch:
     return by_environment() if {'LOCAL_RANK', 'RANK', 'WORLD_SIZE'} & set(os.environ) else Launch()
 
 
-def has_agent_store() -> bool:
-    """Return whether torchrun itself serves the store at MASTER_ADDR and MASTER_PORT."""
-    return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
-
-
 def run_name() -> str:
     """Return the launcher's name of this run: torchrun's --rdzv-id, or SLURM's job and step."""
     step = '.'.join(os.environ[name] for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID')) \
         if read_launch().launcher == 'srun' else ''
     return os.environ.get('TORCHELASTIC_RUN_ID', step)
-
-
-def tasks_without_srun() -> int:
-    """Return the number of tasks of a SLURM job that runs one process without srun; else 1."""
-    return int(os.environ.get('SLURM_NTASKS', 1)) if read_launch().world_size == 1 else 1
 
 
 def set_master_address() -> tuple[str, int]:

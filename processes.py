@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from errors import TrainingFault, UnreadableImage, UsageError, first_line, mistake
-from launch import Launch, has_agent_store, read_launch, run_name, set_master_address, tasks_without_srun
+from launch import Launch, read_launch, run_name, set_master_address
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,8 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
             raise TrainingFault(
                 f'processes met, but cannot connect to each other ({first_line(error)}); if this happens at every '
                 'launch, set GLOO_SOCKET_IFNAME to the network interface between the hosts') from None
-    elif (tasks := tasks_without_srun()) > 1:
-        logger.info('one process, but the SLURM job has %d tasks: `srun python train.py ...` starts one for each',
-                    tasks)
+    elif (tasks := int(os.environ.get('SLURM_NTASKS', 1))) > 1:
+        logger.info('one process, but the SLURM job has %d tasks: `srun python train.py ...` starts one each', tasks)
     return device
 
 
@@ -126,7 +125,7 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
     except ValueError as error:
         raise UsageError(f'--dist-url {url}: {error}') from None
     host, port = set_master_address() if url == 'env://' else address
-    is_torchrun, problem = url == 'env://' and has_agent_store(), ''
+    is_torchrun, problem = url == 'env://' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True', ''
     server = f'{"the store of torchrun" if is_torchrun else "rank 0"} at {host}:{port}'
 
     def answers() -> bool:
