@@ -65,11 +65,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def temporary_path(folder: Path) -> Path:
-    """Return a random name for a temporary file in `folder`."""
-    return folder / f'.cmt-{secrets.token_hex(8)}.tmp'
-
-
 def remove_temporary_files(folder: Path) -> None:
     """Remove what killed processes left in `folder`; call this under a lock."""
     for path in folder.glob('.cmt-????????????????.tmp'):
@@ -83,7 +78,7 @@ def atomic_write(path: Path, keep_previous: bool = False):
     Raises:
         OSError: the file cannot be written, such as on a full disk; the error names `path`.
     """
-    temporary = temporary_path(path.parent)
+    temporary = path.parent / f'.cmt-{secrets.token_hex(8)}.tmp'
     try:
         with open(temporary, 'xb') as file:  # 'x' does not follow links.
             yield file

@@ -89,9 +89,6 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UsageError(f'--output-dir {folder}: {existing} is not a folder that can be written to')
-    for path in (folder / LOG, folder / utils.WANDB_ID, folder / CONFIG, *folder.glob('*.pth')):
-        if path.is_dir():
-            raise UsageError(f'--output-dir {folder}: {path} is a folder')
     if not may_hold_run and (run_files(folder) or any(folder.glob('checkpoint_*.pth'))):
         raise UsageError(f'{folder} contains a run: --resume auto resumes it, --overwrite replaces it')
 
@@ -132,8 +129,8 @@ def open_run(
         file.write(f'# {header}\n{yaml.safe_dump(settings, sort_keys=False)}'.encode())
         file.flush()
         os.fsync(file.fileno())  # On a full disk the run ends here, before anything is removed.
-        if replace:
-            remove_run(folder)
+        for path in run_files(folder) if replace else ():
+            path.unlink()
     source = Path(resumed or '')
     if source.suffix == '.pth' and source.is_file() and source.resolve() != (folder / LAST).resolve():
         # Else a damaged checkpoint_last.pth would become the previous file at the next save, and a run that is
@@ -153,20 +150,6 @@ def run_files(folder: Path) -> list[Path]:
     """List the files of a run in its folder, without config.yaml and without a user's copies of checkpoints."""
     paths = [folder / name for name in (LAST, PREVIOUS, *BEST, LOG, utils.WANDB_ID)]
     return [*filter(Path.exists, paths), *epoch_files(folder)]
-
-
-def remove_run(folder: Path) -> None:
-    """Remove the run in `folder`, or raise OSError and leave all of it there."""
-    moved = []
-    try:
-        for path in run_files(folder):
-            moved.append((path.rename(checkpoints.temporary_path(folder)), path))
-    except OSError:
-        for temporary, path in moved:
-            temporary.rename(path)
-        raise
-    for temporary, _ in moved:
-        temporary.unlink()
 
 
 def rewind(folder: Path, epoch: int) -> None:
