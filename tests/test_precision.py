@@ -113,8 +113,7 @@ def test_apex_is_found_only_with_the_amp_of_nvidia(monkeypatch):
 def test_scaling_changes_no_gradient():
     """unscale_ removes a scale of 1024; a disabled scaler applies none."""
     weight = torch.nn.Parameter(torch.tensor([3.]))
-    spare = torch.nn.Parameter(torch.tensor([3.]))
-    optimizer = torch.optim.SGD([weight, spare], lr=1.)
+    optimizer = torch.optim.SGD([weight], lr=1.)
     for scaler in (NativeScaler('cpu', init_scale=1024.), NativeScaler('cpu', enabled=False)):
         optimizer.zero_grad()
         scaler.backward(weight.square().sum(), optimizer, last=True)
