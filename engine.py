@@ -68,6 +68,11 @@ class Preprocessor:
         return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of running sums: Apple's GPUs (mps) have no float64."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
 class Meters:
     """Keep the running sums of an epoch on the device, so that only reading them is a host sync."""
     NAMES = ('loss', 'samples', 'skipped', 'skipped_in_a_row', 'overflows', 'overflows_in_a_row')
@@ -75,7 +80,7 @@ class Meters:
 
     def __init__(self, device: torch.device, saved: list[list[float]] | None = None):
         """Start at 0, or from an earlier result of gather(), even if the number of ranks has changed."""
-        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(self.NAMES), dtype=sum_dtype(device), device=device)
         if saved:
             if len(saved) == get_world_size():
                 sums = saved[get_rank()]
@@ -280,7 +285,7 @@ def evaluate(
     """
     model.eval()
     device = preprocess.device
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # correct, in the top 5, loss, images
+    totals = torch.zeros(4, dtype=sum_dtype(device), device=device)  # correct, in the top 5, loss, images
     for images, targets in loader:
         images, targets = preprocess(images, targets)
         with autocast():

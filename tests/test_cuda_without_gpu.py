@@ -192,6 +192,17 @@ def test_what_only_scores_does_so_on_the_device(flag, count, syncs, calls, monke
     assert record.syncs == syncs and synchronize.call_count == calls
 
 
+def test_no_float64_on_devices_without_it(monkeypatch):
+    assert engine.sum_dtype(torch.device('mps')) == torch.float32
+    monkeypatch.setattr(engine, 'sum_dtype', lambda device: torch.float32)
+    assert not record_step().float64
+    with fake_cuda():
+        run = build()
+        with Recorder(answer=1) as record:
+            train.score(run.core, batches(run.args, 1), CUDA, run.eval_autocast)
+        assert not record.float64
+
+
 @pytest.mark.parametrize('name', ['cmt_ti', 'cmt_xs', 'cmt_s', 'cmt_b'])
 def test_published_models_get_fused_attention(name):
     """At the published size, and with fewer blocks at 224 px and at a size of the call."""

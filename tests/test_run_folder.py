@@ -82,6 +82,18 @@ def test_an_old_run_stays_until_nothing_can_fail(flags, tmp_path, monkeypatch, f
     assert contents(tmp_path / 'run') == before
 
 
+@pytest.mark.parametrize('name', ['config.yaml', 'log.txt', 'checkpoint_best.pth', 'checkpoint_0001.pth'])
+@pytest.mark.parametrize('flag', [['--overwrite'], ['--resume', 'auto']])
+def test_a_folder_in_place_of_a_file_costs_nothing(flags, whole, tmp_path, name, flag):
+    shutil.copytree(whole, tmp_path / 'run')
+    (tmp_path / 'run' / name).unlink(missing_ok=True)
+    (tmp_path / 'run' / name).mkdir()
+    before = sorted(os.listdir(tmp_path / 'run'))
+    with pytest.raises(errors.UsageError, match=name):
+        nano.train([*flags, '--epochs', 4, '--output-dir', tmp_path / 'run', *flag])
+    assert sorted(os.listdir(tmp_path / 'run')) == before
+
+
 def test_the_compiler_check_can_be_interrupted(flags, whole, tmp_path, monkeypatch):
     """A finished run needs no compiler."""
     run, output = [*flags, '--compile', '--output-dir', tmp_path / 'run'], tmp_path / 'out.txt'

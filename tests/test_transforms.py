@@ -220,6 +220,11 @@ def test_odd_files_are_read_as_the_reference_reads_them(kind):
         assert np.abs(a - b).mean() < 4
 
 
+def test_a_single_pixel_is_read_though_its_crop_may_be_empty():
+    images = [a for a, b in both(jpeg(PHOTOGRAPHS[0][:1, :1]), 64, range(30), **OFF) if np.abs(a - b).max() <= 1]
+    assert len(images) == 30 and {image.max() == 0 for image in images} == {False, True}
+
+
 @pytest.mark.parametrize('draws', [300, pytest.param(20000, marks=pytest.mark.soak)])
 def test_both_loaders_draw_alike(monkeypatch, draws):
     """Crops, flips and operations are equal, means and deviations of channels with 99.9 % confidence."""
