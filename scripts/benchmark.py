@@ -173,25 +173,21 @@ class Case:
 
 
 def measure(group: list[Setup], device: torch.device, dtype: str, repeats: int, seconds: float) -> list[dict]:
-    """Time the cases of a group in turns, `repeats` measurements each."""
+    """Time the cases of a group in turns, `repeats` measurements each.
+
+    The ratios are speeds relative to the reference form of the same model: medians of the rounds' ratios.
+    """
     cases = [Case(setup, device, dtype) for setup in group]
     for case in repeats * cases:
         case.time(seconds)
-    return [case.record() for case in cases]
-
-
-def add_ratios(records: list[dict]) -> None:
-    """Add the speed relative to the reference form of the same model: the median of the rounds' ratios.
-
-    The reference has the same dtype if it was measured, else float16, the authors' mixed precision.
-    """
+    records = [case.record() for case in cases]
+    references = {record['model']: record for record in records if record['form'] == 'reference'}
     for record in records:
-        references = {r['dtype']: r for r in records if r['form'] == 'reference' and all(
-            r[key] == record[key] for key in ('model', 'mode', 'device', 'batch', 'size'))}
-        same = references.get(record['dtype'], references.get('float16'))
+        same = references.get(record['model'])
         # Other jobs on the machine disturb the processor time of all threads less than the elapsed time.
         for ratio, key in (('ratio', 'seconds'), ('cpu_ratio', 'cpu_seconds')):
             record[ratio] = statistics.median(a / b for a, b in zip(same[key], record[key])) if same else None
+    return records
 
 
 def table(records: list[dict], as_markdown: bool) -> str:
@@ -275,7 +271,6 @@ def main() -> None:
     records = []
     for device, dtype, group in itertools.product(args.devices, args.dtypes, groups):
         records += measure(group, torch.device(device), dtype, args.repeats, args.seconds)
-    add_ratios(records)
     if args.json:
         args.json.write_text(json.dumps({
             'command': f'python {shlex.join(sys.argv)}', 'date': datetime.date.today().isoformat(),

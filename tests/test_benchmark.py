@@ -39,14 +39,6 @@ def test_ratios_are_against_the_reference_of_the_same_run(tmp_path, monkeypatch,
     assert capsys.readouterr().out.count('| cmt_ti |') == 5
 
 
-def test_reference_has_the_same_dtype_or_else_float16():
-    records = [{'model': 'cmt_s', 'mode': 'infer', 'device': 'cpu', 'batch': 8, 'size': 224, 'form': form,
-                'dtype': dtype, 'seconds': [seconds], 'cpu_seconds': [seconds]} for form, dtype, seconds in (
-        ('reference', 'float16', 2), ('reference', 'float32', 4), ('eager', 'float32', 1), ('eager', 'bfloat16', 1))]
-    benchmark.add_ratios(records)
-    assert [record['ratio'] for record in records] == [1, 1, 4, 2]
-
-
 def test_combinations_of_flags_with_another_timm_model(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [
         'benchmark.py', '--models', 'cmt_ti', 'resnet18', '--forms', 'fused', 'eager', '--devices', 'cpu', '--batches',
