@@ -252,14 +252,6 @@ def build_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     return cases
 
 
-def report(records: list[dict], device: torch.device) -> dict:
-    """Return the records with the command, versions and hardware."""
-    versions = {package.name: package.version for package in distributions()
-                if package.name.lower().startswith(PACKAGES)}
-    return {'command': f'python {shlex.join(sys.argv)}', 'system': utils.describe_system(device), 'versions': versions,
-            'load': os.getloadavg(), 'records': records}
-
-
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
@@ -276,7 +268,11 @@ def main() -> None:
             parser.error(f'--data-path {args.data_path}: {reason}')
     print(table(records))
     if args.json:
-        args.json.write_text(json.dumps(report(records, device), indent=1) + '\n')
+        versions = {package.name: package.version for package in distributions()
+                    if package.name.lower().startswith(PACKAGES)}
+        args.json.write_text(json.dumps({
+            'command': f'python {shlex.join(sys.argv)}', 'system': utils.describe_system(device), 'versions': versions,
+            'load': os.getloadavg(), 'records': records}, indent=1) + '\n')
 
 
 if __name__ == '__main__':
