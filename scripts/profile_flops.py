@@ -1,12 +1,10 @@
 """python scripts/profile_flops.py
 
 Print the multiply-adds (counted by torchprofile) and parameters of the CMT models next to the paper's. Without flags,
-every model is profiled at its default input size. For one model at another size, split into stages, and for JSON:
+every model is profiled at its default input size. For one model at another size, split into stages:
 
     python scripts/profile_flops.py --model cmt_s --input-size 256 --per-stage
-    python scripts/profile_flops.py --json
 """
-import json
 from typing import Any
 
 import timm
@@ -70,16 +68,9 @@ def main() -> None:
                         help='one model (default: all four)')
     parser.add_argument('--input-size', type=image_size, help="pixels, a multiple of 32 (default: each model's own)")
     parser.add_argument('--per-stage', action='store_true', help='split the counts: stem, the four stages, head')
-    parser.add_argument('--json', action='store_true', help='print JSON, with exact multiply-adds and parameters')
     args = parser.parse_args()
     names = [cmt.ALIASES.get(args.model, args.model)] if args.model else cmt.MODELS
-    results = [profile(name, args.input_size) for name in names]
-    if not args.json:
-        print_tables(results, args.per_stage)
-        return
-    for result in results if not args.per_stage else []:
-        del result['stages']
-    print(json.dumps(results, indent=2))
+    print_tables([profile(name, args.input_size) for name in names], args.per_stage)
 
 
 if __name__ == '__main__':
