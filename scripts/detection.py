@@ -81,18 +81,6 @@ DEFAULTS = {
 
 # The model
 
-def build_body(backbone: str, weights: str | None, img_size: tuple[int, int], drop_path: float) -> nn.Module:
-    """Build the stages of a CMT for images of any size, with classification weights of any origin if given.
-
-    Raises:
-        UsageError: no such model, or weights that do not fit.
-    """
-    settings = dict(dynamic_img_size=True, img_size=img_size, drop_path_rate=drop_path)
-    model = create_cmt(backbone, **settings) if weights is None else build_model(
-        read_weights(weights, use_ema=True), backbone, **settings)
-    return FeatureListNet(model.train(), out_indices=(0, 1, 2, 3), flatten_sequential=True)
-
-
 def build_detector(
         detector: str, num_classes: int, backbone: str = 'cmt_ti', weights: str | None = None, frozen_bn: bool = False,
         input_size: tuple[int, int] = (800, 1333), drop_path: float = 0.1, fpn_channels: int = 256,
@@ -109,12 +97,15 @@ def build_detector(
         proposals: regions of an image that the second stage of Faster and Mask R-CNN classifies.
 
     Raises:
-        UsageError: weights that do not fit `backbone`.
+        UsageError: no such backbone, or weights that do not fit it.
     """
     short, long = input_size
     # The position bias has the size of a typical landscape image; other sizes cost a resampling.
     bias_size = tuple(math.ceil(side / 32) * 32 for side in (short, min(long, short * 4 / 3)))
-    body = build_body(backbone, weights, bias_size, drop_path)
+    settings = dict(dynamic_img_size=True, img_size=bias_size, drop_path_rate=drop_path)
+    cmt = create_cmt(backbone, **settings) if weights is None else build_model(
+        read_weights(weights, use_ema=True), backbone, **settings)
+    body = FeatureListNet(cmt.train(), out_indices=(0, 1, 2, 3), flatten_sequential=True)
     if frozen_bn:
         body = freeze_batch_norm_2d(body)
     levels = (1, 2, 3) if detector == 'retinanet' else (0, 1, 2, 3)  # from strides 8 and 4 on
@@ -155,16 +146,15 @@ class CocoDataset(Dataset):
         images, annotations: folder of the images, and the JSON file.
         train, hflip: flip images with probability `hflip`, and drop crowds.
         masks: read masks too.
-        skip_empty_boxes: drop boxes without area instead of refusing them.
+
+    Boxes without area are dropped, with a line in the log.
 
     Raises:
-        UsageError: a missing file or image, JSON that is not COCO's, boxes without area, or objects without masks.
+        UsageError: a missing file or image, JSON that is not COCO's, or objects without masks.
     """
 
-    def __init__(
-            self, images: str, annotations: str, train: bool, masks: bool, skip_empty_boxes: bool = False,
-            hflip: float = 0.5):
-        self.images, self.train, self.masks = Path(images), train, masks
+    def __init__(self, images: str, annotations: str, train: bool, masks: bool, hflip: float = 0.5):
+        self.masks = masks
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 self.data = CocoDetection(images, annotations)
@@ -172,13 +162,19 @@ class CocoDataset(Dataset):
                 raise UsageError(f'{annotations}: {error.strerror}') from None
             except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
                 raise UsageError(f'{annotations} is not a JSON file in COCO\'s format') from None
-        self.coco = self.data.coco
-        check_annotations(self.coco, annotations, self.images, masks, skip_empty_boxes)
+            self.coco = self.data.coco
+            check_annotations(self.coco, annotations, Path(images), masks)
+            objects = [a for a in self.coco.dataset['annotations'] if min(a['bbox'][2:]) > 0]
+            if len(objects) < len(self.coco.dataset['annotations']):
+                logger.warning('%s: skipping %d boxes without area', annotations,
+                               len(self.coco.dataset['annotations']) - len(objects))
+            self.coco.dataset['annotations'] = [a for a in objects if not (train and a['iscrowd'])]
+            self.coco.createIndex()
         self.categories = sorted(self.coco.cats)  # COCO's own ids have gaps.
         self.classes = [self.coco.cats[category]['name'] for category in self.categories]
-        self.samples = [(str(self.images / self.coco.imgs[i]['file_name']), i) for i in self.data.ids]
-        keys = ('boxes', 'labels', 'iscrowd', *(['masks'] if masks else []))
-        self.wrapped = wrap_dataset_for_transforms_v2(self.data, target_keys=keys)
+        self.samples = [(str(Path(images) / self.coco.imgs[i]['file_name']), i) for i in self.data.ids]
+        self.wrapped = wrap_dataset_for_transforms_v2(
+            self.data, target_keys=('boxes', 'labels', *['masks'] * masks))
         self.transform = v2.Compose([
             v2.ToImage(), v2.RandomHorizontalFlip(hflip if train else 0), v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes()])
@@ -190,18 +186,17 @@ class CocoDataset(Dataset):
         """Return an image (3, H, W), uint8, and boxes (N, 4), labels (N,) and masks (N, H, W) of its objects."""
         image, target = self.wrapped[index]
         size = image.size[::-1]
-        is_used = torch.tensor([not (crowd and self.train) for crowd in target.get('iscrowd', [])], dtype=torch.bool)
+        # An image without objects has neither boxes nor labels nor masks.
         boxes = target.get('boxes', torch.zeros(0, 4))
         labels = target.get('labels', torch.zeros(0, dtype=torch.int64))
-        objects = {
-            'boxes': tv_tensors.BoundingBoxes(boxes[is_used].float(), format='XYXY', canvas_size=size),
-            'labels': torch.from_numpy(np.searchsorted(self.categories, labels[is_used].numpy())) + 1}
+        objects = {'boxes': tv_tensors.BoundingBoxes(boxes.float(), format='XYXY', canvas_size=size),
+                   'labels': torch.from_numpy(np.searchsorted(self.categories, labels.numpy())) + 1}
         if self.masks:
-            objects['masks'] = tv_tensors.Mask(target.get('masks', torch.zeros(0, *size, dtype=torch.uint8))[is_used])
+            objects['masks'] = tv_tensors.Mask(target.get('masks', torch.zeros(0, *size, dtype=torch.uint8)))
         return self.transform(image, objects)
 
 
-def check_annotations(coco: Any, name: str, images: Path, masks: bool, skip_empty_boxes: bool) -> None:
+def check_annotations(coco: Any, name: str, images: Path, masks: bool) -> None:
     """Check what the evaluation and the detectors need; arguments and errors are those of CocoDataset."""
     if not (coco.imgs and coco.cats and isinstance(coco.dataset.get('annotations'), list)):
         raise UsageError(f'{name} is not a JSON file in COCO\'s format: it needs images, annotations and categories')
@@ -209,25 +204,14 @@ def check_annotations(coco: Any, name: str, images: Path, masks: bool, skip_empt
     if missing:
         raise UsageError(f'{images} lacks {len(missing)} of the {len(coco.imgs)} images of {name}: {missing[0]}'
                          + ', ...' * (len(missing) > 1))
-    empty = []
-    for key, a in coco.anns.items():
-        box = a.get('bbox')
-        is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, (int, float)) for side in box)
-        if not is_box or a.get('image_id') not in coco.imgs or a.get('category_id') not in coco.cats:
-            raise UsageError(f'{name}: annotation {key} needs an image_id and a category_id of the file, and a bbox of '
-                             f'x, y, width and height, not {box}')
+    for a in coco.dataset['annotations']:
+        if len(a.get('bbox', [])) != 4 or a['category_id'] not in coco.cats:
+            raise UsageError(f'{name}: annotation {a["id"]} needs a category_id of the file, and a bbox of x, y, width '
+                             'and height')
         if masks and not a.get('segmentation'):
-            raise UsageError(f'{name}: annotation {key} has no segmentation, and Mask R-CNN needs one')
+            raise UsageError(f'{name}: annotation {a["id"]} has no segmentation, and Mask R-CNN needs one')
         a.setdefault('iscrowd', 0)  # pycocotools needs these two.
-        a.setdefault('area', box[2] * box[3])
-        empty += [key] if min(box[2:]) <= 0 else []
-    if empty and not skip_empty_boxes:
-        raise UsageError(f'{name} has {len(empty)} boxes without area (annotation {empty[0]}): correct them, or give '
-                         '--skip-empty-boxes')
-    if empty:
-        logger.info('%s: skipping %d boxes without area', name, len(empty))
-        coco.dataset['annotations'] = [a for a in coco.dataset['annotations'] if a['id'] not in set(empty)]
-        coco.createIndex()
+        a.setdefault('area', a['bbox'][2] * a['bbox'][3])
 
 
 def write_shapes(folder: Path, train: int = 320, val: int = 64, size: int = 128, seed: int = 0) -> None:
@@ -290,14 +274,13 @@ def build_data(args: argparse.Namespace) -> tuple[CocoDataset | None, CocoDatase
         with processes.first_on_each_node():
             write_shapes(folder)
 
-    def open_annotations(split: str, **kwargs) -> CocoDataset:
+    def open_annotations(split: str) -> CocoDataset:
         return CocoDataset(
             getattr(args, f'{split}_images') or str(folder / f'{split}2017'),
             getattr(args, f'{split}_json') or str(folder / 'annotations' / f'instances_{split}2017.json'),
-            split == 'train', masks, args.skip_empty_boxes, **kwargs)
+            split == 'train', masks, args.hflip)
 
-    val = open_annotations('val')
-    train = None if args.eval else open_annotations('train', hflip=args.hflip)
+    val, train = open_annotations('val'), None if args.eval else open_annotations('train')
     if train is not None and train.classes != val.classes:
         raise UsageError('the training and validation annotations have different categories: '
                          f'{", ".join(train.classes[:3])}, ... and {", ".join(val.classes[:3])}, ...')
@@ -322,38 +305,31 @@ def detect(
     with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
         for images, _ in loader:
             with autocast():
-                outputs = model([image.to(device).float() / 255 for image in images])
-            for output in outputs:
-                output = {key: value.float().cpu() if value.is_floating_point() else value.cpu()
-                          for key, value in output.items()}
-                image_id = next(image_ids)
-                objects = [{'image_id': image_id, 'category_id': data.categories[label - 1], 'score': score}
-                           for label, score in zip(output['labels'].tolist(), output['scores'].tolist())]
-                boxes = box_convert(output['boxes'], 'xyxy', 'xywh').tolist()
-                results['box'] += [{**one, 'bbox': box} for one, box in zip(objects, boxes)]
-                for one, mask in zip(objects, output['masks'][:, 0] > 0.5 if data.masks else ()):
-                    code = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
-                    code['counts'] = code['counts'].decode()
-                    results['mask'].append({**one, 'segmentation': code})
+                output = model([image.to(device).float() / 255 for image in images])[0]
+            output, image_id = {key: value.cpu() for key, value in output.items()}, next(image_ids)
+            objects = [{'image_id': image_id, 'category_id': data.categories[label - 1], 'score': score}
+                       for label, score in zip(output['labels'].tolist(), output['scores'].tolist())]
+            boxes = box_convert(output['boxes'].float(), 'xyxy', 'xywh').tolist()
+            results['box'] += [{**one, 'bbox': box} for one, box in zip(objects, boxes)]
+            for one, mask in zip(objects, output['masks'][:, 0] > 0.5 if data.masks else ()):
+                code = coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+                code['counts'] = code['counts'].decode()
+                results['mask'].append({**one, 'segmentation': code})
             progress.step()
     gathered = processes.gather_from_ranks(results)
-    order = {image_id: i for i, image_id in enumerate(data.data.ids)}
-    return {kind: sorted((one for rank in gathered for one in rank[kind]), key=lambda one: order[one['image_id']])
+    return {kind: sorted((one for rank in gathered for one in rank[kind]), key=lambda one: one['image_id'])
             for kind in results}
 
 
 def average_precision(data: CocoDataset, results: dict[str, list]) -> dict[str, float]:
     """Log and return COCOeval's figures in percent, as box_ap, mask_ap50 and so on, for the sizes that have objects."""
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
     scores = {}
     for kind, detections in results.items():
         stats = np.zeros(6)
         if detections:  # loadRes fails on an empty list.
             with contextlib.redirect_stdout(io.StringIO()):
-                truth = COCO()
-                truth.dataset = copy.deepcopy(data.coco.dataset)  # COCOeval replaces its masks.
-                truth.createIndex()
+                truth = copy.deepcopy(data.coco)  # COCOeval replaces its masks.
                 loaded = truth.loadRes(copy.deepcopy(detections))  # It adds to its argument.
                 evaluation = COCOeval(truth, loaded, {'box': 'bbox', 'mask': 'segm'}[kind])
                 evaluation.evaluate()
@@ -369,28 +345,27 @@ def average_precision(data: CocoDataset, results: dict[str, list]) -> dict[str, 
 
 
 @torch.inference_mode()
-def draw(model: nn.Module, data: CocoDataset, device: torch.device, images: int = 4, width: int = 320) -> Image.Image:
+def draw(model: nn.Module, data: CocoDataset, device: torch.device, images: int = 4, side: int = 320) -> Image.Image:
     """Draw the first images of `data` in pairs, with the truth on the left and detections on the right."""
     model.eval()
-    height = width * 3 // 4
     hues = [tuple(round(255 * c) for c in hsv_to_rgb(i * 0.618 % 1, 0.8, 0.8)) for i in range(len(data.classes))]
-    cells = []
+    resize, cells = v2.Resize(None, max_size=side), []
     for image, target in (data[i] for i in range(min(images, len(data)))):
         output = model([image.to(device).float() / 255])[0]
-        is_shown = output['scores'] > SCORE_THRESHOLD
-        factor = min(width / image.shape[2], height / image.shape[1])
-        size = [max(1, round(side * factor)) for side in image.shape[1:]]
-        for objects in target, {key: value[is_shown].cpu() for key, value in output.items()}:
-            cell, labels = v2.functional.resize(image, size), [label - 1 for label in objects['labels'].tolist()]
+        found = {key: value[output['scores'] > SCORE_THRESHOLD].cpu() for key, value in output.items()}
+        found['boxes'] = tv_tensors.wrap(found['boxes'], like=target['boxes'])
+        if 'masks' in found:
+            found['masks'] = tv_tensors.Mask(found['masks'][:, 0] > 0.5)
+        for cell, objects in resize(image, target), resize(image, found):
+            labels = [label - 1 for label in objects['labels'].tolist()]
             if labels:
                 colors, names = [hues[label] for label in labels], [data.classes[label] for label in labels]
                 if 'scores' in objects:
                     names = [f'{name} {score:.2f}' for name, score in zip(names, objects['scores'].tolist())]
                 if 'masks' in objects:
-                    masks = objects['masks'].float().view(len(labels), 1, *image.shape[1:])
-                    cell = draw_segmentation_masks(cell, v2.functional.resize(masks, size)[:, 0] > 0.5, 0.5, colors)
-                cell = draw_bounding_boxes(cell, factor * objects['boxes'], names, colors, width=2,
-                                           label_colors='white', fill_labels=True)
+                    cell = draw_segmentation_masks(cell, objects['masks'].bool(), 0.5, colors)
+                cell = draw_bounding_boxes(cell, objects['boxes'], names, colors, width=2, label_colors='white',
+                                           fill_labels=True)
             cells.append(cell)
     height, width = (max(cell.shape[i] for cell in cells) for i in (1, 2))
     cells = [v2.functional.pad(cell, [0, 0, width - cell.shape[2], height - cell.shape[1]], fill=255) for cell in cells]
@@ -507,7 +482,6 @@ def get_args_parser() -> options.Parser:
     for split in ('train', 'val'):
         add(f'--{split}-json', type=path, metavar='FILE', help=f'annotations instead of instances_{split}2017.json')
         add(f'--{split}-images', type=path, metavar='FOLDER', help=f'images instead of {split}2017/')
-    add('--skip-empty-boxes', action='store_true', help='drop boxes without area; COCO has some')
     add('--model', choices=('retinanet', 'fasterrcnn', 'maskrcnn'), default='retinanet')
     add('--backbone', help='name of a CMT (default: cmt_s, for SHAPES cmt_ti)')
     add('--weights', type=path, metavar='FILE|NAME', help='classification weights of the backbone (default: random)')

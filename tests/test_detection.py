@@ -286,9 +286,7 @@ def test_mistakes_are_one_line_before_long_work(shapes, tmp_path, monkeypatch):
             (['--data-path', tmp_path / 'text'], 'instances_val2017.json'),
             (['--data-path', tmp_path / 'other'], 'instances_val2017.json'),
             (['--data-path', tmp_path / 'gone'], '1.png'),
-            (['--data-path', changed('flat', annotations=[{**box, 'bbox': [1, 1, 0, 5]}])],
-             '--skip-empty-boxes'),
-            (['--data-path', changed('odd', annotations=[{**box, 'bbox': 3}])], 'annotation 1'),
+            (['--data-path', changed('odd', annotations=[{**box, 'bbox': [3]}])], 'annotation 1'),
             (['--data-path', changed('stray', annotations=[{**box, 'category_id': 8}])], 'annotation 1'),
             (['--model', 'maskrcnn', '--data-path', changed('bare', annotations=[{**box, 'segmentation': []}])],
              'annotation 1'),
@@ -321,13 +319,13 @@ def test_mistakes_are_one_line_before_long_work(shapes, tmp_path, monkeypatch):
         run(*SMALL, '--data-path', shapes)
 
 
-def test_boxes_without_area_can_be_left_out(tmp_path):
+def test_boxes_without_area_are_left_out(tmp_path):
     write_coco(tmp_path)
     path = tmp_path / 'annotations' / 'instances_train2017.json'
     content = json.loads(path.read_text())
     content['annotations'].append({**content['annotations'][0], 'id': 9, 'bbox': [3, 3, 4, 0]})
     path.write_text(json.dumps(content))
-    data = detection.CocoDataset(str(tmp_path / 'train2017'), str(path), False, True, skip_empty_boxes=True)
+    data = detection.CocoDataset(str(tmp_path / 'train2017'), str(path), False, True)
     assert len(data[0][1]['boxes']) == 2
 
 
