@@ -130,10 +130,6 @@ def build_detector(
     if detector == 'maskrcnn':  # torchvision's mask head always has 256 channels.
         model.roi_heads.mask_head = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1)
         model.roi_heads.mask_predictor = MaskRCNNPredictor(fpn_channels, fpn_channels, num_classes)
-    # For timm's layer decay: one layer for each block of CMT, and the full rate for everything above.
-    model.group_matcher = lambda coarse=False: dict(stem=r'^backbone\.body\.stem', blocks=[
-        (r'^backbone\.body\.stages_(\d+)\.(?:aggregation|position_bias)', (0,)),
-        (r'^backbone\.body\.stages_(\d+)\.blocks\.(\d+)', None)])
     return model
 
 
@@ -150,7 +146,8 @@ class CocoDataset(Dataset):
     Boxes without area are dropped, with a line in the log.
 
     Raises:
-        UsageError: a missing file or image, JSON that is not COCO's, or objects without masks.
+        UsageError: a missing image, JSON that is not COCO's, or objects without masks.
+        OSError: no such JSON file.
     """
 
     def __init__(self, images: str, annotations: str, train: bool, masks: bool, hflip: float = 0.5):
@@ -158,8 +155,6 @@ class CocoDataset(Dataset):
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 self.data = CocoDetection(images, annotations)
-            except OSError as error:
-                raise UsageError(f'{annotations}: {error.strerror}') from None
             except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
                 raise UsageError(f'{annotations} is not a JSON file in COCO\'s format') from None
             self.coco = self.data.coco
@@ -382,9 +377,8 @@ def rate_factor(args: argparse.Namespace, done: int, updates: int) -> float:
 
 def train_epoch(
         args: argparse.Namespace, model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer,
-        rates: list[float], epoch: int, device: torch.device, autocast: Callable,
-        scaler: NativeScaler) -> dict[str, float]:
-    """Train for one epoch, with the learning rates `rates` of the param groups; return means for log.txt.
+        rate: float, epoch: int, device: torch.device, autocast: Callable, scaler: NativeScaler) -> dict[str, float]:
+    """Train for one epoch, with the schedule's factor of the learning rate `rate`; return means for log.txt.
 
     Raises:
         TrainingFault: on all ranks, if a loss is not finite, or if gradients overflow under any loss scale.
@@ -396,9 +390,9 @@ def train_epoch(
     for step, (batch, targets) in enumerate(loader):
         entropy = np.random.SeedSequence((args.seed, epoch, step, processes.get_rank()))
         random_seed(int(entropy.generate_state(1)[0]))
-        factor = rate_factor(args, epoch * len(loader) + step, len(loader))
-        for group, full in zip(optimizer.param_groups, rates):
-            group['lr'] = full * factor
+        lr = rate * rate_factor(args, epoch * len(loader) + step, len(loader))
+        for group in optimizer.param_groups:
+            group['lr'] = lr
         batch = [image.to(device, non_blocking=True).float() / 255 for image in batch]
         targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets]
         with autocast():
@@ -420,12 +414,12 @@ def train_epoch(
                 raise TrainingFault(
                     f'epoch {epoch}, up to step {step}: loss or gradients are not finite; a lower --lr may help')
             speed = images * processes.get_world_size() / (time.monotonic() - began)
-            figures = {'loss': f'{mean:.4f}', 'lr': f'{max(rates) * factor:.2e}', 'images/s': f'{speed:.1f}'}
+            figures = {'loss': f'{mean:.4f}', 'lr': f'{lr:.2e}', 'images/s': f'{speed:.1f}'}
         progress.step(figures)
     progress.close()
     ranks = processes.gather_from_ranks({name: float(value) for name, value in sums.items()})
     means = {name: sum(rank[name] for rank in ranks) / len(ranks) / len(loader) for name in sorted(sums)}
-    return {'train_lr': max(rates) * factor, 'train_loss': means.pop('loss'), **means, 'train_images_per_s': speed}
+    return {'train_lr': lr, 'train_loss': means.pop('loss'), **means, 'train_images_per_s': speed}
 
 
 def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[str], is_training: bool) -> None:
@@ -502,7 +496,6 @@ def get_args_parser() -> options.Parser:
     add('--lr', type=positive_float, help='learning rate of AdamW for a global batch of 16 images, scaled linearly '
         '(default: 1e-4, for SHAPES 2e-3)')
     add('--weight-decay', type=non_negative, help='decay of all but biases and norms (default: 1e-4, for SHAPES 0.05)')
-    add('--layer-decay', type=fraction, help='factor of the learning rate from each block to the block before')
     add('--clip-grad', type=non_negative, default=1., help='largest norm of the gradients; 0 for no clipping')
     add('--eval-every', type=positive, default=1, metavar='EPOCHS', help='epochs between two evaluations')
     return options.add_defaults(parser)
@@ -562,9 +555,8 @@ def main(args: argparse.Namespace) -> None:
         return
     sampler = TrainSampler(len(train), args.batch_size, seed=args.seed, **shared)
     loader = build_loader(train, args.batch_size, sampler=sampler, **loading)
-    optimizer = create_optimizer_v2(core, 'adamw', lr=args.lr * sampler.samples_per_update / 16,
-                                    weight_decay=args.weight_decay, layer_decay=args.layer_decay)
-    rates = [group['lr'] * group.get('lr_scale', 1.) for group in optimizer.param_groups]
+    rate = args.lr * sampler.samples_per_update / 16
+    optimizer = create_optimizer_v2(core, 'adamw', lr=rate, weight_decay=args.weight_decay)
     first_epoch, best = 0, {}
     if checkpoint is not None:
         with usage_errors():
@@ -582,12 +574,12 @@ def main(args: argparse.Namespace) -> None:
     millions = sum(p.numel() for p in core.parameters()) / 1e6
     logger.info('%s on %s: %.1f M parameters, %d images, %d steps per epoch, learning rate %g = %g x %d / 16, '
                 'sides of %d to %d pixels, %s', args.model, args.backbone, millions, len(train), sampler.updates,
-                optimizer.defaults['lr'], args.lr, sampler.samples_per_update, *args.input_size, device.type)
+                rate, args.lr, sampler.samples_per_update, *args.input_size, device.type)
     for epoch in range(first_epoch, args.epochs):
         sampler.set_position(epoch)
         began = time.monotonic()
         record = {'epoch': epoch, **train_epoch(
-            args, model, loader, optimizer, rates, epoch, device, autocast, scaler)}
+            args, model, loader, optimizer, rate, epoch, device, autocast, scaler)}
         state = {'model': core.state_dict(), 'optimizer': optimizer.state_dict(), 'loss_scaler': scaler.state_dict(),
                  'epoch': epoch, 'detector': args.model, 'classes': val.classes, 'args': vars(args)}
         best = end_epoch(args, core, score, writer, state, record, best, began)
