@@ -1,7 +1,6 @@
-"""reports.py and scripts/plot_log.py: reading logs, curves, sheets, watching, mistakes."""
+"""reports.py and scripts/plot_log.py: reading logs, curves, sheets, mistakes."""
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -126,39 +125,10 @@ runpy.run_path({plot_log.__file__!r}, run_name='__main__')
     ('{"epoch": 0}\n\n{"train_loss": 1.0}\n', 'run', 'run/log.txt, line 3'),
     (LINE, 'run -o curves.xyz', 'curves.xyz'),
     (LINE, 'run -o nowhere/curves.png', 'nowhere/curves.png'),
-    (LINE, 'run --watch 0', '--watch'),
-    (LINE, 'nowhere --watch 1', 'nowhere'),
+    (LINE, 'nowhere', 'nowhere'),
 ])
 def test_bad_logs_and_arguments_get_one_line(tmp_path, mistake, content, line, message):
     (tmp_path / 'run').mkdir()
     if content is not None:
         (tmp_path / 'run' / 'log.txt').write_text(content)
     assert message in mistake(plot_log, *line.split())
-
-
-def test_watch_draws_what_is_new_and_nothing_else(tmp_path, monkeypatch, capsys):
-    run = tmp_path / 'run'
-    run.mkdir()
-    steps = iter([
-        lambda: write_run(run, [record(0)], tail='{"epoch": 1, "train_'),  # read in the middle of a write
-        lambda: write_run(run, [record(0), record(1)]),
-        lambda: None,
-        lambda: (run / 'log.txt').unlink(),  # the run starts over
-        lambda: write_run(run, [record(0)]),
-        lambda: (run / 'log.txt').write_text('oops\n'),
-    ])
-    monkeypatch.setattr('time.sleep', lambda seconds: next(steps)())
-    with pytest.raises(SystemExit):
-        plot_log.main([str(run), '--watch', '0.5'])
-    printed = capsys.readouterr()
-    drawn = [line.split(': ')[1] for line in printed.out.splitlines() if 'curves.png' in line]
-    assert drawn == ['1 epochs', '2 epochs', '1 epochs'] and 'line 1' in printed.err
-
-
-def test_ctrl_c_ends_a_watch(tmp_path):
-    run = write_run(tmp_path / 'run', [record(0)])
-    watch = subprocess.Popen([sys.executable, plot_log.__file__, str(run), '--watch', '60'], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
-    assert watch.stdout.readline() == f'{run / "curves.png"}: 1 epochs\n'
-    watch.send_signal(signal.SIGINT)
-    assert watch.communicate(timeout=60)[1] == '' and watch.returncode == 0
