@@ -161,8 +161,8 @@ class CocoDataset(Dataset):
             check_annotations(self.coco, annotations, Path(images), masks)
             objects = [a for a in self.coco.dataset['annotations'] if min(a['bbox'][2:]) > 0]
             if len(objects) < len(self.coco.dataset['annotations']):
-                logger.warning('%s: skipping %d boxes without area', annotations,
-                               len(self.coco.dataset['annotations']) - len(objects))
+                logger.info('%s: skipping %d boxes without area', annotations,
+                            len(self.coco.dataset['annotations']) - len(objects))
             self.coco.dataset['annotations'] = [a for a in objects if not (train and a['iscrowd'])]
             self.coco.createIndex()
         self.categories = sorted(self.coco.cats)  # COCO's own ids have gaps.

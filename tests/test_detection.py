@@ -313,7 +313,7 @@ def test_boxes_without_area_are_left_out(tmp_path):
     content['annotations'].append({**content['annotations'][0], 'id': 9, 'bbox': [3, 3, 4, 0]})
     path.write_text(json.dumps(content))
     data = detection.CocoDataset(str(tmp_path / 'train2017'), str(path), False, True)
-    assert len(data[0][1]['boxes']) == 2
+    assert len(data[0][1]['boxes']) == 2 and sorted(data.coco.anns) == [1, 2, 5]
 
 
 def test_a_nonfinite_loss_stops_and_keeps_the_last_checkpoint(shapes, tmp_path):
