@@ -200,13 +200,15 @@ def check_annotations(coco: Any, name: str, images: Path, masks: bool) -> None:
         raise UsageError(f'{images} lacks {len(missing)} of the {len(coco.imgs)} images of {name}: {missing[0]}'
                          + ', ...' * (len(missing) > 1))
     for a in coco.dataset['annotations']:
-        if len(a.get('bbox', [])) != 4 or a['category_id'] not in coco.cats:
-            raise UsageError(f'{name}: annotation {a["id"]} needs a category_id of the file, and a bbox of x, y, width '
-                             'and height')
+        box = a.get('bbox')
+        is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, (int, float)) for side in box)
+        if not is_box or a.get('image_id') not in coco.imgs or a.get('category_id') not in coco.cats:
+            raise UsageError(f'{name}: annotation {a["id"]} needs an image_id and a category_id of the file, and a '
+                             f'bbox of x, y, width and height, not {box}')
         if masks and not a.get('segmentation'):
             raise UsageError(f'{name}: annotation {a["id"]} has no segmentation, and Mask R-CNN needs one')
         a.setdefault('iscrowd', 0)  # pycocotools needs these two.
-        a.setdefault('area', a['bbox'][2] * a['bbox'][3])
+        a.setdefault('area', box[2] * box[3])
 
 
 def write_shapes(folder: Path, train: int = 320, val: int = 64, size: int = 128, seed: int = 0) -> None:

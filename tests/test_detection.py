@@ -273,7 +273,7 @@ def test_mistakes_are_one_line_before_long_work(shapes, tmp_path, monkeypatch):
             (['--data-path', tmp_path / 'text'], 'instances_val2017.json'),
             (['--data-path', tmp_path / 'other'], 'instances_val2017.json'),
             (['--data-path', tmp_path / 'gone'], '1.png'),
-            (['--data-path', changed('odd', annotations=[{**box, 'bbox': [3]}])], 'annotation 1'),
+            (['--data-path', changed('odd', annotations=[{**box, 'bbox': 3}])], 'annotation 1'),
             (['--data-path', changed('stray', annotations=[{**box, 'category_id': 8}])], 'annotation 1'),
             (['--model', 'maskrcnn', '--data-path', changed('bare', annotations=[{**box, 'segmentation': []}])],
              'annotation 1'),
