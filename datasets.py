@@ -312,6 +312,9 @@ def limit(dataset: Dataset, number: int) -> Dataset:
     if number < np.sum(position == 0):
         raise UsageError(f'--max-train-images {number}: give at least {np.sum(position == 0)}, one for each class')
     indices = np.sort(np.lexsort((targets, position))[:number]).tolist()
+    if isinstance(dataset, EncodedImages):
+        dataset.select(indices)
+        return dataset
     subset = Subset(dataset, indices)
     subset.classes, subset.targets = dataset.classes, targets[indices].tolist()
     return subset
