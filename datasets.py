@@ -1,25 +1,27 @@
 """Build data sets, find their splits, and hold out a validation split."""
 import functools
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from timm.data import ImageNetInfo, RealLabelsImagenet, create_dataset
+from timm.data import create_dataset
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
-from errors import UsageError, first_line
+from errors import UsageError, first_line, one_line, printable
 from sources import IGNORED, EncodedImages, ImageFolder, Samples, TarImages, open_image, split_folder, tar_index
+
+logger = logging.getLogger(__name__)
 
 # A tar whose file name has one of these words between non-letters belongs to that split.
 SPLIT = re.compile(r'(?<![A-Za-z])(train|val)(?:ing|idation)?(?![A-Za-z])')
-
-IMAGENET = ImageNetInfo('imagenet-1k').label_names()  # WordNet ids in the order of the outputs
 
 
 class INaturalist(EncodedImages):
@@ -196,54 +198,6 @@ def is_unsplit(data_path: str) -> bool:
         not has_split(data_path, 'train') or path.is_file() and _split_of(path) is None)
 
 
-def order_classes(dataset: EncodedImages, num_classes: int) -> str:
-    """Map a data set's classes to the outputs of weights without class names; return a log line that says how."""
-    names = dataset.classes
-    by_index = {int(name): name for name in names} if all(map(str.isdecimal, names)) else {}
-    if by_index and len(by_index) == len(names) and max(by_index) < num_classes:
-        order, line = [by_index.get(i, str(i)) for i in range(num_classes)], 'folder names are the indices'
-    elif num_classes == 1000 and set(names) <= set(IMAGENET):
-        order, line = IMAGENET, 'WordNet ids in the order of ImageNet-1k'
-    elif len(names) == num_classes:
-        order, line = names, 'folders in alphabetical order'
-    else:
-        raise UsageError(f'the weights have {num_classes} unnamed classes, the data {len(names)} '
-                         f'({", ".join(names[:3])}, ...): list all {num_classes} in order in --class-map')
-    lookup = np.array([order.index(name) for name in names])
-    dataset.samples.targets, dataset.classes = lookup[dataset.samples.targets], list(order)
-    return f'weights without class names: {line} (--class-map sets another order)'
-
-
-def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
-    """Return the indices of the classes to score among, as --valid-labels asks."""
-    count, used = len(dataset.classes), set(getattr(dataset, 'targets', ()))
-    if labels is None and list(dataset.classes) == IMAGENET:
-        return sorted(used)
-    if labels in (None, 'all'):
-        return list(range(count))
-    try:
-        indices = set(map(int, Path(labels).read_text().split()))
-    except ValueError:
-        indices = set()
-    if not indices or not indices <= set(range(count)):
-        raise UsageError(f'--valid-labels {labels} must list class indices from 0 to {count - 1}')
-    if not used <= indices:
-        raise UsageError(f'--valid-labels {labels} lacks {len(used - indices)} classes of the data')
-    return sorted(indices)
-
-
-def real_labels(dataset: Dataset, indices: Iterable[int], file: str) -> RealLabelsImagenet:
-    """Build timm's ReaL evaluation (arXiv 2006.07159) for these of ImageNet's validation images; '' is timm's file."""
-    try:
-        real = RealLabelsImagenet(range(50_000), file or None)  # It insists on all images; each rank has a share.
-    except (ValueError, AssertionError, TypeError):
-        raise UsageError(f'--real-labels {file} is not real.json, the labels of 50,000 images') from None
-    real.filenames = [Path(dataset.samples[i][0]).name for i in indices] if hasattr(dataset, 'samples') else ['']
-    if not real.real_labels.keys() >= set(real.filenames) or list(dataset.classes) != IMAGENET:
-        raise UsageError('--real-labels needs the images ILSVRC2012_val_*.JPEG in folders of WordNet ids')
-    return real
-
-
 def _tars(path: Path, split: str) -> list[Path]:
     """List the tars of a split by the rule of `open_split`."""
     if path.is_file():
@@ -318,6 +272,18 @@ def limit(dataset: Dataset, number: int) -> Dataset:
     subset = Subset(dataset, indices)
     subset.classes, subset.targets = dataset.classes, targets[indices].tolist()
     return subset
+
+
+def drop_damaged(dataset: EncodedImages) -> None:
+    """Leave out the images that cannot be read, and log their names."""
+    def is_readable(index: int) -> bool:
+        try:
+            return bool(open_image(dataset.read(index)))
+        except Exception as error:  # Pillow raises many types on damaged data.
+            logger.warning('leaving out %s (%s)', printable(dataset.samples[index][0]), one_line(error))
+
+    with ThreadPoolExecutor() as pool:
+        dataset.select([i for i, is_good in enumerate(pool.map(is_readable, range(len(dataset)))) if is_good])
 
 
 def check_two_classes(dataset: Dataset, data_path: str) -> None:

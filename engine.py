@@ -39,6 +39,7 @@ class Preprocessor:
         self.erasing = erasing
         self.mean = torch.tensor(mean, device=device) * 255
         self.std = torch.tensor(std, device=device) * 255
+        self.on_first_batch: Callable | None = None  # called once, with the result
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Preprocess uint8 images (B, 3, H, W) and class indices (B,).
@@ -53,6 +54,9 @@ class Preprocessor:
             images = self.erasing(images)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
+        if self.on_first_batch is not None:
+            self.on_first_batch(images, targets)
+            self.on_first_batch = None
         return images, targets
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
@@ -151,6 +155,7 @@ class TrainStep:
     rank: int = 0
     teacher: nn.Module | None = None
     frozen: list[nn.Module] = field(default_factory=list)
+    updates_per_epoch: int = 0
 
     def __post_init__(self):
         self.statistics = [b for b in self.model.buffers() if b.is_floating_point()] if self.skip_nonfinite else []
@@ -195,7 +200,8 @@ class TrainStep:
                 buffer.copy_(value)
         if self.ema is not None:
             average, module = self.ema
-            average.update(module)
+            done = epoch * self.updates_per_epoch + step + 1
+            average.update(module, done if average.use_warmup else None)  # With a step, timm copies the first model.
         samples = sum(len(targets) for _, targets in batches)
         meters.add(loss, samples, bad, bad_norm * (1 - bad_loss) if skips_overflows else torch.zeros_like(bad))
 
@@ -275,10 +281,11 @@ def check_faults(sums: dict[str, float], epoch: int, step: int, max_skips: int) 
 @torch.inference_mode()
 def evaluate(
         model: nn.Module, loader: Iterable, preprocess: Preprocessor, autocast: Callable,
-        progress: Progress | None = None) -> dict[str, float]:
+        progress: Progress | None = None, predictions: list | None = None) -> dict[str, float]:
     """Evaluate `model` on the shares of all ranks.
 
-    timm's accuracy() returns percentages of a batch. These are counts, exact over batches and ranks.
+    timm's accuracy() returns percentages of a batch. These are counts, exact over batches and ranks. `predictions` gets
+    this rank's (targets (B,), indices (B, 5) and probabilities (B, 5) of the top classes) of each batch.
 
     Returns:
         acc1, acc5 (%; top-5 counts all classes where there are fewer), loss (mean cross-entropy), count (images).
@@ -291,7 +298,10 @@ def evaluate(
         with autocast():
             outputs = model(images)
         outputs = outputs.float()
-        is_target = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
+        top = outputs.topk(min(5, outputs.shape[1]), dim=1)
+        is_target = top.indices == targets[:, None]  # (B, 5)
+        if predictions is not None:
+            predictions.append((targets, top.indices, outputs.softmax(dim=1).gather(1, top.indices)))
         totals[0] += is_target[:, 0].sum()
         totals[1] += is_target.any(dim=1).sum()
         totals[2] += nn.functional.cross_entropy(outputs, targets, reduction='sum')

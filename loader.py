@@ -200,7 +200,7 @@ def build_loader(
         num_workers, pin_memory, timeout, collate_fn: as in torch's DataLoader.
     """
     if sampler is None:
-        dataset, order = ValidationDataset(dataset), eval_indices(len(dataset), rank, world_size)
+        dataset, order = ValidationDataset(dataset), eval_indices(len(dataset), batch_size, rank, world_size)
     else:
         dataset, order = SeededDataset(dataset), sampler
     warnings.filterwarnings('ignore', 'This DataLoader will create')  # train.py reports waiting, with advice.

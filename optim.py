@@ -51,11 +51,10 @@ def schedule_warnings(args: argparse.Namespace, lr: float, updates: int) -> list
         warnings.append(f'the learning rate {lr:g} is below --min-lr {args.min_lr:g}, so it rises towards the end. '
                         f'Use --min-lr {lr / 100:.2g}.')
     initial = args.model_ema_decay ** updates  # share of the initial weights in the EMA at the end
-    if args.model_ema and initial > 0.05:
-        decay = f'--model-ema-decay {1 - 10 / updates:.4g} or ' if updates >= 20 else ''
+    if args.model_ema and not args.model_ema_warmup and initial > 0.05:
         warnings.append(f'EMA decay {args.model_ema_decay:g} is too slow for {updates} updates: {initial:.0%} of the '
                         'EMA would still be initial weights, in evaluation, prediction and export too. '
-                        f'Use {decay}--no-model-ema.')
+                        'Use --model-ema-warmup or --no-model-ema.')
     return warnings
 
 

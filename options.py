@@ -187,7 +187,10 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--class-map', type=path, metavar='FILE',
                    help='IMNET: class folders in the order of their index, one a line')
     g.add_argument('--val-split', type=fraction, metavar='FRACTION',
-                   help='IMNET without val/: share of each class to hold out, the same images in every run')
+                   help='share of each class to hold out of a folder without val/, the same images in every run')
+    g.add_argument('--skip-damaged', action=toggle, default=False,
+                   help='read all images first and leave out damaged ones, for small data (without the flag, training '
+                   'passes over them and validation ends the run)')
     g.add_argument('--max-train-images', type=positive, metavar='N',
                    help='train on the first N images, balanced over the classes')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
@@ -204,6 +207,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--real-labels', type=path, nargs='?', const='', metavar='JSON',
                    help="with --eval: also score by the ReaL labels of ImageNet's validation images (default: timm's "
                    'copy of real.json)')
+    g.add_argument('--report', type=path, metavar='DIR',
+                   help='with --eval: folder for predictions.csv, per_class.csv, confusion.png and mistakes.jpg')
     g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
     g.add_argument('--loader', choices=('fast', 'reference'),
                    help='decode and augment training images by libjpeg-turbo, torch and OpenCV (fast) or by Pillow '
@@ -255,6 +260,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--model-ema', action=toggle, default=True,
                    help='keep an EMA of the weights; with --eval, evaluate it if the checkpoint has one')
     g.add_argument('--model-ema-decay', type=fraction, default=0.99996, help='decay of the EMA in each optimizer step')
+    g.add_argument('--model-ema-warmup', action=toggle, default=False,
+                   help='begin with a fast decay, 1 - (steps + 1)^(-2/3), up to --model-ema-decay')
     g.add_argument('--model-ema-force-cpu', action=toggle, default=False,
                    help='keep the EMA in host memory: each step copies every weight to the host, one after another')
 
@@ -386,9 +393,12 @@ def is_downloaded(data_set: str) -> bool:
 
 
 def check_paths(args: argparse.Namespace, file: str, values: dict | None = None, resumes: bool = False) -> None:
-    """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets."""
+    """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets.
+
+    Without data, a run that does not resume would download the weights of --finetune in vain.
+    """
     if values is None:  # A pipe can be read only once.
-        values = yaml.safe_load(Path(file).read_text('utf-8')) if os.path.isfile(file) else {}
+        values = yaml.safe_load(Path(file).read_text('utf-8')) if os.path.isfile(file or '') else {}
     for name in PATHS + FILES_OR_NAMES:
         flag = '--' + name.replace('_', '-')
         path = os.path.abspath(os.path.expanduser(str(values.get(name) or values.get(flag[2:]))))
@@ -397,6 +407,9 @@ def check_paths(args: argparse.Namespace, file: str, values: dict | None = None,
         if name == 'data_path' and is_downloaded(args.data_set) or name in ('finetune', 'weights') and resumes:
             continue  # The checkpoint's weights take precedence.
         raise UsageError(f'{path}, which {file} sets, does not exist: give {flag}')
+    has_data = args.data_set != 'IMNET' or os.path.exists(args.data_path or '')
+    if vars(args).get('finetune') and not resumes and not has_data:
+        raise UsageError(f'--data-path {args.data_path or "is missing"}: the folder of the class folders')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -431,7 +444,8 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         (teacher and not distils, 'a teacher needs --distillation-type soft or hard'),
         (args.opt_betas and len(args.opt_betas) != 2, '--opt-betas needs two numbers'),
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
-        ((valid or has_real) and not args.eval, '--valid-labels and --real-labels need --eval'),
+        ((valid or has_real or args.report) and not args.eval,
+         '--valid-labels, --real-labels and --report need --eval'),
         (valid and has_real, '--real-labels scores among all classes: leave out --valid-labels'),
         (valid not in (None, 'all') and not os.path.isfile(valid), f'--valid-labels {valid}: no such file'),
         (args.data_set == 'DIGITS' and args.data_path,

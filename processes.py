@@ -365,6 +365,8 @@ class StopRequest:
         self.signal = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if get_rank() == 0:  # Not by logging or print, which the signal may have interrupted.
+                os.write(2, b'\nstopping after this step or validation; Ctrl-C again ends without saving\n')
 
 
 @contextlib.contextmanager

@@ -1,13 +1,17 @@
-"""Draw what a person looks at: the curves of runs, and sheets of images with their predictions.
+"""Make what a person looks at: curves of runs, sheets of images, and tables and figures of the predictions.
 
 Nothing here imports torch, and no display is needed.
 """
 import bisect
+import csv
+import io
+import itertools
 import json
 import math
 import os
 import secrets
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from errors import UsageError
+from errors import UsageError, printable
 
 # Class names and file names may have characters that the font lacks; the figure shows boxes for them.
 warnings.filterwarnings('ignore', 'Glyph .* missing')
@@ -40,11 +44,12 @@ DETECTION = ('Average precision (%)', [  # replaces accuracy for logs of detecti
     ('mask_ap50', 'mask, IoU 0.5', ':')])
 BEST = [('test_acc1', 'best'), ('ema_test_acc1', 'EMA'), ('box_ap', 'box AP'), ('mask_ap', 'mask AP')]
 MAX_MARKERS = 40  # more markers hide the line
+MAX_MATRIX = 50  # classes of a confusion matrix that can still be read
 
 SIDE = 224  # an image on a sheet; this and all below in pixels
 PAD, GAP = 14, 20  # inside and between cards
 HEADER, ROW = 58, 27  # heights: title and legend, one prediction
-INK, GREY = '#202124', '#70757a'
+INK, GREY, GREEN, RED = '#202124', '#70757a', '#188038', '#c5221f'
 
 
 # Files
@@ -82,17 +87,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     records = {}
     for n, line in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True), 1):
-        if not line.strip():
-            continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+            records[int(record['epoch'])] = record
+        except (ValueError, TypeError, KeyError):
             if line.startswith('{') and not line.endswith('\n'):  # only the last line can lack its newline
                 break
-            raise UsageError(f'{path}, line {n} is not JSON: {error}') from None
-        if not isinstance(record, dict) or not isinstance(record.get('epoch'), int):
-            raise UsageError(f'{path}, line {n} is not the record of an epoch (a JSON object with the key "epoch")')
-        records[record['epoch']] = record
+            raise UsageError(f'{path}, line {n} is not a JSON object with the key "epoch"') from None
     return [records[epoch] for epoch in sorted(records)]
 
 
@@ -103,7 +104,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
 
     `runs` maps names to records of read_log. Colors stand for runs, line styles for quantities.
     """
-    labels = [name + _best(records) for name, records in runs.items()]
+    labels = [printable(name) + _best(records) for name, records in runs.items()]
     columns = max(1, min(len(runs), 110 // max(map(len, labels))))  # about 120 characters fit across the figure
     figure = Figure(figsize=(11, 7.3 + 0.2 * math.ceil(len(runs) / columns)), dpi=120, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
@@ -152,10 +153,12 @@ def draw_sheet(entries: list[dict[str, Any]], title: str) -> Figure:
     """Draw a card for each image: the model's input, its heat map, the file name and the predictions.
 
     Args:
-        entries: dicts of name, image (PIL), cam (H, W) in [0, 1] and predictions, dicts of class and probability.
+        entries: dicts of name (path), image (PIL), cam (H, W) in [0, 1], predictions, dicts of class and probability,
+            of which five are shown, and truth, the class or None. Paths are shown without their common folder.
         title: of the sheet.
     """
-    rows_of_text = max(len(entry['predictions']) for entry in entries)
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(entry['name'])) for entry in entries])
+    rows_of_text = min(5, max(len(entry['predictions']) for entry in entries)) + any(e['truth'] for e in entries)
     card_w, card_h = 2 * SIDE + 3 * PAD, PAD + SIDE + 34 + ROW * rows_of_text + PAD
     # This number of columns makes the sheet about 3:2.
     columns = min(len(entries), max(1, round(math.sqrt(1.5 * len(entries) * (card_h + GAP) / (card_w + GAP)))))
@@ -177,7 +180,7 @@ def draw_sheet(entries: list[dict[str, Any]], title: str) -> Figure:
         bottom = height - (y + PAD + SIDE)  # figimage measures from the bottom
         figure.figimage(np.asarray(image), x + PAD, bottom, zorder=2)
         figure.figimage(overlay(image, np.asarray(cam).clip(0, 1)), x + 2 * PAD + SIDE, bottom, zorder=2)
-        boxes += _draw_predictions(axes, entry, x + PAD, y + PAD + SIDE, card_w - 2 * PAD)
+        boxes += _draw_predictions(axes, entry, folder, x + PAD, y + PAD + SIDE, card_w - 2 * PAD)
     axes.add_collection(PatchCollection(boxes, match_original=True))
     return figure
 
@@ -193,14 +196,19 @@ def overlay(image: Image.Image, cam: np.ndarray) -> np.ndarray:
     return (strength * 255 * heat + (1 - strength) * gray).astype(np.uint8)
 
 
-def _draw_predictions(axes, entry: dict[str, Any], x: int, y: int, width: int) -> list[FancyBboxPatch]:
-    """Write file name and predictions at (x, y); return the bars of the probabilities."""
-    _write(axes, x, y + 18, entry['name'], width, keep_end=True, size=13, color=GREY)
-    bars = []
-    for rank, prediction in enumerate(entry['predictions']):
-        middle = y + 34 + ROW * (rank + 0.5)
+def _draw_predictions(axes, entry: dict[str, Any], folder: str, x: int, y: int, width: int) -> list[FancyBboxPatch]:
+    """Write file name, truth and predictions at (x, y); return the bars of the probabilities."""
+    name = printable(os.path.relpath(entry['name'], folder))
+    _write(axes, x, y + 18, name, width, keep_end=True, size=13, color=GREY)
+    bars, truth = [], entry['truth']
+    if truth:
+        is_right = truth == entry['predictions'][0]['class']
+        _write(axes, x, y + 34 + ROW / 2, f'truth: {printable(truth)}', width,
+               size=16, color=GREEN if is_right else RED)
+    for rank, prediction in enumerate(entry['predictions'][:5]):
+        middle = y + 34 + ROW * (rank + 0.5 + bool(truth))
         weight = 'normal' if rank else 'bold'
-        _write(axes, x, middle, prediction['class'], width - 178, size=16, weight=weight)
+        _write(axes, x, middle, printable(prediction['class']), width - 178, size=16, weight=weight)
         _write(axes, x + width, middle, f"{prediction['probability']:.1%}", 70, size=16, weight=weight, ha='right')
         left, filled = x + width - 166, 90 * prediction['probability']
         bars.append(_box(left, middle - 5, 90, 10, 5, '#eceff1'))
@@ -226,3 +234,141 @@ def _write(axes, x: float, y: float, text: str, room: float, keep_end: bool = Fa
 
 def _text_width(text: str, **font) -> float:
     return text_to_path.get_text_width_height_descent(text, FontProperties(**font), False)[0]
+
+
+# Predictions for a data set
+
+@dataclass
+class Predictions:
+    """Hold the top predictions for all images of a data set, in its order.
+
+    Attributes:
+        paths: file of each image.
+        names, words: name of each class, and what a person calls the class.
+        targets: class index of each image (N,).
+        classes: indices of the k most probable classes (N, k), the most probable first; k is at most 5.
+        probabilities: of these classes (N, k).
+    """
+    paths: list[str]
+    names: list[str]
+    words: list[str]
+    targets: np.ndarray
+    classes: np.ndarray
+    probabilities: np.ndarray
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of predictions.csv."""
+        rows = []
+        for path, target, classes, probabilities in zip(
+                self.paths, self.targets.tolist(), self.classes.tolist(), self.probabilities.tolist()):
+            row = {'path': path, 'label': self.names[target], 'prediction': self.names[classes[0]]}
+            for rank, (index, probability) in enumerate(zip(classes, probabilities), 1):
+                row |= {f'class_{rank}': self.names[index], f'probability_{rank}': f'{probability:.4f}'}
+            rows.append(row)
+        return rows
+
+    def mistakes(self) -> np.ndarray:
+        """Return the indices of the images that are classified wrongly, the most confident mistake first."""
+        wrong = np.flatnonzero(self.classes[:, 0] != self.targets)
+        return wrong[np.argsort(-self.probabilities[wrong, 0].round(4), kind='stable')]
+
+
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    """Return rows with the same keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def count_confusions(predictions: Predictions, valid: list[int]) -> np.ndarray:
+    """Count the images of each class (row) that are predicted as each class (column), among the classes `valid`."""
+    from sklearn.metrics import confusion_matrix  # takes a second to import
+    return confusion_matrix(predictions.targets, predictions.classes[:, 0], labels=valid)
+
+
+def per_class(predictions: Predictions, valid: list[int], matrix: np.ndarray) -> list[dict[str, Any]]:
+    """Return the rows of per_class.csv, one for each class in `valid`; `matrix` is their count_confusions.
+
+    Precision, recall and F1 are scikit-learn's, 0 where they are not defined. The accuracy of a class is its recall.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+    columns = precision_recall_fscore_support(
+        predictions.targets, predictions.classes[:, 0], labels=valid, zero_division=0)
+    wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
+    rows = []
+    for i, precision, recall, f1, images in zip(range(len(valid)), *columns):
+        other = wrong[i].argmax()
+        rows.append({
+            'class': predictions.names[valid[i]], 'images': int(images), 'accuracy': f'{recall:.4f}',
+            'precision': f'{precision:.4f}', 'recall': f'{recall:.4f}', 'f1': f'{f1:.4f}',
+            'confused_with': predictions.names[valid[other]] if wrong[i, other] else '',
+            'confusions': int(wrong[i, other])})
+    return rows
+
+
+def summarize(matrix: np.ndarray, words: list[str]) -> list[str]:
+    """Return the mean accuracy over the classes, the weakest classes and the most frequent confusion, as lines."""
+    images, words = matrix.sum(axis=1), list(map(printable, words))
+    present = np.flatnonzero(images)
+    accuracy = matrix.diagonal()[present] / images[present]
+    weakest = [f'{words[present[i]]} ({accuracy[i]:.1%} of {images[present[i]]})'
+               for i in np.argsort(accuracy, kind='stable')[:5] if accuracy[i] < 1]
+    lines = [f'mean over classes {accuracy.mean():.3%}' + f'; weakest: {", ".join(weakest)}' * bool(weakest)]
+    for true, predicted, count in _confusions(matrix)[:1]:
+        lines.append(f'most frequent confusion: {words[true]} predicted as {words[predicted]}, '
+                     f'{count} of {images[true]} images')
+    return lines
+
+
+def _confusions(matrix: np.ndarray) -> list[tuple[int, int, int]]:
+    """Return (class, predicted class, images) of all confusions, the most frequent first."""
+    true, predicted = np.nonzero(matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype)))
+    counts = matrix[true, predicted]
+    order = np.argsort(-counts, kind='stable')
+    return list(zip(true[order].tolist(), predicted[order].tolist(), counts[order].tolist()))
+
+
+def draw_confusion(matrix: np.ndarray, words: list[str]) -> Figure:
+    """Draw a confusion matrix (rows: true classes); above 50 classes a table of the 30 most frequent confusions."""
+    words = [_short(printable(word)) for word in words]
+    if len(words) > MAX_MATRIX:
+        images = matrix.sum(axis=1)
+        lines = [f'{words[true]:32}  {words[predicted]:32}  {count:6}  {count / images[true]:12.1%}'
+                 for true, predicted, count in _confusions(matrix)[:30]]
+        head = f'{"class":32}  {"predicted as":32}  {"images":>6}  {"of the class":>12}'
+        figure = Figure((8.2, 0.6 + 0.18 * len(lines)), dpi=120)
+        figure.text(0.03, 0.97, '\n'.join([head, '-' * len(head), *lines]), va='top', family='monospace',
+                    parse_math=False, size=10)
+        return figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+    side = 3 + 0.3 * len(words)
+    figure = Figure((side, side), dpi=120, layout='constrained')
+    axes = figure.add_subplot()
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    display = ConfusionMatrixDisplay(share).plot(ax=axes, cmap='Blues', colorbar=False, im_kw={'vmin': 0, 'vmax': 1})
+    for text, count in zip(display.text_.flat, matrix.flat):
+        text.set(text=str(count) if count else '', fontsize=8)
+    axes.set(title='Images of each class by prediction', xlabel='prediction', ylabel='true class')
+    axes.set_xticks(range(len(words)), words, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(words)), words, parse_math=False)
+    return figure
+
+
+def _short(text: str, length: int = 32) -> str:
+    return text if len(text) <= length else text[:length - 1] + '…'
+
+
+def draw_batch(images: np.ndarray, titles: list[str]) -> Figure:
+    """Draw images (B, H, W, 3), uint8, in rows, each below its title."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    figure = Figure((2.2 * columns, 2.4 * rows), dpi=100, layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, image, title in itertools.zip_longest(grid, images, titles):
+        axes.set_axis_off()
+        if image is not None:
+            axes.imshow(image)
+            axes.set_title(_short(printable(title)), fontsize=8, parse_math=False)
+    return figure

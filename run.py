@@ -210,16 +210,21 @@ class RunWriter:
                 target=self._write, args=(checkpoints.to_cpu(state), best), name='checkpoint')
             self.thread.start()
 
+    @contextlib.contextmanager
+    def disk_errors(self):
+        """Keep an error of the disk in the block as `error`."""
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+
     def log(self, record: dict[str, Any]) -> None:
         """Append one JSON object to log.txt as a line, synced to disk."""
         if self.error is None:
-            try:
-                with open(self.folder / LOG, 'a', opener=checkpoints.no_follow) as file:
-                    file.write(json.dumps(record) + '\n')
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                self.error = error
+            with self.disk_errors(), open(self.folder / LOG, 'a', opener=checkpoints.no_follow) as file:
+                file.write(json.dumps(record) + '\n')
+                file.flush()
+                os.fsync(file.fileno())
         for tracker in list(self.trackers):
             try:
                 tracker(record)

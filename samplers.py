@@ -87,6 +87,9 @@ class TrainSampler(Sampler):
             yield order[position], int(seeds[position])
 
 
-def eval_indices(length: int, rank: int = 0, world_size: int = 1) -> range:
-    """Return this rank's share of a validation set; without padding, so that counts are exact."""
-    return range(rank, length, world_size)
+def eval_indices(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[int]:
+    """Return this rank's share of a validation set; without padding, so that counts are exact.
+
+    Ranks take whole batches in turn: any number of ranks computes the same batches, with the same rounding.
+    """
+    return [i for i in range(length) if i // batch_size % world_size == rank]

@@ -355,12 +355,10 @@ def key_of(name: str) -> str:
 
 
 def _one_image_a_key(images: list[Member], where: str) -> list[Member]:
-    """Select each key's image with the fewest extensions, KEY.jpg and not the mask KEY.seg.png; refuse two such."""
+    """Select each key's image with the fewest extensions: KEY.jpg and not the mask KEY.seg.png."""
     chosen = {}
     for image in sorted(images, key=lambda m: posixpath.basename(m.name).count('.')):
-        first = chosen.setdefault((image.tar, key_of(image.name)), image)
-        if first is not image and first.name.count('.') == image.name.count('.'):
-            raise UsageError(f'{where} has two images of one key, {first.name} and {image.name}: keep one of them')
+        chosen.setdefault((image.tar, key_of(image.name)), image)
     if len(chosen) < len(images):
         logger.warning('%s has %d more images of the same keys: ignored', where, len(images) - len(chosen))
     return [image for image in images if chosen[image.tar, key_of(image.name)] is image]

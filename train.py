@@ -15,10 +15,13 @@ import copy
 import datetime
 import functools
 import logging
+import os
+import shlex
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +36,13 @@ from torch.utils.data import DataLoader, Dataset
 import cmt
 import datasets
 import processes
+import reports
 import utils
-from checkpoints import FORMAT, LAST, is_own, load_strictly
+from checkpoints import BEST, FORMAT, LAST, is_own, load_strictly
 from datasets import build_dataset, check_two_classes, has_split
-from engine import Meters, Preprocessor, TrainStep, check_faults, evaluate, throughput, train_one_epoch
+from engine import Meters, Preprocessor, TrainStep, check_faults, throughput, train_one_epoch
 from errors import UsageError, printable
+from evaluation import class_words, order_classes, score, score_checkpoint, write_report
 from fast_transforms import HAS_FAST, FastTransform
 from launch import read_launch
 from loader import build_loader, check_shared_memory
@@ -45,8 +50,8 @@ from losses import DistillationLoss, Teacher, build_criterion
 from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule, schedule_warnings
 from precision import ApexScaler, NativeScaler, autocast_to, build_precision, configure_cuda, load_scaler, resolve_dtype
 from processes import usage_errors
-from run import RunWriter, check_written, find_checkpoint, open_run, raise_stopped, setup_process
-from samplers import TrainSampler, eval_indices
+from run import LOG, RunWriter, check_written, find_checkpoint, open_run, raise_stopped, setup_process
+from samplers import TrainSampler
 from sources import EncodedImages
 from transforms import build_transform
 from utils import Progress
@@ -103,6 +108,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)  # the epoch's line in log.txt
     wait_share: float = 0.  # share of the epoch's time spent waiting for data
     eval_seconds: float = 0.  # of the last validation
+    report: tuple = ()  # on the last validation: title, weights and predictions of the better of model and EMA
     epoch_began: float = 0.  # s, time.monotonic()
     saved_at: float = 0.  # s, time.monotonic() of the last checkpoint
 
@@ -186,6 +192,9 @@ def main(args: argparse.Namespace) -> None:
     stop = None if args.eval or args.throughput else processes.StopRequest()
     device = setup_process(args)
     args, initial = check_before_data(args, device)  # Mistakes cost nothing yet.
+    if args.val_split and os.path.isdir(args.data_path or '') and has_split(args.data_path, 'val'):
+        logger.info('%s has a validation split: --val-split %g is ignored', args.data_path, args.val_split)
+        args.val_split = None
     check_ranks_agree(args, initial)
     if device.type == 'cuda':
         configure_cuda(args.amp_dtype, is_training=stop is not None, fixed_size=True)
@@ -240,7 +249,7 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
         utils.check_trackers(args.log_tensorboard, args.log_wandb)
 
     file, checkpoint = find_checkpoint(args, is_training)
-    if args.config:
+    if args.config or args.finetune:
         options.check_paths(args, args.config, resumes=checkpoint is not None)
     weights, saved_name = None, 'cmt_s'
     if checkpoint is None and args.finetune:
@@ -289,7 +298,8 @@ def with_saved_flags(
     With the data of the run comes its --val-split, so that the images that it held out are evaluated.
     """
     given = {flag.removeprefix('--').removeprefix('no-').replace('-', '_') for flag in args.given}
-    flags, names = checkpoint['args'] if weights.is_own else {}, ['ignore_exif', 'amp_dtype', 'fast_norm']
+    flags, names = checkpoint['args'] if weights.is_own else {}, [
+        'ignore_exif', 'amp_dtype', 'fast_norm', 'skip_damaged']
     if all(getattr(args, name) == flags.get(name) for name in {'data_set', 'data_path'} & given):
         names += ['data_set', 'data_path', 'val_split', 'inat_category']
     saved = {name: flags[name] for name in names if name in flags and name not in given}
@@ -347,19 +357,20 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         val = build(is_train=False, transform=build_transform(False, args.input_size, crop_pct=args.crop_pct),
                     classes=train.classes if train is not None else saved_classes, is_whole=is_whole,
                     rotated=rotated)
+        for dataset in filter(None, (train, val) if args.skip_damaged and isinstance(val, EncodedImages) else ()):
+            datasets.drop_damaged(dataset)
         if args.eval and saved_classes is None and not args.class_map and isinstance(val, EncodedImages):
-            logger.info(datasets.order_classes(val, initial.weights.model_args.get('num_classes', 0)))
+            logger.info(order_classes(val, initial.weights.model_args.get('num_classes', 0)))
         if args.eval and args.val_split:
             logger.info('scoring the share %g of %s that --val-split holds out (0: all images)', args.val_split, path)
         held_out = is_whole and initial.weights.is_own and initial.checkpoint['args'].get('val_split')
         if held_out and args.val_split is None:
             logger.warning('scoring all images of %s. If the run trained on some of them, give --val-split %g', path,
                            held_out)
-        if saved_classes and set(val.classes) == set(saved_classes) and list(val.classes) != list(saved_classes):
-            raise UsageError(f'--class-map has another order than the classes of {initial.file}: leave it out')
         if saved_classes and list(val.classes) != list(saved_classes):
             raise UsageError(f'{initial.file} was trained on other classes ({", ".join(map(str, saved_classes[:3]))}, '
-                             f'...) than these data have ({", ".join(val.classes[:3])}, ...): use --finetune')
+                             f'...) than these data have ({", ".join(val.classes[:3])}, ...), or in another order: '
+                             'leave out --class-map, or use --finetune')
         check_shared_memory(
             args.input_size, args.num_workers, read_launch().local_world_size or 1,
             (args.batch_size, len(train) if is_training else 0), (val_batch_size(args), len(val)))
@@ -431,33 +442,7 @@ def score_only(args: argparse.Namespace, model: nn.Module, val_set: Dataset, dev
         images, _ = Preprocessor(device)(*next(iter(loader)))
         logger.info('batch_size %d throughput %.1f', len(images), throughput(model, images, autocast))
     else:
-        with usage_errors():
-            valid = datasets.valid_classes(val_set, 'all' if args.real_labels is not None else args.valid_labels)
-            indices = eval_indices(len(val_set), processes.get_rank(), processes.get_world_size())
-            real = None if args.real_labels is None else datasets.real_labels(val_set, indices, args.real_labels)
-        if len(valid) < model.num_classes:
-            logger.info('scoring among %d of %d classes%s', len(valid), model.num_classes,
-                        '' if args.valid_labels else ' (--valid-labels all: all)')
-            others = torch.ones(model.num_classes, dtype=torch.bool, device=device)
-            others[valid] = False
-            model.register_forward_hook(lambda module, images, logits: logits.masked_fill(others, -torch.inf))
-        if real is not None:
-            model.register_forward_hook(lambda module, images, logits: real.add_result(logits))
-        log_scores(score(model, loader, device, autocast))
-        rotated = sum(processes.gather_from_ranks(sum(getattr(val_set, 'reading', {}).get('rotated', ()))))
-        if rotated:
-            logger.info('applied the EXIF orientation of %d images (published ImageNet scores do not: --ignore-exif)',
-                        rotated)
-        if real is not None:
-            hits = [sum(processes.gather_from_ranks(real.is_correct[k]), []) for k in (1, 5)]
-            logger.info('* ReaL Acc@1 %.3f Acc@5 %.3f on the %d images with labels',
-                        *(100 * sum(hit) / max(len(hit), 1) for hit in hits), len(hits[0]))
-
-
-def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> dict[str, float]:
-    """Evaluate `model` on the shares of all ranks, with a progress bar on rank 0."""
-    with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
-        return evaluate(model, loader, Preprocessor(device), autocast, progress)
+        score_checkpoint(args, model, loader, device, autocast)
 
 
 # Building a run
@@ -472,8 +457,8 @@ def build_run(
         rank=rank, world_size=world_size, seed=args.seed, even=has_mixup)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ema = ModelEmaV3(model, args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None) \
-        if args.model_ema else None
+    ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup,
+                     device='cpu' if args.model_ema_force_cpu else None) if args.model_ema else None
     criterion, teacher = build_criterion(has_mixup, args.smoothing), None
     with usage_errors():  # before DDP, whose constructor waits for all ranks
         optimizer = build_optimizer(args, model, learning_rate(args, sampler))
@@ -500,7 +485,7 @@ def build_run(
         model, criterion, optimizer, build_preprocessor(args, has_mixup, len(val_set.classes), device), scaler,
         autocast_to(dtype, device), ema=(ema, core) if ema else None, clip_grad=args.clip_grad,
         clip_mode=args.clip_mode, skip_nonfinite=args.on_nonfinite == 'skip', seed=args.seed, rank=rank,
-        teacher=teacher, frozen=frozen_modules(core, args.freeze_stages))
+        teacher=teacher, frozen=frozen_modules(core, args.freeze_stages), updates_per_epoch=sampler.updates)
     return Run(
         args, device, core, ema, optimizer, scheduler, scaler, train_step, sampler,
         train_loader=build_loader(train_set, args.batch_size, sampler=sampler, **loader_options(args, device)),
@@ -530,11 +515,24 @@ def build_preprocessor(
 # Output
 
 def open_output(run: Run, initial: InitialState) -> None:
-    """Open --output-dir, and start the profiler."""
+    """Open --output-dir, have the first batch drawn, and start the profiler."""
     run.writer = open_run(run.args, 'train.py', run.device, run.state.epoch, initial.file, run.state.best)
+    if run.writer is not None and initial.checkpoint is None:
+        run.train_step.preprocess.on_first_batch = functools.partial(draw_batch, run)
     if run.writer is not None and run.args.profile:
         run.profiler = utils.build_profiler(run.args.profile, run.writer.folder / 'trace.json')
         run.profiler.start()
+
+
+def draw_batch(run: Run, images: torch.Tensor, targets: torch.Tensor, most: int = 16) -> None:
+    """Draw the first images (B, 3, H, W) of a batch as batch.jpg, with their classes (B,) or shares (B, classes)."""
+    preprocess, words = run.train_step.preprocess, class_words(list(map(str, run.val_loader.dataset.dataset.classes)))
+    pixels = images[:most].permute(0, 2, 3, 1).float() * preprocess.std + preprocess.mean  # (B, H, W, 3)
+    shares = targets if targets.ndim == 2 else nn.functional.one_hot(targets, len(words)).float()
+    titles = [' + '.join(words[i] for i in row.topk(2).indices.tolist() if row[i] > 0.1) for row in shares[:most].cpu()]
+    with run.writer.disk_errors():
+        reports.save(reports.draw_batch(pixels.clamp(0, 255).byte().cpu().numpy(), titles),
+                     run.writer.folder / 'batch.jpg')
 
 
 def n_parameters(model: nn.Module) -> int:
@@ -670,13 +668,15 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
         if next(model.parameters()).device != run.device:  # --model-ema-force-cpu
             model = copy.deepcopy(model).to(run.device)
         try:
-            scores[prefix] = score(model, run.val_loader, run.device, run.eval_autocast)
+            scores[prefix], predictions = score(model, run.val_loader, run.device, run.eval_autocast)
         except Exception:  # Such as an unreadable image, or workers that cannot be started.
             if world_size == 1 and run.writer is not None:  # With more ranks, all of them would have to save.
                 run.train_loader.stop()  # Its open files may exhaust the limit.
                 run.save_in_epoch()
                 run.writer.wait()
             raise
+        if state.epoch == run.num_epochs - 1 and scores[prefix] == max(scores.values(), key=lambda s: s['acc1']):
+            run.report = 'EMA' if prefix else 'model', model, predictions
     if run.stop_signal():
         run.save_in_epoch()
         return None
@@ -689,7 +689,6 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
     state, record = run.state, run.record
     best = {}
     for prefix, stats in scores.items():
-        log_scores(stats, 'EMA ' if prefix else '')
         record.update({f'{prefix}test_{key}': stats[key] for key in ('acc1', 'acc5', 'loss')})
         if stats['acc1'] > state.best.get(f'{prefix}acc1', -1):
             best[f'{prefix}acc1'] = stats['acc1']
@@ -705,10 +704,14 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
     run.save(best)
     epochs = range(state.epoch + 1, run.num_epochs)
     left = len(epochs) * state.seconds + sum(is_validated(run, epoch) for epoch in epochs) * run.eval_seconds
-    logger.info('epoch %d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s%s', state.epoch, record['train_loss'],
-                record['train_lr'], record['train_images_per_s'], record['epoch_seconds'],
-                f"  best {state.best['acc1']:.3f}%" if 'acc1' in state.best else '',
-                f'  run ends in {datetime.timedelta(seconds=round(left))}' if left else '')
+    logger.info('epoch %d/%d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s', state.epoch, run.num_epochs - 1,
+                record['train_loss'], record['train_lr'], record['train_images_per_s'], record['epoch_seconds'],
+                f'  left {datetime.timedelta(seconds=round(left))}' if left else '')
+    if scores:
+        logger.info('  val acc1 %.3f%%  acc5 %.3f%%  loss %.4f%s  best %.3f%%', *(
+            record[f'test_{key}'] for key in ('acc1', 'acc5', 'loss')),
+            f"  EMA acc1 {record['ema_test_acc1']:.3f}%" if run.ema else '',
+            max(state.best.get(key, 0) for key in ('acc1', 'ema_acc1')))
     if run.wait_share >= 0.1:
         logger.info(utils.waiting_advice(run.wait_share, run.args.loader, run.args.num_workers))
     run.state = RunState(state.epoch + 1, best=state.best)
@@ -718,6 +721,9 @@ def finish(run: Run) -> None:
     """Wait for the last checkpoint; raise what the run ended with besides success."""
     if run.profiler is not None:
         run.profiler.stop()
+    if run.writer is not None and run.state.epoch >= run.num_epochs:
+        with run.writer.disk_errors():
+            write_results(run)
     check_written(run.writer)
     stop_signal, state = run.stop_signal(), run.state
     if stop_signal:
@@ -726,10 +732,29 @@ def finish(run: Run) -> None:
         raise_stopped(run.args, stop_signal, where, is_complete=state.epoch >= run.num_epochs)
 
 
-def log_scores(stats: dict[str, float], title: str = '') -> None:
-    """Log accuracy and loss, in the two lines of DeiT's code."""
-    logger.info('* %sAcc@1 %.3f Acc@5 %.3f loss %.3f', title, stats['acc1'], stats['acc5'], stats['loss'])
-    logger.info('%sAccuracy of the network on the %d test images: %.3f%%', title, stats['count'], stats['acc1'])
+def write_results(run: Run) -> None:
+    """Write the report on the last validation and the curves; log the best scores and the next commands."""
+    folder, best, args, dataset = run.writer.folder, run.state.best, run.args, run.val_loader.dataset.dataset
+    if run.report:
+        title, model, predictions = run.report
+        logger.info('last validation, %s:', title)
+        write_report(folder, dataset, predictions, list(range(run.core.num_classes)), model, run.device)
+    if (folder / LOG).exists():  # Not if a finished run is resumed elsewhere.
+        curves = reports.draw_curves({folder.resolve().name: reports.read_log(folder / LOG)})
+        reports.save(curves, folder / 'curves.png')
+    logger.info('run in %s: curves.png, batch.jpg, log.txt, config.yaml', folder)
+    scores = {file: best[f'{prefix}acc1'] for file, prefix in BEST.items() if f'{prefix}acc1' in best}
+    for file, acc1 in scores.items():
+        logger.info('best %s: %.3f%%, epoch %d, %s', 'EMA' if BEST[file] else 'model', acc1,
+                    best[f'{BEST[file]}epoch'], folder / file)
+    if scores:
+        here, file = os.path.relpath(Path(__file__).parent), folder / max(scores, key=scores.get)
+        images = args.data_path if isinstance(dataset, EncodedImages) else 'IMAGE'
+        for script, *flags in (
+                ('train.py', '--eval', '--resume', file, '--report', folder / 'report'),
+                ('scripts/predict.py', file, images, '--picture', folder / 'predictions.jpg'),
+                ('scripts/export.py', file, folder / ('model.onnx' if find_spec('onnxscript') else 'model.pt2'))):
+            logger.info('  python %s', shlex.join([os.path.normpath(f'{here}/{script}'), *map(str, flags)]))
 
 
 def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:

@@ -156,7 +156,7 @@ class Progress:
         title: title, such as 'epoch 3/10'.
         total: steps of the epoch.
         first_step: steps that were done before a resume.
-        every: steps between two lines.
+        every: steps between two lines. A bar shows figures ten times an epoch, or more often.
         enabled: False on all ranks but rank 0.
     """
 
@@ -170,6 +170,7 @@ class Progress:
         self.waited = 0.  # seconds spent waiting for data
         self.bar = None
         if enabled and sys.stdout.isatty():
+            self.every = min(every, max(total // 10, 1))
             self.bar = tqdm(
                 total=total, initial=first_step, desc=title, file=sys.stdout, dynamic_ncols=True, leave=False,
                 bar_format='{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]')

@@ -189,7 +189,7 @@ def _initial_share(checkpoint: dict[str, Any], args: dict[str, Any]) -> float:
     """Return the share of a run's initial weights in the EMA of its checkpoint; 0 if unknown."""
     try:
         updates = max(float(state['step']) for state in checkpoint['optimizer']['state'].values())
-        return args['model_ema_decay'] ** updates
+        return 0 if args.get('model_ema_warmup') else args['model_ema_decay'] ** updates
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # The file of another tool.
         return 0
 

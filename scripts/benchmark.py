@@ -23,13 +23,10 @@ import torch._inductor.config
 import torch.nn as nn
 import torch.nn.functional as F
 
-import _path
+import _path  # noqa: F401, puts the repository on sys.path
 import cmt
 import utils
-from errors import UsageError, one_line
 from options import Parser, non_negative, output_file, positive
-
-assert _path.ROOT  # importing _path puts the repository on sys.path
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 MODES = ('infer', 'train')
@@ -222,20 +219,6 @@ def case_group(text: str) -> list[Setup]:
     return group
 
 
-def try_models(setups: list[Setup]) -> None:
-    """Raise UsageError if a model fails on one batch of at most two images on the CPU.
-
-    That takes seconds. A failure later would cost the results of all models before it.
-    """
-    for setup in dict.fromkeys(setup._replace(form='eager', batch=min(setup.batch, 2)) for setup in setups):
-        try:
-            model, size = setup.build()
-            model(torch.zeros(setup.batch, 3, size, size))
-        except Exception as error:  # timm's models raise anything
-            raise UsageError(f'{setup.model} fails in mode {setup.mode}, size {setup.size or "default"}, '
-                             f'batch {setup.batch}: {one_line(error)}') from None
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(prog='benchmark.py', description=__doc__.split('\n\n')[1])
     parser.add_argument('--models', nargs='+', default=['cmt_s'], help='names of timm models')
@@ -266,8 +249,9 @@ def main() -> None:
         parser.error('nothing to measure: CMT does not train fused, and other models have only eager and compiled')
     if 'cuda' in args.devices and not torch.cuda.is_available():
         parser.error('--devices cuda: no CUDA device here')
-    with parser.usage_errors():
-        try_models([setup for group in groups for setup in group])
+    for setup in itertools.chain(*groups):
+        if not timm.is_model(setup.model) or is_cmt(setup.model) and (setup.size or 32) % 32:
+            parser.error(f'{setup.model}: no such model, or not at {setup.size} px (CMT: multiples of 32)')
     records = []
     for device, dtype, group in itertools.product(args.devices, args.dtypes, groups):
         records += measure(group, torch.device(device), dtype, args.repeats, args.seconds)

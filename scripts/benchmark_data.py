@@ -13,21 +13,18 @@ import os
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import distributions
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import create_loader
 from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
 from torchvision.transforms import v2
 
-import _path
+import _path  # noqa: F401, puts the repository on sys.path
 import utils
 from datasets import build_dataset, has_split
 from engine import Preprocessor
@@ -39,27 +36,12 @@ from samplers import TrainSampler
 from sources import EncodedImages, ImageFolder
 from transforms import build_transform
 
-assert _path.ROOT  # importing _path puts the repository on sys.path
-
 DIFFERENCES = {  # from the recipe
     'reference': '', 'fast': '', 'timm': '',
     'torchvision': "RandAugment with torchvision's operations, of one strength (no mstd0.5, inc1), bilinear",
     'dali': "RandAugment with DALI's operations, of one strength (no mstd0.5, inc1)",
 }
 PACKAGES = ('torch', 'timm', 'pillow', 'simplejpeg', 'opencv', 'nvidia-dali')  # and those that begin with these names
-
-
-def make_images(folder: Path, count: int) -> Path:
-    """Write `count` JPEGs of ImageNet's mean size, 500 x 375 pixels and about 105 KB; return `folder`."""
-    rng = np.random.default_rng(0)
-    (folder / 'train' / 'made').mkdir(parents=True)
-    for i in range(count):
-        pixels = sum(
-            np.asarray(Image.fromarray(rng.integers(0, 256, (375 // cell, 500 // cell, 3), dtype=np.uint8)).resize(
-                (500, 375), Image.Resampling.BICUBIC), np.float32) * share
-            for cell, share in ((75, 0.5), (25, 0.18), (5, 0.12), (1, 0.2)))
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / 'train' / 'made' / f'{i:03d}.jpg', quality=92)
-    return folder
 
 
 def torchvision_transform(size: int) -> v2.Compose:
@@ -219,9 +201,8 @@ def table(records: list[dict]) -> str:
 def build_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(prog='benchmark_data.py', description=__doc__.split('\n\n')[1])
-    parser.add_argument('--data-path', type=path, help='folder with train/ or val/, folder of classes, or tar '
-                                            '(default: JPEGs made for the benchmark)')
-    parser.add_argument('--images', type=positive, default=250, help='number of JPEGs to make without --data-path')
+    parser.add_argument('--data-path', type=path, required=True,
+                        help='folder with train/ or val/, folder of classes, or tar')
     parser.add_argument('--prepared', type=path, help='the same images, prepared by scripts/prepare_data.py: '
                         'each loader is measured on both')
     parser.add_argument('--loaders', nargs='+', default=['reference', 'fast'], choices=tuple(DIFFERENCES),
@@ -257,15 +238,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    with tempfile.TemporaryDirectory() as folder:
-        args.data_path = args.data_path or str(make_images(Path(folder), args.images))
-        try:
-            records = measure(build_cases(args, device), args.repeats)
-        except UsageError as error:
-            parser.error(one_line(error))
-        except (OSError, UnreadableImage) as error:
-            reason = error.line if isinstance(error, UnreadableImage) else one_line(error)
-            parser.error(f'--data-path {args.data_path}: {reason}')
+    try:
+        records = measure(build_cases(args, device), args.repeats)
+    except UsageError as error:
+        parser.error(one_line(error))
+    except (OSError, UnreadableImage) as error:
+        reason = error.line if isinstance(error, UnreadableImage) else one_line(error)
+        parser.error(f'--data-path {args.data_path}: {reason}')
     print(table(records))
     if args.json:
         versions = {package.name: package.version for package in distributions()

@@ -24,15 +24,13 @@ import timm
 import torch
 from timm.models._hub import save_config_for_hf
 
-import _path
+import _path  # noqa: F401, puts the repository on sys.path
 import cmt
 import utils
 from checkpoints import FORMAT, atomic_write, check_output
 from errors import UsageError
 from options import Parser, add_weights_flag
 from weights import Weights, build_model, create_cmt, read_weights
-
-assert _path.ROOT  # importing _path puts the repository on sys.path
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +97,6 @@ def main(argv: list[str] | None = None) -> None:
     output_format = args.format or {'.pth': 'pth', '.safetensors': 'safetensors'}.get(args.output.suffix, 'dir')
     with parser.usage_errors():
         check_output(args.output, args.source, args.overwrite)
-        if args.output.exists() and args.output.is_dir() != (output_format == 'dir'):
-            raise UsageError(f'{args.output} is a {"folder" if args.output.is_dir() else "file"}: --format '
-                             f'{output_format} writes a {"folder" if output_format == "dir" else "file"}')
-        if output_format != 'dir' and not args.output.absolute().parent.is_dir():
-            raise UsageError(f'the folder {args.output.parent} does not exist')
         weights = read_weights(args.source, args.model_ema)
         dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
         model = build_model(weights, args.model, dtype=torch.float64)  # Other precisions pass through it unchanged.

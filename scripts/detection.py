@@ -48,7 +48,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-import _path
+import _path  # noqa: F401, puts the repository on sys.path
 import options
 import processes
 import utils
@@ -63,8 +63,6 @@ from run import RunWriter, check_written, find_checkpoint, open_run, setup_proce
 from samplers import TrainSampler
 from utils import Progress
 from weights import build_model, create_cmt, read_weights
-
-assert _path.ROOT  # importing _path puts the repository on sys.path
 
 logger = logging.getLogger(__name__)
 

@@ -22,14 +22,12 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-import _path
+import _path  # noqa: F401, puts the repository on sys.path
 import cmt
 from checkpoints import atomic_write, check_output
 from errors import UsageError
 from options import Parser, add_weights_flag, image_size, output_file
 from weights import build_model, create_cmt, read_weights
-
-assert _path.ROOT  # importing _path puts the repository on sys.path
 
 BATCHES = (1, 5)  # batch sizes of the comparison; the exporters' example input has another
 Function = Callable[[torch.Tensor], torch.Tensor]

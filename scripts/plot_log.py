@@ -9,12 +9,10 @@ a run, repeat the command:
 import argparse
 from pathlib import Path
 
-import _path
+import _path  # noqa: F401, puts the repository on sys.path
 from errors import UsageError
 from options import Parser, output_file
 from reports import check_extension, draw_curves, read_log, save
-
-assert _path.ROOT  # importing _path puts the repository on sys.path
 
 
 def get_args_parser() -> Parser:

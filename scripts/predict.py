@@ -1,41 +1,37 @@
 """python scripts/predict.py output/digits/checkpoint_best.pth photos/ --picture sheet.png
 
 Print the most probable classes of images, as a table, JSON or CSV. IMAGE is a file, a folder (searched at any depth) or
--, standard input: an image, or paths one a line:
+-, an image on standard input:
 
-    find photos -newer last | python scripts/predict.py cmt_s - --csv
+    find photos -newer last -type f | xargs python scripts/predict.py cmt_s --csv
     curl -s https://example.org/cat.jpg | python scripts/predict.py cmt_s -
 
---picture draws a sheet: each image as the model sees it, the Grad-CAM of its top prediction, and the predictions. An
+--picture draws a sheet: each image as the model sees it, the Grad-CAM of its top prediction, and the predictions. In a
+folder of class folders, the images that are predicted right are counted, and the sheet begins with the mistakes. An
 image that cannot be read is reported and left out (exit status 1).
 """
 import argparse
-import csv
-import io
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import normalize, to_pil_image
 
-import _path
+import _path  # noqa: F401, puts the repository on sys.path
 from errors import UsageError, first_line, one_line, printable
+from evaluation import IMAGENET, class_words, grad_cam
 from options import Parser, add_weights_flag, image_size, in_range, output_file, path, positive
-from reports import check_extension, draw_sheet, save
+from reports import check_extension, draw_sheet, save, to_csv
 from sources import EXTENSIONS, HEIF, IGNORED, is_image, log_left_out, open_image
 from transforms import build_transform
 from weights import build_model, read_weights
-
-assert _path.ROOT  # importing _path puts the repository on sys.path
 
 MAX_ON_SHEET = 120  # images
 
@@ -53,6 +49,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--class-names', type=path, metavar='FILE', help='names of the classes, one a line or JSON')
     parser.add_argument('--picture', type=output_file, metavar='OUT.png',
                         help=f'draw a sheet of the first {MAX_ON_SHEET} images')
+    parser.add_argument('--features', type=output_file, metavar='OUT.npz',
+                        help="write the images' names, labels (-1 if unknown) and features before the classifier")
     parser.add_argument('--input-size', type=image_size, metavar='N', help="pixels (default: the checkpoint's)")
     parser.add_argument('--crop-pct', type=in_range(float, 0, 1, above=True), metavar='SHARE',
                         help="share of an image's short side that is kept (default: the checkpoint's)")
@@ -62,41 +60,38 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_images(arguments: list[str]) -> list[tuple[str, str | bytes]]:
-    """Return (name, path or encoded image) of each image that `arguments` name.
+def find_images(arguments: list[str]) -> list[tuple[str, str | bytes, str]]:
+    """Return (name, path or encoded image, class folder or '') of each image that `arguments` name.
 
     Raises:
-        UsageError: a folder without images, or standard input without an image or a path.
+        UsageError: a folder without images.
     """
     images = []
     for argument in arguments:
         if argument == '-':
-            content = sys.stdin.buffer.read()
-            try:
-                Image.open(io.BytesIO(content))
-                images.append(('-', content))
-            except OSError:  # not an image: paths
-                paths = [line for line in os.fsdecode(content).splitlines() if line.strip()]
-                if not paths or b'\0' in content:
-                    raise UsageError('-: standard input contains neither an image nor paths of images') from None
-                images += find_images(paths)
+            images.append(('-', sys.stdin.buffer.read(), ''))
         elif os.path.isdir(argument):
             files = [path for path in Path(argument).rglob('*') if not IGNORED.search(str(path.relative_to(argument)))]
             paths = sorted(str(path) for path in files if is_image(path.name))
             log_left_out((path.name for path in files if not is_image(path.name) and path.is_file()), argument)
             if not paths:
                 raise UsageError(f'no images in {argument}')
-            images += zip(paths, paths)
+            images += [(path, path, Path(path).relative_to(argument).parts[0]) for path in paths]
         else:
-            images.append((argument, argument))
+            images.append((argument, argument, ''))
     return images
 
 
 def read_images(
-        images: list[tuple[str, str | bytes]], size: int, crop_pct: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and pixels (3, size, size), uint8, of each readable image, and report the others."""
-    transform = build_transform(False, size, crop_pct=crop_pct)
-    for name, content in images:
+        images: list[tuple[str, str | bytes, int]], model: nn.Module) -> tuple[list, torch.Tensor, torch.Tensor]:
+    """Read (name, path or encoded image, label) of images for `model`, and report those that cannot be read.
+
+    Returns:
+        The entries of `images` that were read, their pixels (B, 3, size, size), uint8, and the normalized pixels.
+    """
+    config, read, pixels = resolve_model_data_config(model), [], [torch.empty(0, 3, *model.img_size, dtype=torch.uint8)]
+    transform = build_transform(False, model.img_size[0], crop_pct=config['crop_pct'])
+    for name, content, label in images:
         try:
             image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
         except Exception as error:  # Pillow's plugins raise anything on damaged files
@@ -105,7 +100,11 @@ def read_images(
                 reason += ': pip install pillow-heif'
             print(f'cannot read {printable(name)} ({reason})', file=sys.stderr)
         else:
-            yield name, transform(image)
+            read.append((name, content, label))
+            pixels.append(transform(image)[None])
+    pixels = torch.cat(pixels)
+    inputs = pixels.to(next(model.parameters()).device).float().div_(255)
+    return read, pixels, normalize(inputs, config['mean'], config['std'])
 
 
 def read_names(file: str) -> list[str]:
@@ -122,17 +121,8 @@ def read_names(file: str) -> list[str]:
         raise UsageError(f'--class-names {file}: {error}') from None
 
 
-def describe(names: list[str] | None, model: nn.Module) -> list[str]:
-    """Replace WordNet ids by their words. Without names, 1000 classes are ImageNet's, and others get numbers."""
-    if names:
-        words = ImageNetInfo('imagenet-22k-ms').label_descriptions(as_dict=True)
-        return [words.get(name, name) for name in names]
-    subset = infer_imagenet_subset(model)
-    return ImageNetInfo(subset).label_descriptions() if subset else [f'class {i}' for i in range(model.num_classes)]
-
-
-def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
-    """Return the model on its device, and the names of its classes."""
+def load(args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, int]]:
+    """Return the model on its device, its classes in words, and their indices by the names that folders may have."""
     weights = read_weights(args.model, use_ema=args.model_ema)
     model = build_model(weights, **({'img_size': args.input_size} if args.input_size else {}))
     if weights.is_ema:
@@ -144,72 +134,55 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
         raise UsageError(f'{args.model} takes {model.img_size}, evaluation crops squares: give an --input-size')
     if model.num_classes == 0:
         raise UsageError(f'{args.model} has no classifier')
-    names = read_names(args.class_names) if args.class_names else describe(weights.class_names(model), model)
+    own, numbers = weights.class_names(model), [str(i) for i in range(model.num_classes)]
+    folders = own or (IMAGENET if model.num_classes == 1000 else [f'class {i}' for i in numbers])
+    names = read_names(args.class_names) if args.class_names else class_words(folders)
     if len(names) != model.num_classes:
         raise UsageError(f'{args.class_names} contains {len(names)} names, the model has {model.num_classes} classes')
     try:
-        return model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu')), names
+        model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f'--device {args.device}: {first_line(error)}') from None
-
-
-def grad_cam(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits and the Grad-CAM of each image's top prediction (Selvaraju et al., arXiv 1610.02391).
-
-    Args:
-        model: a CMT in eval mode.
-        images: (B, 3, H, W), normalized.
-
-    Returns:
-        Logits (B, classes), and maps (B, H, W) in [0, 1]: the positive part of a stage's channels, each weighted by
-        the mean gradient of the largest logit. The stage is the last that has 4 x 4 positions or more: the fourth from
-        128 px on, the second at 32 px, where the fourth has one position.
-    """
-    depth = max(n for n in (2, 3, 4) if min(images.shape[2:]) >= 4 * 2 ** (n + 1))
-    with torch.enable_grad():
-        maps = model.stages[:depth](model.stem(images))  # (B, C, H / 2^(depth + 1), W / 2^(depth + 1))
-        maps = maps.detach().requires_grad_()
-        logits = model.forward_head(model.head_proj(model.stages[depth:](maps)))
-        gradient, = torch.autograd.grad(logits.amax(dim=-1).sum(), maps)
-    cam = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True).relu()
-    cam = F.interpolate(cam.detach(), size=images.shape[2:], mode='bilinear', align_corners=False)[:, 0]
-    return logits.detach(), cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    return model, names, {name: i for n in (names, folders, () if own else numbers) for i, name in enumerate(n)}
 
 
 def predict(
-        model: nn.Module, names: list[str], images: list[tuple[str, str | bytes]], k: int, batch_size: int,
-        on_sheet: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the predictions of all readable images, and the first `on_sheet` entries for reports.draw_sheet."""
-    config, device = resolve_model_data_config(model), next(model.parameters()).device
-    results, entries = [], []
+        model: nn.Module, names: list[str], images: list[tuple[str, str | bytes, int]], k: int, batch_size: int
+) -> tuple[list[dict[str, Any]], list[tuple[str, str | bytes, int]], np.ndarray]:
+    """Return the k best predictions of all readable images, their entries of `images`, and their features (N, 1280)."""
+    results, read, features = [], [], []
+    handle = model.head.register_forward_pre_hook(lambda head, inputs: features.append(inputs[0].float().cpu().numpy()))
     for i in range(0, len(images), batch_size):
-        batch = list(read_images(images[i:i + batch_size], model.img_size[0], config['crop_pct']))
+        batch, _, inputs = read_images(images[i:i + batch_size], model)
         if not batch:
             continue
-        inputs = torch.stack([pixels for _, pixels in batch]).to(device).float().div_(255)
-        inputs = normalize(inputs, config['mean'], config['std'])
-        if len(entries) < on_sheet:
-            logits, cams = grad_cam(model, inputs)
-        else:
-            with torch.no_grad():
-                logits, cams = model(inputs), []
-        top = logits.double().softmax(dim=-1).topk(min(k, len(names)))
-        predictions = [[{'index': index, 'class': names[index], 'probability': p} for p, index in zip(*row)]
-                       for row in zip(top.values.tolist(), top.indices.tolist())]
-        results += [{'image': name, 'predictions': ranked} for (name, _), ranked in zip(batch, predictions)]
-        entries += [{'name': name, 'image': to_pil_image(pixels), 'cam': cam.cpu().numpy(), 'predictions': ranked}
-                    for (name, pixels), cam, ranked in zip(batch, cams, predictions)]
-    return results, entries[:on_sheet]
+        with torch.no_grad():
+            top = model(inputs).double().softmax(dim=-1).topk(min(k, len(names)))
+        read += batch
+        for (name, _, label), *row in zip(batch, top.values.tolist(), top.indices.tolist()):
+            predictions = [{'index': index, 'class': names[index], 'probability': p} for p, index in zip(*row)]
+            truth = {'label': names[label]} if label >= 0 else {}
+            results.append({'image': name, **truth, 'predictions': predictions})
+    handle.remove()
+    return results, read, np.concatenate(features) if features else np.zeros((0, model.num_features))
 
 
-def write_sheet(path: Path, entries: list[dict[str, Any]], model: str, count: int) -> None:
-    """Write the sheet of `entries`, the first of `count` images, with the file names' common folder left out."""
-    title = f'{model}: {count} image{"s"[:count > 1]}' + (f', the first {len(entries)}' if len(entries) < count else '')
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(entry['name'])) for entry in entries])
-    for entry in entries:
-        entry['name'] = printable(os.path.relpath(entry['name'], folder))
-        entry['predictions'] = [{**top, 'class': printable(top['class'])} for top in entry['predictions'][:5]]
-    save(draw_sheet(entries, title), path)
+def is_right(result: dict[str, Any]) -> bool:
+    return result['label'] == result['predictions'][0]['class']
+
+
+def write_sheet(
+        path: Path, model: nn.Module, title: str, results: list[dict[str, Any]], images: list, batch_size: int) -> None:
+    """Write the sheet of the first images; mistakes come before other images."""
+    order = sorted(range(len(images)), key=lambda i: 'label' not in results[i] or is_right(results[i]))[:MAX_ON_SHEET]
+    entries = []
+    for i in range(0, len(order), batch_size):
+        _, pixels, inputs = read_images([images[j] for j in order[i:i + batch_size]], model)
+        _, cams = grad_cam(model, inputs)
+        entries += [{**results[j], 'name': results[j]['image'], 'truth': results[j].get('label'),
+                     'image': to_pil_image(image), 'cam': cam.cpu().numpy()}
+                    for j, image, cam in zip(order[i:i + batch_size], pixels, cams)]
+    save(draw_sheet(entries, title + f', the first {len(order)}' * (len(order) < len(images))), path)
 
 
 def print_table(rows: list[tuple[str, int, int, str, float]]) -> None:  # image, rank, index, class, probability
@@ -222,12 +195,6 @@ def print_table(rows: list[tuple[str, int, int, str, float]]) -> None:  # image,
         print(f'{image:{widths[0]}}  {name:{widths[1]}}  {probability:>{widths[2]}}')
 
 
-def print_csv(rows: list[tuple[str, int, int, str, float]]) -> None:
-    writer = csv.writer(sys.stdout, lineterminator='\n')
-    writer.writerow(['image', 'rank', 'index', 'class', 'probability'])
-    writer.writerows((*row, f'{probability:.6g}') for *row, probability in rows)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
@@ -238,17 +205,28 @@ def main(argv: list[str] | None = None) -> None:
         if args.picture:
             check_extension(args.picture)
         images = find_images(args.images)
-        model, names = load(args)
+        model, names, index = load(args)
 
-    results, entries = predict(model, names, images, args.top, args.batch_size, MAX_ON_SHEET if args.picture else 0)
-    if entries:
-        write_sheet(args.picture, entries, args.model, len(results))
+    images = [(name, content, index.get(folder, -1)) for name, content, folder in images]
+    results, read, features = predict(model, names, images, args.top, args.batch_size)
+    labeled, title = [result for result in results if 'label' in result], f'{args.model}: {len(results)} images'
+    if labeled:
+        right = sum(map(is_right, labeled))
+        print(f'{right} of {len(labeled)} images in class folders are right ({right / len(labeled):.1%})',
+              file=sys.stderr)
+        title += f', {right} of {len(labeled)} right, mistakes first'
+    if args.features:
+        with open(args.features, 'wb') as file:  # np.savez would add a suffix to a path
+            np.savez(file, names=[name for name, *_ in read], labels=[label for *_, label in read], features=features)
+    if args.picture and results:
+        write_sheet(args.picture, model, title, results, read, args.batch_size)
     rows = [(result['image'], rank, *prediction.values())
             for result in results for rank, prediction in enumerate(result['predictions'], 1)]
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
-    elif args.csv:
-        print_csv(rows)
+    elif args.csv and rows:
+        print(to_csv([dict(zip(('image', 'rank', 'index', 'class', 'probability'), (*row, f'{probability:.6g}')))
+                      for *row, probability in rows]), end='')
     elif results:
         print_table(rows)
     if len(results) < len(images):

@@ -25,7 +25,7 @@ import PIL
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-import _path
+import _path  # noqa: F401, puts the repository on sys.path
 import processes
 import utils
 from checkpoints import atomic_write, lock_file, remove_temporary_files, sync_folder
@@ -34,8 +34,6 @@ from errors import TrainingFault, UnreadableImage, UsageError, one_line, printab
 from loader import build_loader
 from options import Parser, count, in_range, path, positive
 from sources import DEVKIT, IGNORED, EncodedImages, TarImages, find_devkit, key_of, open_image, orientation
-
-assert _path.ROOT  # importing _path puts the repository on sys.path
 
 
 def stamp(images: EncodedImages, index: int) -> list[int]:

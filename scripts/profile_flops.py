@@ -12,11 +12,9 @@ import torch
 import torch.nn as nn
 from torchprofile import profile_macs
 
-import _path
+import _path  # noqa: F401, puts the repository on sys.path
 import cmt
 from options import Parser, image_size
-
-assert _path.ROOT  # importing _path puts the repository on sys.path
 
 ROW = '{:<17}{:>7}{:>15}{:>13}{:>15}{:>14}'
 STAGE_ROW = '{:<17}{:>15}{:>8}{:>13}{:>8}'

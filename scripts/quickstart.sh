@@ -36,21 +36,18 @@ for checkpoint in "$output"/checkpoint_best.pth "$output"/checkpoint_ema_best.pt
     [ ! -e "$checkpoint" ] || "$python" "$root/train.py" "$@" --eval --resume "$checkpoint"
 done
 
-"$python" "$root/scripts/plot_log.py" "$output" -o "$output/curves.png"
-
 cat <<END
 
 The run is in $output
     checkpoint_best.pth, checkpoint_ema_best.pth   the best weights, and the best of their running average
     checkpoint_last.pth                            resumes the run, with --resume
-    log.txt                                        one JSON object per epoch
-    curves.png                                     its curves
+    log.txt, curves.png                            one JSON object per epoch, and its curves
+    per_class.csv, confusion.png, mistakes.jpg     which classes and images are wrong
 
 Next, your own photographs, with one folder per class:
     source $VENV/bin/activate
     cd $root
-    python train.py --config configs/digits.yaml --data-set IMNET --data-path photos --val-split 0.2 --epochs 30 \\
-        --hflip 0.5 --output-dir output/mine
-    python scripts/predict.py output/mine/checkpoint_ema_best.pth photos --picture predictions.png
+    python train.py --config configs/from_scratch.yaml --data-path photos --output-dir output/mine    # on a CPU
+    python train.py --config configs/finetune.yaml --data-path photos --output-dir output/mine        # released weights
 ImageNet and everything else: README.md
 END

@@ -15,14 +15,8 @@ def run(monkeypatch, *argv):
     benchmark_data.main()
 
 
-def test_made_images_have_the_size_of_imagenets(tmp_path):
-    files = list(benchmark_data.make_images(tmp_path, 8).rglob('*.jpg'))
-    assert len(files) == 8 and all(Image.open(file).size == (500, 375) for file in files)
-    assert 95_000 < sum(file.stat().st_size for file in files) / 8 < 115_000
-
-
-def test_both_loaders_at_all_sizes_and_workers(monkeypatch, tmp_path):
-    run(monkeypatch, '--images', 6, '--batch-size', 2, '--sizes', 64, 32, '--workers', 0, 2, '--repeats', 2,
+def test_both_loaders_at_all_sizes_and_workers(monkeypatch, tmp_path, images):
+    run(monkeypatch, '--data-path', images, '--batch-size', 2, '--sizes', 64, 32, '--workers', 0, 2, '--repeats', 2,
         '--repeated-aug', '--json', tmp_path / 'a.json')
     report = json.loads((tmp_path / 'a.json').read_text())
     records = report['records']
@@ -78,9 +72,9 @@ def test_a_folder_of_classes(monkeypatch, images, capsys):
 
 @pytest.mark.parametrize('argv, words', [
     (['--data-path', 'nowhere'], 'nowhere'),
-    (['--workers', '-1'], '--workers'),
-    (['--json', 'nodir/x.json'], 'nodir/x.json'),
-    (['--images', '1', '--prepared', 'nowhere'], 'nowhere'),
+    (['--data-path', 'nowhere', '--workers', '-1'], '--workers'),
+    (['--data-path', 'nowhere', '--json', 'nodir/x.json'], 'nodir/x.json'),
+    ([], '--data-path'),
 ])
 def test_mistakes_get_one_line(argv, words, mistake):
     assert words in mistake(benchmark_data, *argv)

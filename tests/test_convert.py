@@ -156,7 +156,7 @@ def test_mindspore_file(tmp_path, mistake):
     (['run.pth', 'there'], '--overwrite'),
     (['run.pth', 'there.pth'], '--overwrite'),
     (['run.pth', 'there.pth', '--format', 'dir', '--overwrite'], 'there.pth'),
-    (['run.pth', 'there', '--format', 'pth', '--overwrite'], '--format'),
+    (['run.pth', 'there', '--format', 'pth', '--overwrite'], 'there'),
     (['run.pth', 'nowhere/a.pth'], 'nowhere'),
     (['gone.pth', 'out'], 'gone.pth'),
     (['resnet18', 'out'], 'resnet18'),

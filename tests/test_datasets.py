@@ -209,7 +209,8 @@ def test_loaders_hand_out_batches_in_order(images):
     assert torch.equal(batches[1][0][2], SeededDataset(dataset)[pairs[10]][0])
     val = build_dataset('IMNET', False, images, 32, build_transform(False, 32))
     targets = [torch.cat([t for _, t in build_loader(val, 4, rank=r, world_size=2)]).tolist() for r in range(2)]
-    assert targets == [val.targets[0::2], val.targets[1::2]]
+    batches = [val.targets[i:i + 4] for i in range(0, len(val), 4)]
+    assert targets == [sum(batches[0::2], []), sum(batches[1::2], [])]
 
 
 class Threads(ImageFolder):

@@ -91,7 +91,7 @@ def test_weights_from_a_file_need_no_network(tmp_path, monkeypatch):
 @pytest.mark.parametrize('page', ['README.md', 'docs/evaluation.md'])
 def test_snippets_load_a_runs_checkpoint(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model, folder = nano.warm(num_classes=3), tmp_path / 'output' / 'pets'
+    model, folder = nano.warm(num_classes=3), tmp_path / 'output' / ('mine' if page == 'README.md' else 'pets')
     folder.mkdir(parents=True)
     torch.save({'format': 1, 'model': model.state_dict(), 'model_args': model.model_args, 'classes': ['a', 'b', 'c'],
                 'args': {'model': 'cmt_nano', 'crop_pct': 0.9}}, folder / 'checkpoint_best.pth')

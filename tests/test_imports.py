@@ -11,6 +11,7 @@ MAY_IMPORT = {
     'options': 'launch', 'processes': 'launch', 'transforms': 'sources', 'fast_transforms': 'transforms sources',
     'utils': 'processes launch', 'loader': 'samplers utils', 'datasets': 'sources',
     'engine': 'utils processes precision', 'checkpoints': 'utils processes', 'weights': 'cmt mindspore checkpoints',
+    'evaluation': 'checkpoints engine processes reports samplers utils',
     'run': 'checkpoints weights utils processes reports', 'hubconf': 'cmt',
 }
 ROOMS = {path.stem for path in ROOT.glob('*.py')}

@@ -1,4 +1,5 @@
 """reports.py and scripts/plot_log.py: reading logs, curves, sheets, mistakes."""
+import itertools
 import json
 import os
 import subprocess
@@ -80,7 +81,8 @@ def test_sheet_holds_each_image_with_its_heat(tmp_path, count):
     predictions = [{'class': 'a $\\name$ that is far too long ' * 4, 'probability': 1.},
                    {'class': 'b', 'probability': 0.}]
     entries = [{'name': 'long/' * 40, 'image': Image.new('RGB', (64, 64), color), 'cam': cam,
-                'predictions': predictions} for color in colors]
+                'predictions': predictions, 'truth': truth}
+               for color, truth in zip(colors, itertools.cycle([None, 'b']))]
     with matplotlib.rc_context({'savefig.dpi': 300}):  # some users set it
         reports.save(reports.draw_sheet(entries, 'title ' * 60), tmp_path / 'sheet.png')
     sheet = np.asarray(Image.open(tmp_path / 'sheet.png').convert('RGB')).astype(int)
@@ -122,7 +124,7 @@ runpy.run_path({plot_log.__file__!r}, run_name='__main__')
     ('{"train_loss": 1', 'run', 'run/log.txt'),
     ('{"epoch": 0}\n{"epoch": \n{"epoch": 2}\n', 'run', 'run/log.txt, line 2'),
     ('{"epoch": 0}\nEpoch 1', 'run', 'run/log.txt, line 2'),
-    ('{"epoch": 0}\n\n{"train_loss": 1.0}\n', 'run', 'run/log.txt, line 3'),
+    ('{"epoch": 0}\n{"train_loss": 1.0}\n', 'run', 'run/log.txt, line 2'),
     (LINE, 'run -o curves.xyz', 'curves.xyz'),
     (LINE, 'run -o nowhere/curves.png', 'nowhere/curves.png'),
     (LINE, 'nowhere', 'nowhere'),

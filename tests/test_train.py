@@ -71,7 +71,8 @@ def test_a_schedule_on_updates_resumes_where_it_stood():
     (['--min-lr', 0.01], '--min-lr 3.1e-05'),
     (['--batch-size', 4096], '0.0195312 = 0.1 x 100 / 512'),  # An epoch has only 100 images.
     (['--model-ema-decay', 0.99996], '100% .*--no-model-ema'),
-    (['--model-ema-decay', 0.9, '--epochs', 4], '8% .*--model-ema-decay 0.5833 or --no-model-ema'),
+    (['--model-ema-decay', 0.9, '--epochs', 4], '8% .*--model-ema-warmup or --no-model-ema'),
+    (['--model-ema-decay', 0.99996, '--model-ema-warmup'], '3 epochs'),
 ])
 def test_a_surprising_schedule_is_logged_first(flags, capsys, change, words):
     with nano.at_step(0, nano.die), pytest.raises(nano.Killed):
@@ -205,7 +206,7 @@ def test_the_time_left_counts_training_and_due_validations(flags, capsys, monkey
     monkeypatch.setattr(time, 'monotonic', lambda: monotonic() + sum(passed))
     with nano.on_forward(lambda model, _: passed.append(500 if model.training else 100)):  # An epoch is two batches.
         nano.train([*flags, '--epochs', 4, '--test-freq', 3, '--test-epoch', 1, '--no-model-ema', '--batch-size', 48])
-    left = re.findall(r'^epoch \d  train loss .*?(?:run ends in (\d+):(\d+):(\d+))?$', capsys.readouterr().out, re.M)
+    left = re.findall(r'^epoch \d/3  train loss .*?(?:left (\d+):(\d+):(\d+))?$', capsys.readouterr().out, re.M)
     seconds = [int(h or 0) * 3600 + int(m or 0) * 60 + int(s or 0) for h, m, s in left]
     assert seconds == [pytest.approx(expected, abs=20) for expected in (3200, 2200, 1100, 0)]
 
@@ -249,7 +250,8 @@ def test_eval_of_a_validation_folder_gives_the_logged_scores(flags, images, whol
 def test_two_ranks_train_and_score_as_one_does(flags, pair, tmp_path, capsys):
     printed = (pair.parent / 'out.txt').read_text()
     assert nano.read(pair)['world_size'] == 2 and '0.00625 = 0.1 x 32 / 512' in printed
-    assert len(scores(printed)) == 2 * 2 * 2  # two lines, epochs and models: once, not by each rank
+    epochs = re.findall(r'^epoch \d/1  train loss .*\n  val acc1 .*EMA acc1', printed, re.M)
+    assert len(epochs) == 2  # once, not by each rank
 
     evaluation = [*flags, '--eval', '--no-model-ema', '--resume', pair / 'checkpoint_last.pth']
     nano.train(evaluation)

@@ -1,0 +1,202 @@
+"""Evaluate a model on a data set: the order of the classes, the classes to score among, and a report on the images."""
+import argparse
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import ImageNetInfo, RealLabelsImagenet
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_pil_image
+
+import processes
+import reports
+from checkpoints import atomic_write
+from engine import Preprocessor, evaluate
+from errors import UsageError
+from samplers import eval_indices
+from utils import Progress
+
+logger = logging.getLogger(__name__)
+
+IMAGENET = ImageNetInfo('imagenet-1k').label_names()  # WordNet ids in the order of the outputs
+MAX_MISTAKES = 24  # images on the sheet of mistakes
+
+
+# Classes
+
+def order_classes(dataset: Dataset, num_classes: int) -> str:
+    """Map a data set's classes to the outputs of weights without class names; return a log line that says how."""
+    names = dataset.classes
+    by_index = {int(name): name for name in names} if all(map(str.isdecimal, names)) else {}
+    if by_index and len(by_index) == len(names) and max(by_index) < num_classes:
+        order, line = [by_index.get(i, str(i)) for i in range(num_classes)], 'folder names are the indices'
+    elif num_classes == 1000 and set(names) <= set(IMAGENET):
+        order, line = IMAGENET, 'WordNet ids in the order of ImageNet-1k'
+    elif len(names) == num_classes:
+        order, line = names, 'folders in alphabetical order'
+    else:
+        raise UsageError(f'the weights have {num_classes} unnamed classes, the data {len(names)} '
+                         f'({", ".join(names[:3])}, ...): list all {num_classes} in order in --class-map')
+    lookup = np.array([order.index(name) for name in names])
+    dataset.samples.targets, dataset.classes = lookup[dataset.samples.targets], list(order)
+    return f'weights without class names: {line} (--class-map sets another order)'
+
+
+def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
+    """Return the indices of the classes to score among, as --valid-labels asks."""
+    count, used = len(dataset.classes), set(getattr(dataset, 'targets', ()))
+    if labels is None and list(dataset.classes) == IMAGENET:
+        return sorted(used)
+    if labels in (None, 'all'):
+        return list(range(count))
+    try:
+        indices = set(map(int, Path(labels).read_text().split()))
+    except ValueError:
+        indices = set()
+    if not indices or not indices <= set(range(count)):
+        raise UsageError(f'--valid-labels {labels} must list class indices from 0 to {count - 1}')
+    if not used <= indices:
+        raise UsageError(f'--valid-labels {labels} lacks {len(used - indices)} classes of the data')
+    return sorted(indices)
+
+
+def real_labels(dataset: Dataset, indices: Iterable[int], file: str) -> RealLabelsImagenet:
+    """Build timm's ReaL evaluation (arXiv 2006.07159) for these of ImageNet's validation images; '' is timm's file."""
+    try:
+        real = RealLabelsImagenet(range(50_000), file or None)  # It insists on all images; each rank has a share.
+    except (ValueError, AssertionError, TypeError):
+        raise UsageError(f'--real-labels {file} is not real.json, the labels of 50,000 images') from None
+    real.filenames = [Path(dataset.samples[i][0]).name for i in indices] if hasattr(dataset, 'samples') else ['']
+    if not real.real_labels.keys() >= set(real.filenames) or list(dataset.classes) != IMAGENET:
+        raise UsageError('--real-labels needs the images ILSVRC2012_val_*.JPEG in folders of WordNet ids')
+    return real
+
+
+def class_words(names: list[str]) -> list[str]:
+    """Return what a person calls the classes: the words of WordNet ids, other names as they are."""
+    words = ImageNetInfo('imagenet-22k-ms').label_descriptions(as_dict=True)
+    return [words.get(name, name) for name in names]
+
+
+# Scores
+
+def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> tuple[
+        dict[str, float], reports.Predictions]:
+    """Evaluate `model` on the shares of all ranks, with a progress bar on rank 0.
+
+    Returns:
+        The scores of engine.evaluate, and on all ranks the predictions for the whole data set.
+    """
+    dataset, batches = loader.dataset.dataset, []
+    with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
+        scores = evaluate(model, loader, Preprocessor(device), autocast, progress, batches)
+    shares = processes.gather_from_ranks([torch.cat(column).tolist() for column in zip(*batches)])
+    indices = [eval_indices(len(dataset), loader.batch_size, rank, len(shares)) for rank in range(len(shares))]
+    order = np.argsort(np.concatenate(indices))
+    columns = [np.concatenate(column)[order] for column in zip(*filter(None, shares))]  # A rank may have no images.
+    samples, names = getattr(dataset, 'samples', None), list(map(str, dataset.classes))
+    paths = [samples[i][0] if samples else f'image {i}' for i in range(len(dataset))]
+    return scores, reports.Predictions(paths, names, class_words(names), *columns)
+
+
+def score_checkpoint(
+        args: argparse.Namespace, model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable
+) -> None:
+    """Score a model as --eval, --valid-labels, --real-labels and --report ask."""
+    data, real = loader.dataset.dataset, None
+    with processes.usage_errors():
+        valid = valid_classes(data, 'all' if args.real_labels is not None else args.valid_labels)
+        if args.real_labels is not None:
+            real = real_labels(data, loader.sampler, args.real_labels)
+        if args.report and processes.get_rank() == 0:
+            Path(args.report).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.report).close()  # Raises OSError now, and not after the evaluation.
+    if len(valid) < model.num_classes:
+        logger.info('scoring among %d of %d classes%s', len(valid), model.num_classes,
+                    '' if args.valid_labels else ' (--valid-labels all: all)')
+        others = torch.ones(model.num_classes, dtype=torch.bool, device=device)
+        others[valid] = False
+        model.register_forward_hook(lambda module, images, logits: logits.masked_fill(others, -torch.inf))
+    if real is not None:
+        model.register_forward_hook(lambda module, images, logits: real.add_result(logits))
+    scores, predictions = score(model, loader, device, autocast)
+    # The two lines of DeiT's code.
+    logger.info('* Acc@1 %.3f Acc@5 %.3f loss %.3f', scores['acc1'], scores['acc5'], scores['loss'])
+    logger.info('Accuracy of the network on the %d test images: %.3f%%', scores['count'], scores['acc1'])
+    rotated = sum(processes.gather_from_ranks(sum(getattr(data, 'reading', {}).get('rotated', ()))))
+    if rotated:
+        logger.info('applied the EXIF orientation of %d images (published ImageNet scores do not: --ignore-exif)',
+                    rotated)
+    if real is not None:
+        hits = [sum(processes.gather_from_ranks(real.is_correct[k]), []) for k in (1, 5)]
+        logger.info('* ReaL Acc@1 %.3f Acc@5 %.3f on the %d images with labels',
+                    *(100 * sum(hit) / max(len(hit), 1) for hit in hits), len(hits[0]))
+    with processes.usage_errors():
+        if args.report and processes.get_rank() == 0:
+            write_report(Path(args.report), data, predictions, valid, model, device)
+
+
+def write_report(folder: Path, dataset: Dataset, predictions: reports.Predictions, valid: list[int], model: nn.Module,
+                 device: torch.device) -> None:
+    """Write predictions.csv, per_class.csv, confusion.png and mistakes.jpg into `folder`, and log a summary.
+
+    `predictions` are those of `model` for `dataset`, whose images are uint8 (3, H, W), among the class indices `valid`.
+    """
+    matrix = reports.count_confusions(predictions, valid)
+    words = [predictions.words[i] for i in valid]
+    rows = reports.per_class(predictions, valid, matrix)
+    for name, table in (('predictions.csv', predictions.rows()), ('per_class.csv', rows)):
+        with atomic_write(folder / name) as file:
+            file.write(reports.to_csv(table).encode('utf-8', 'surrogateescape'))
+    reports.save(reports.draw_confusion(matrix, words), folder / 'confusion.png')
+    mistakes = predictions.mistakes()
+    (folder / 'mistakes.jpg').unlink(missing_ok=True)
+    if len(mistakes):
+        shown = mistakes[:MAX_MISTAKES]
+        pixels = torch.stack([dataset[i][0] for i in shown.tolist()])
+        top = torch.from_numpy(predictions.classes[shown, 0]).to(device)
+        _, cams = grad_cam(model, Preprocessor(device).normalize(pixels.to(device)), top)
+        entries = [{'name': predictions.paths[i], 'image': to_pil_image(image), 'cam': cam.cpu().numpy(),
+                    'truth': predictions.words[predictions.targets[i]], 'predictions': [
+                        {'class': predictions.words[index], 'probability': probability}
+                        for index, probability in zip(predictions.classes[i], predictions.probabilities[i])]}
+                   for i, image, cam in zip(shown, pixels, cams)]
+        title = f'{len(mistakes)} mistakes in {len(dataset)} images, the {len(shown)} most confident ones'
+        reports.save(reports.draw_sheet(entries, title), folder / 'mistakes.jpg')
+    for line in reports.summarize(matrix, words):
+        logger.info(line)
+    logger.info('report in %s: predictions.csv, per_class.csv, confusion.png%s', folder,
+                ', mistakes.jpg' if len(mistakes) else '')
+
+
+def grad_cam(
+        model: nn.Module, images: torch.Tensor, classes: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits and the Grad-CAM of a class of each image (Selvaraju et al., arXiv 1610.02391).
+
+    Args:
+        model: a CMT in eval mode.
+        images: (B, 3, H, W), normalized.
+        classes: indices (B,); None for the top predictions.
+
+    Returns:
+        Logits (B, classes), and maps (B, H, W) in [0, 1]: the positive part of a stage's channels, each weighted by
+        the mean gradient of the class's logit. The stage is the last that has 4 x 4 positions or more: the fourth from
+        128 px on, the second at 32 px, where the fourth has one position.
+    """
+    depth = max(n for n in (2, 3, 4) if min(images.shape[2:]) >= 4 * 2 ** (n + 1))
+    with torch.enable_grad():
+        maps = model.stages[:depth](model.stem(images))  # (B, C, H / 2^(depth + 1), W / 2^(depth + 1))
+        maps = maps.detach().requires_grad_()
+        logits = model.forward_head(model.head_proj(model.stages[depth:](maps)))
+        classes = logits.argmax(dim=-1) if classes is None else classes
+        gradient, = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps)
+    cam = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True).relu()
+    cam = F.interpolate(cam.detach(), size=images.shape[2:], mode='bilinear', align_corners=False)[:, 0]
+    return logits.detach(), cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
