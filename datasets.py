@@ -276,14 +276,17 @@ def limit(dataset: Dataset, number: int) -> Dataset:
 
 def drop_damaged(dataset: EncodedImages) -> None:
     """Leave out the images that cannot be read, and log their names."""
-    def is_readable(index: int) -> bool:
+    def fault(index: int) -> str | None:
         try:
-            return bool(open_image(dataset.read(index)))
+            open_image(dataset.read(index))
         except Exception as error:  # Pillow raises many types on damaged data.
-            logger.warning('leaving out %s (%s)', printable(dataset.samples[index][0]), one_line(error))
+            return f'leaving out {printable(dataset.samples[index][0])} ({one_line(error)})'
 
     with ThreadPoolExecutor() as pool:
-        dataset.select([i for i, is_good in enumerate(pool.map(is_readable, range(len(dataset)))) if is_good])
+        faults = list(pool.map(fault, range(len(dataset))))
+    for line in filter(None, faults):
+        logger.info(line)
+    dataset.select([i for i, line in enumerate(faults) if line is None])
 
 
 def check_two_classes(dataset: Dataset, data_path: str) -> None:

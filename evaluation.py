@@ -167,7 +167,7 @@ def write_report(folder: Path, dataset: Dataset, predictions: reports.Prediction
                         {'class': predictions.words[index], 'probability': probability}
                         for index, probability in zip(predictions.classes[i], predictions.probabilities[i])]}
                    for i, image, cam in zip(shown, pixels, cams)]
-        title = f'{len(mistakes)} mistakes in {len(dataset)} images, the {len(shown)} most confident ones'
+        title = f'{len(mistakes)} of {len(dataset)} images are wrong, the most confident {len(shown)}'
         reports.save(reports.draw_sheet(entries, title), folder / 'mistakes.jpg')
     for line in reports.summarize(matrix, words):
         logger.info(line)

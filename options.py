@@ -409,7 +409,7 @@ def check_paths(args: argparse.Namespace, file: str, values: dict | None = None,
         raise UsageError(f'{path}, which {file} sets, does not exist: give {flag}')
     has_data = args.data_set != 'IMNET' or os.path.exists(args.data_path or '')
     if vars(args).get('finetune') and not resumes and not has_data:
-        raise UsageError(f'--data-path {args.data_path or "is missing"}: the folder of the class folders')
+        raise UsageError(f'--data-path {args.data_path or "is missing"}: give the folder of the class folders')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -446,6 +446,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
         ((valid or has_real or args.report) and not args.eval,
          '--valid-labels, --real-labels and --report need --eval'),
+        (args.report and os.path.isfile(args.report), f'--report {args.report} is a file: give a folder'),
         (valid and has_real, '--real-labels scores among all classes: leave out --valid-labels'),
         (valid not in (None, 'all') and not os.path.isfile(valid), f'--valid-labels {valid}: no such file'),
         (args.data_set == 'DIGITS' and args.data_path,

@@ -350,7 +350,7 @@ def draw_confusion(matrix: np.ndarray, words: list[str]) -> Figure:
     display = ConfusionMatrixDisplay(share).plot(ax=axes, cmap='Blues', colorbar=False, im_kw={'vmin': 0, 'vmax': 1})
     for text, count in zip(display.text_.flat, matrix.flat):
         text.set(text=str(count) if count else '', fontsize=8)
-    axes.set(title='Images of each class by prediction', xlabel='prediction', ylabel='true class')
+    axes.set(title='Images (color: share of the true class)', xlabel='prediction', ylabel='true class')
     axes.set_xticks(range(len(words)), words, rotation=90, parse_math=False)
     axes.set_yticks(range(len(words)), words, parse_math=False)
     return figure

@@ -52,7 +52,7 @@ from precision import ApexScaler, NativeScaler, autocast_to, build_precision, co
 from processes import usage_errors
 from run import LOG, RunWriter, check_written, find_checkpoint, open_run, raise_stopped, setup_process
 from samplers import TrainSampler
-from sources import EncodedImages
+from sources import EncodedImages, ImageFolder
 from transforms import build_transform
 from utils import Progress
 from weights import Weights, build_teacher, create_cmt, create_for, load_weights, read_weights
@@ -589,7 +589,6 @@ def train_epoch(run: Run) -> bool:
     updates_left = run.sampler.updates  # of the epoch
     updates_done = state.epoch * run.updates_per_epoch + state.samples_seen // run.sampler.samples_per_update
     position_schedule(run.scheduler, state.epoch, updates_done)
-    rate = max(group['lr'] for group in run.optimizer.param_groups)  # of the head, with layer decay
     run.meters = Meters(run.device, state.meters)
     skips = args.max_skips if args.on_nonfinite == 'skip' else 0
     title = f'epoch {state.epoch}/{run.num_epochs - 1}'
@@ -617,6 +616,8 @@ def train_epoch(run: Run) -> bool:
     run.wait_share = progress.wait_share()
     if updates_left or not state.seconds:
         state.seconds = time.monotonic() - began
+    position_schedule(run.scheduler, state.epoch, updates_done - 1)  # Also if the run resumed after the last step.
+    rate = max(group['lr'] for group in run.optimizer.param_groups)  # of the last step, of the head with layer decay
     totals = run.meters.total()
     run.record = {
         'epoch': state.epoch, 'train_lr': rate, 'train_loss': totals['loss'] / max(totals['samples'], 1),
@@ -734,10 +735,10 @@ def finish(run: Run) -> None:
 
 def write_results(run: Run) -> None:
     """Write the report on the last validation and the curves; log the best scores and the next commands."""
-    folder, best, args, dataset = run.writer.folder, run.state.best, run.args, run.val_loader.dataset.dataset
+    folder, best, dataset = run.writer.folder, run.state.best, run.val_loader.dataset.dataset
     if run.report:
         title, model, predictions = run.report
-        logger.info('last validation, %s:', title)
+        logger.info('report on the last epoch, %s:', title)
         write_report(folder, dataset, predictions, list(range(run.core.num_classes)), model, run.device)
     if (folder / LOG).exists():  # Not if a finished run is resumed elsewhere.
         curves = reports.draw_curves({folder.resolve().name: reports.read_log(folder / LOG)})
@@ -749,7 +750,7 @@ def write_results(run: Run) -> None:
                     best[f'{BEST[file]}epoch'], folder / file)
     if scores:
         here, file = os.path.relpath(Path(__file__).parent), folder / max(scores, key=scores.get)
-        images = args.data_path if isinstance(dataset, EncodedImages) else 'IMAGE'
+        images = dataset.roots[0] if isinstance(dataset, ImageFolder) else 'IMAGE'
         for script, *flags in (
                 ('train.py', '--eval', '--resume', file, '--report', folder / 'report'),
                 ('scripts/predict.py', file, images, '--picture', folder / 'predictions.jpg'),

@@ -242,8 +242,8 @@ def read(file: str) -> dict[str, Any]:
     try:
         model = timm.create_model(file, pretrained=True)
     except Exception as error:  # Hub clients raise anything.
-        raise UsageError(f'{file} could not be downloaded ({first_line(error)}): download it elsewhere, and give the '
-                         'file') from None
+        raise UsageError(f'{file} could not be downloaded ({first_line(error)}): download the file elsewhere (see '
+                         'README.md), and give it instead of the name') from None
     if not isinstance(model, cmt.CMT):
         raise UsageError(f'{file} is not a CMT')
     return {'format': FORMAT, 'model': model.state_dict(), 'model_args': model.model_args,

@@ -60,8 +60,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_images(arguments: list[str]) -> list[tuple[str, str | bytes, str]]:
-    """Return (name, path or encoded image, class folder or '') of each image that `arguments` name.
+def find_images(arguments: list[str]) -> list[tuple[str, str | bytes, tuple[str, ...]]]:
+    """Return (name, path or encoded image, folders below the argument) of each image that `arguments` name.
 
     Raises:
         UsageError: a folder without images.
@@ -69,16 +69,16 @@ def find_images(arguments: list[str]) -> list[tuple[str, str | bytes, str]]:
     images = []
     for argument in arguments:
         if argument == '-':
-            images.append(('-', sys.stdin.buffer.read(), ''))
+            images.append(('-', sys.stdin.buffer.read(), ()))
         elif os.path.isdir(argument):
             files = [path for path in Path(argument).rglob('*') if not IGNORED.search(str(path.relative_to(argument)))]
             paths = sorted(str(path) for path in files if is_image(path.name))
             log_left_out((path.name for path in files if not is_image(path.name) and path.is_file()), argument)
             if not paths:
                 raise UsageError(f'no images in {argument}')
-            images += [(path, path, Path(path).relative_to(argument).parts[0]) for path in paths]
+            images += [(path, path, Path(path).relative_to(argument).parts[:-1]) for path in paths]
         else:
-            images.append((argument, argument, ''))
+            images.append((argument, argument, ()))
     return images
 
 
@@ -173,8 +173,12 @@ def is_right(result: dict[str, Any]) -> bool:
 
 def write_sheet(
         path: Path, model: nn.Module, title: str, results: list[dict[str, Any]], images: list, batch_size: int) -> None:
-    """Write the sheet of the first images; mistakes come before other images."""
-    order = sorted(range(len(images)), key=lambda i: 'label' not in results[i] or is_right(results[i]))[:MAX_ON_SHEET]
+    """Write the sheet of the first images; mistakes come first, the most confident one before all."""
+    def rank(i: int) -> float:
+        is_mistake = 'label' in results[i] and not is_right(results[i])
+        return -results[i]['predictions'][0]['probability'] if is_mistake else 0
+
+    order = sorted(range(len(images)), key=rank)[:MAX_ON_SHEET]
     entries = []
     for i in range(0, len(order), batch_size):
         _, pixels, inputs = read_images([images[j] for j in order[i:i + batch_size]], model)
@@ -207,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
         images = find_images(args.images)
         model, names, index = load(args)
 
-    images = [(name, content, index.get(folder, -1)) for name, content, folder in images]
+    images = [(name, content, next((index[folder] for folder in folders if folder in index), -1))
+              for name, content, folders in images]
     results, read, features = predict(model, names, images, args.top, args.batch_size)
     labeled, title = [result for result in results if 'label' in result], f'{args.model}: {len(results)} images'
     if labeled:
