@@ -286,6 +286,8 @@ def drop_damaged(dataset: EncodedImages) -> None:
         faults = list(pool.map(fault, range(len(dataset))))
     for line in filter(None, faults):
         logger.info(line)
+    if None not in faults:
+        raise UsageError(f'{dataset.roots[0]} has no image that can be read')
     dataset.select([i for i, line in enumerate(faults) if line is None])
 
 

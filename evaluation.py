@@ -18,7 +18,7 @@ import processes
 import reports
 from checkpoints import atomic_write
 from engine import Preprocessor, evaluate
-from errors import UsageError
+from errors import TrainingFault, UsageError
 from samplers import eval_indices
 from utils import Progress
 
@@ -137,7 +137,7 @@ def score_checkpoint(
         hits = [sum(processes.gather_from_ranks(real.is_correct[k]), []) for k in (1, 5)]
         logger.info('* ReaL Acc@1 %.3f Acc@5 %.3f on the %d images with labels',
                     *(100 * sum(hit) / max(len(hit), 1) for hit in hits), len(hits[0]))
-    with processes.usage_errors():
+    with processes.usage_errors(TrainingFault):  # such as a full disk
         if args.report and processes.get_rank() == 0:
             write_report(Path(args.report), data, predictions, valid, model, device)
 
@@ -150,6 +150,8 @@ def write_report(folder: Path, dataset: Dataset, predictions: reports.Prediction
     """
     matrix = reports.count_confusions(predictions, valid)
     words = [predictions.words[i] for i in valid]
+    for line in reports.summarize(matrix, words):
+        logger.info(line)
     rows = reports.per_class(predictions, valid, matrix)
     for name, table in (('predictions.csv', predictions.rows()), ('per_class.csv', rows)):
         with atomic_write(folder / name) as file:
@@ -163,14 +165,13 @@ def write_report(folder: Path, dataset: Dataset, predictions: reports.Prediction
         top = torch.from_numpy(predictions.classes[shown, 0]).to(device)
         _, cams = grad_cam(model, Preprocessor(device).normalize(pixels.to(device)), top)
         entries = [{'name': predictions.paths[i], 'image': to_pil_image(image), 'cam': cam.cpu().numpy(),
-                    'truth': predictions.words[predictions.targets[i]], 'predictions': [
-                        {'class': predictions.words[index], 'probability': probability}
+                    'truth': {'index': predictions.targets[i], 'class': predictions.words[predictions.targets[i]]},
+                    'predictions': [
+                        {'index': index, 'class': predictions.words[index], 'probability': probability}
                         for index, probability in zip(predictions.classes[i], predictions.probabilities[i])]}
                    for i, image, cam in zip(shown, pixels, cams)]
         title = f'{len(mistakes)} of {len(dataset)} images are wrong, the most confident {len(shown)}'
         reports.save(reports.draw_sheet(entries, title), folder / 'mistakes.jpg')
-    for line in reports.summarize(matrix, words):
-        logger.info(line)
     logger.info('report in %s: predictions.csv, per_class.csv, confusion.png%s', folder,
                 ', mistakes.jpg' if len(mistakes) else '')
 

@@ -393,10 +393,7 @@ def is_downloaded(data_set: str) -> bool:
 
 
 def check_paths(args: argparse.Namespace, file: str, values: dict | None = None, resumes: bool = False) -> None:
-    """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets.
-
-    Without data, a run that does not resume would download the weights of --finetune in vain.
-    """
+    """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets."""
     if values is None:  # A pipe can be read only once.
         values = yaml.safe_load(Path(file).read_text('utf-8')) if os.path.isfile(file or '') else {}
     for name in PATHS + FILES_OR_NAMES:
@@ -407,7 +404,7 @@ def check_paths(args: argparse.Namespace, file: str, values: dict | None = None,
         if name == 'data_path' and is_downloaded(args.data_set) or name in ('finetune', 'weights') and resumes:
             continue  # The checkpoint's weights take precedence.
         raise UsageError(f'{path}, which {file} sets, does not exist: give {flag}')
-    has_data = args.data_set != 'IMNET' or os.path.exists(args.data_path or '')
+    has_data = args.data_set != 'IMNET' or os.path.exists(args.data_path or '')  # else a download would be in vain
     if vars(args).get('finetune') and not resumes and not has_data:
         raise UsageError(f'--data-path {args.data_path or "is missing"}: give the folder of the class folders')
 

@@ -330,8 +330,8 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
 
 
 @contextlib.contextmanager
-def usage_errors():
-    """Raise a UsageError on all ranks if the block finds a mistake of the user on any rank (errors.mistake).
+def usage_errors(kind: type[Exception] = UsageError):
+    """Raise a `kind` on all ranks if the block finds a mistake of the user on any rank (errors.mistake).
 
     No rank then waits for the others. Any other exception is a bug, and ends this rank with its traceback.
     """
@@ -343,7 +343,7 @@ def usage_errors():
         if line is None:
             raise
     for message in filter(None, gather_from_ranks(line)):
-        raise UsageError(message)
+        raise kind(message)
 
 
 class StopRequest:

@@ -66,11 +66,12 @@ def save(figure: Figure, path: Path) -> None:
     temporary, extension = path.with_name(f'.cmt-{secrets.token_hex(8)}.tmp'), path.suffix[1:].lower()
     # Level 4 takes half the time of the default, 6, for files 2 % larger.
     options = {'pil_kwargs': {'compress_level': 4}} if extension == 'png' else {}
+    figure.savefig(content := io.BytesIO(), format=extension, dpi='figure', **options)
     try:
         with open(temporary, 'xb') as file:  # 'x' does not follow links.
-            figure.savefig(file, format=extension, dpi='figure', **options)
+            file.write(content.getvalue())  # Pillow would write a JPEG itself, and ignore a full disk.
         os.replace(temporary, path)
-    except OSError as error:  # matplotlib names no file on a full disk.
+    except OSError as error:  # It names no file on a full disk.
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -153,8 +154,8 @@ def draw_sheet(entries: list[dict[str, Any]], title: str) -> Figure:
     """Draw a card for each image: the model's input, its heat map, the file name and the predictions.
 
     Args:
-        entries: dicts of name (path), image (PIL), cam (H, W) in [0, 1], predictions, dicts of class and probability,
-            of which five are shown, and truth, the class or None. Paths are shown without their common folder.
+        entries: dicts of name (path), image (PIL), cam (H, W) in [0, 1], predictions (dicts of index, class and
+            probability, of which five are shown), and truth (such a dict, or None).
         title: of the sheet.
     """
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(entry['name'])) for entry in entries])
@@ -168,8 +169,7 @@ def draw_sheet(entries: list[dict[str, Any]], title: str) -> Figure:
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     room = width - 2 * GAP
-    size = max(13, min(22, 22 * room / _text_width(title, size=22, weight='bold')))
-    _write(axes, GAP, 20, title, room, keep_end=True, size=size, weight='bold')
+    _write(axes, GAP, 20, title, room, keep_end=True, size=18, weight='bold')
     _write(axes, GAP, 43, 'right: what the top prediction rests on (Grad-CAM, blue to red)', room, size=13, color=GREY)
     boxes = []
     for i, entry in enumerate(entries):
@@ -202,8 +202,8 @@ def _draw_predictions(axes, entry: dict[str, Any], folder: str, x: int, y: int, 
     _write(axes, x, y + 18, name, width, keep_end=True, size=13, color=GREY)
     bars, truth = [], entry['truth']
     if truth:
-        is_right = truth == entry['predictions'][0]['class']
-        _write(axes, x, y + 34 + ROW / 2, f'truth: {printable(truth)}', width,
+        is_right = truth['index'] == entry['predictions'][0]['index']
+        _write(axes, x, y + 34 + ROW / 2, f"truth: {printable(truth['class'])}", width,
                size=16, color=GREEN if is_right else RED)
     for rank, prediction in enumerate(entry['predictions'][:5]):
         middle = y + 34 + ROW * (rank + 0.5 + bool(truth))
@@ -343,14 +343,15 @@ def draw_confusion(matrix: np.ndarray, words: list[str]) -> Figure:
                     parse_math=False, size=10)
         return figure
     from sklearn.metrics import ConfusionMatrixDisplay
-    side = 3 + 0.3 * len(words)
+    side = 3 + 0.3 * len(words) + 0.08 * max(map(len, words))
     figure = Figure((side, side), dpi=120, layout='constrained')
     axes = figure.add_subplot()
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     display = ConfusionMatrixDisplay(share).plot(ax=axes, cmap='Blues', colorbar=False, im_kw={'vmin': 0, 'vmax': 1})
     for text, count in zip(display.text_.flat, matrix.flat):
         text.set(text=str(count) if count else '', fontsize=8)
-    axes.set(title='Images (color: share of the true class)', xlabel='prediction', ylabel='true class')
+    figure.suptitle('Images (color: share of the true class)')
+    axes.set(xlabel='prediction', ylabel='true class')
     axes.set_xticks(range(len(words)), words, rotation=90, parse_math=False)
     axes.set_yticks(range(len(words)), words, parse_math=False)
     return figure

@@ -50,7 +50,7 @@ from losses import DistillationLoss, Teacher, build_criterion
 from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule, schedule_warnings
 from precision import ApexScaler, NativeScaler, autocast_to, build_precision, configure_cuda, load_scaler, resolve_dtype
 from processes import usage_errors
-from run import LOG, RunWriter, check_written, find_checkpoint, open_run, raise_stopped, setup_process
+from run import CONFIG, LOG, RunWriter, check_written, find_checkpoint, open_run, raise_stopped, setup_process
 from samplers import TrainSampler
 from sources import EncodedImages, ImageFolder
 from transforms import build_transform
@@ -350,15 +350,15 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
     local_rank0_first = not all(processes.gather_from_ranks(is_folder))
     with usage_errors(), processes.first_on_each_node() if local_rank0_first else contextlib.nullcontext():
         train = build(is_train=True, transform=transform, classes=saved_classes) if has_train else None
-        if is_training:
-            check_two_classes(train, args.data_path)
-            train = datasets.limit(train, args.max_train_images) if args.max_train_images else train
         rotated = None if is_training else torch.multiprocessing.RawArray('q', args.num_workers + 1)
         val = build(is_train=False, transform=build_transform(False, args.input_size, crop_pct=args.crop_pct),
                     classes=train.classes if train is not None else saved_classes, is_whole=is_whole,
                     rotated=rotated)
         for dataset in filter(None, (train, val) if args.skip_damaged and isinstance(val, EncodedImages) else ()):
             datasets.drop_damaged(dataset)
+        if is_training:
+            check_two_classes(train, args.data_path)
+            train = datasets.limit(train, args.max_train_images) if args.max_train_images else train
         if args.eval and saved_classes is None and not args.class_map and isinstance(val, EncodedImages):
             logger.info(order_classes(val, initial.weights.model_args.get('num_classes', 0)))
         if args.eval and args.val_split:
@@ -373,12 +373,8 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
                              'leave out --class-map, or use --finetune')
         check_shared_memory(
             args.input_size, args.num_workers, read_launch().local_world_size or 1,
-            (args.batch_size, len(train) if is_training else 0), (val_batch_size(args), len(val)))
+            (args.batch_size, len(train) if is_training else 0), (int(1.5 * args.batch_size), len(val)))
     return train, val
-
-
-def val_batch_size(args: argparse.Namespace) -> int:
-    return int(1.5 * args.batch_size)
 
 
 def model_settings(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
@@ -430,7 +426,7 @@ def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, 
 
 def build_val_loader(args: argparse.Namespace, val_set: Dataset, device: torch.device) -> DataLoader:
     """Build the loader of this rank's share of the validation set."""
-    return build_loader(val_set, val_batch_size(args), rank=processes.get_rank(),
+    return build_loader(val_set, int(1.5 * args.batch_size), rank=processes.get_rank(),
                         world_size=processes.get_world_size(), **loader_options(args, device))
 
 
@@ -723,8 +719,7 @@ def finish(run: Run) -> None:
     if run.profiler is not None:
         run.profiler.stop()
     if run.writer is not None and run.state.epoch >= run.num_epochs:
-        with run.writer.disk_errors():
-            write_results(run)
+        write_results(run)
     check_written(run.writer)
     stop_signal, state = run.stop_signal(), run.state
     if stop_signal:
@@ -736,14 +731,17 @@ def finish(run: Run) -> None:
 def write_results(run: Run) -> None:
     """Write the report on the last validation and the curves; log the best scores and the next commands."""
     folder, best, dataset = run.writer.folder, run.state.best, run.val_loader.dataset.dataset
-    if run.report:
-        title, model, predictions = run.report
-        logger.info('report on the last epoch, %s:', title)
-        write_report(folder, dataset, predictions, list(range(run.core.num_classes)), model, run.device)
-    if (folder / LOG).exists():  # Not if a finished run is resumed elsewhere.
-        curves = reports.draw_curves({folder.resolve().name: reports.read_log(folder / LOG)})
-        reports.save(curves, folder / 'curves.png')
-    logger.info('run in %s: curves.png, batch.jpg, log.txt, config.yaml', folder)
+    run.writer.wait()  # The checkpoint comes first.
+    with run.writer.disk_errors():
+        if run.report:
+            title, model, predictions = run.report
+            logger.info('report on the last epoch, %s:', title)
+            write_report(folder, dataset, predictions, list(range(run.core.num_classes)), model, run.device)
+        if (folder / LOG).exists():  # Not if a finished run is resumed elsewhere.
+            curves = reports.draw_curves({folder.resolve().name: reports.read_log(folder / LOG)})
+            reports.save(curves, folder / 'curves.png')
+    logger.info('run in %s: %s', folder, ', '.join(
+        name for name in ('curves.png', 'batch.jpg', LOG, CONFIG) if (folder / name).exists()))
     scores = {file: best[f'{prefix}acc1'] for file, prefix in BEST.items() if f'{prefix}acc1' in best}
     for file, acc1 in scores.items():
         logger.info('best %s: %.3f%%, epoch %d, %s', 'EMA' if BEST[file] else 'model', acc1,

@@ -109,10 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             write_safetensors(args.output, model)
         else:
             write_checkpoint(args.output, model, weights, output_format == 'released')
-    classes = weights.class_names(model)
-    examples = f' ({", ".join(classes[:3])}, ...)' if classes else ''
-    height, width = model.img_size
-    logger.info('%s at %dx%d, %d classes%s, as %s', weights.name or 'CMT', height, width, model.num_classes, examples,
+    logger.info('%s at %dx%d, %d classes, as %s', weights.name or 'CMT', *model.img_size, model.num_classes,
                 output_format)
     if output_format == 'dir':
         logger.info("import cmt, timm; timm.create_model('local-dir:%s', pretrained=True)", args.output)

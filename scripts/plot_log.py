@@ -15,19 +15,13 @@ from options import Parser, output_file
 from reports import check_extension, draw_curves, read_log, save
 
 
-def get_args_parser() -> Parser:
-    """Build the parser."""
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog='plot_log.py', description=__doc__.split('\n', 2)[2],
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run, or its log.txt')
     parser.add_argument('-o', '--output', type=output_file, metavar='FILE',
                         help='the figure (default: curves.png in the folder of the run, or for several runs in the '
                         'current folder)')
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = get_args_parser()
     args = parser.parse_args(argv)
     logs = [path / 'log.txt' if path.is_dir() else path for path in args.runs]
     output = args.output or (logs[0].parent if len(logs) == 1 else Path()) / 'curves.png'

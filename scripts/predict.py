@@ -25,6 +25,7 @@ from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import normalize, to_pil_image
 
 import _path  # noqa: F401, puts the repository on sys.path
+from checkpoints import atomic_write
 from errors import UsageError, first_line, one_line, printable
 from evaluation import IMAGENET, class_words, grad_cam
 from options import Parser, add_weights_flag, image_size, in_range, output_file, path, positive
@@ -161,14 +162,14 @@ def predict(
         read += batch
         for (name, _, label), *row in zip(batch, top.values.tolist(), top.indices.tolist()):
             predictions = [{'index': index, 'class': names[index], 'probability': p} for p, index in zip(*row)]
-            truth = {'label': names[label]} if label >= 0 else {}
+            truth = {'label': {'index': label, 'class': names[label]}} if label >= 0 else {}
             results.append({'image': name, **truth, 'predictions': predictions})
     handle.remove()
     return results, read, np.concatenate(features) if features else np.zeros((0, model.num_features))
 
 
 def is_right(result: dict[str, Any]) -> bool:
-    return result['label'] == result['predictions'][0]['class']
+    return result['label']['index'] == result['predictions'][0]['index']
 
 
 def write_sheet(
@@ -220,11 +221,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f'{right} of {len(labeled)} images in class folders are right ({right / len(labeled):.1%})',
               file=sys.stderr)
         title += f', {right} of {len(labeled)} right, mistakes first'
-    if args.features:
-        with open(args.features, 'wb') as file:  # np.savez would add a suffix to a path
-            np.savez(file, names=[name for name, *_ in read], labels=[label for *_, label in read], features=features)
-    if args.picture and results:
-        write_sheet(args.picture, model, title, results, read, args.batch_size)
     rows = [(result['image'], rank, *prediction.values())
             for result in results for rank, prediction in enumerate(result['predictions'], 1)]
     if args.json:
@@ -234,6 +230,15 @@ def main(argv: list[str] | None = None) -> None:
                       for *row, probability in rows]), end='')
     elif results:
         print_table(rows)
+    try:
+        if args.features:
+            with atomic_write(args.features) as file:
+                np.savez(file, names=[name for name, *_ in read], features=features,
+                         labels=[label for *_, label in read])
+        if args.picture and results:
+            write_sheet(args.picture, model, title, results, read, args.batch_size)
+    except OSError as error:  # such as a full disk
+        sys.exit(f'predict.py: error: {error}')
     if len(results) < len(images):
         sys.exit(1)
 

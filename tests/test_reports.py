@@ -78,11 +78,11 @@ def test_sheet_holds_each_image_with_its_heat(tmp_path, count):
     """Every image is drawn whole, its heat map to the right, and no text leaves its card."""
     cam = np.repeat([1., 0.], 32)[:, None].repeat(64, 1)  # hot above, cold below
     colors = [(20 * i, 255 - 20 * i, 120) for i in range(count)]
-    predictions = [{'class': 'a $\\name$ that is far too long ' * 4, 'probability': 1.},
-                   {'class': 'b', 'probability': 0.}]
+    predictions = [{'index': 0, 'class': 'a $\\name$ that is far too long ' * 4, 'probability': 1.},
+                   {'index': 1, 'class': 'b', 'probability': 0.}]
     entries = [{'name': 'long/' * 40, 'image': Image.new('RGB', (64, 64), color), 'cam': cam,
                 'predictions': predictions, 'truth': truth}
-               for color, truth in zip(colors, itertools.cycle([None, 'b']))]
+               for color, truth in zip(colors, itertools.cycle([None, predictions[1]]))]
     with matplotlib.rc_context({'savefig.dpi': 300}):  # some users set it
         reports.save(reports.draw_sheet(entries, 'title ' * 60), tmp_path / 'sheet.png')
     sheet = np.asarray(Image.open(tmp_path / 'sheet.png').convert('RGB')).astype(int)

@@ -1,10 +1,14 @@
 """What a run and --eval show: the report, the first batch, curves, the next commands; and the first command."""
+import contextlib
 import csv
 import io
 import os
 import re
+import resource
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +24,7 @@ import nano
 import predict
 import reports
 import utils
+from errors import UsageError
 from test_evaluation import nameless, write_images
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +97,62 @@ def test_a_report_that_cannot_be_written_costs_no_evaluation(twelve, tmp_path, m
     nano.finish(nano.start(['--eval', '--device', 'cpu', '--resume', twelve / 'w.pth', '--data-path', twelve / 'data',
                             '--report', tmp_path / 'file'], output=tmp_path / 'out.txt'), status=2)
     assert str(tmp_path / 'file') in (tmp_path / 'out.txt').read_text().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Let every larger file fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with room for 152 kB."""
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=152k', 'tmpfs', str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('mount needs root')
+    yield tmp_path
+    subprocess.run(['umount', str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize('name', ['confusion.png', 'mistakes.jpg'])
+def test_a_full_disk_keeps_the_old_picture(name, small_disk):
+    """Whatever is missing: a picture is whole, or an error."""
+    pixels, path = np.random.default_rng(0).integers(0, 256, (16, 200, 200, 3), dtype=np.uint8), small_disk / name
+    faults = 0
+    for count in range(1, 17):
+        path.write_text('old')
+        try:
+            reports.save(reports.draw_batch(pixels[:count], ['a'] * count), path)
+            Image.open(path).load()
+        except OSError as error:
+            assert name in str(error) and path.read_text() == 'old' and len(list(small_disk.iterdir())) == 1
+            faults += 1
+    assert faults
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_a_report_that_fails_is_a_fault_after_its_summary(ranks, twelve, tmp_path):
+    (tmp_path / 'report' / 'mistakes.jpg').mkdir(parents=True)
+    nano.finish(nano.start(['--eval', '--device', 'cpu', '--num-workers', 0, '--resume', twelve / 'w.pth',
+                            '--data-path', twelve / 'data', '--report', tmp_path / 'report'], ranks,
+                           tmp_path / 'out.txt'), status=1)
+    printed = (tmp_path / 'out.txt').read_text()
+    assert 'mean over classes' in printed and printed.splitlines()[-1].startswith('train.py: error: ')
+    assert 'mistakes.jpg' in printed.splitlines()[-1] and 'Traceback' not in printed
+
+
+def test_a_run_keeps_its_checkpoint_if_its_report_fails(flags, tmp_path):
+    (tmp_path / 'run' / 'confusion.png').mkdir(parents=True)
+    nano.finish(nano.start([*flags, '--output-dir', tmp_path / 'run'], output=tmp_path / 'out.txt'), status=1)
+    printed = (tmp_path / 'out.txt').read_text()
+    assert 'best model: ' in printed and 'confusion.png' in printed.splitlines()[-1]
+    assert nano.read(tmp_path / 'run')['epoch'] == nano.read(tmp_path / 'run', 'checkpoint_best.pth')['epoch'] == 2
 
 
 @pytest.mark.parametrize('classes', [3, 50, 51, 1000])
@@ -230,6 +291,25 @@ def test_two_flags_suffice(config, classes, tmp_path, capsys, monkeypatch):
     assert f'on the {len(images)} test images' in capsys.readouterr().out
 
 
+def test_data_without_readable_images_are_refused(tmp_path, capsys):
+    data = messy(tmp_path / 'data', 2)
+    run = ['--config', ROOT / 'configs' / 'from_scratch.yaml', '--model', 'cmt_nano', '--input-size', 32, '--epochs', 1,
+           '--device', 'cpu', '--num-workers', 0, '--data-path', data]
+    for file in sorted(data.iterdir())[-1].iterdir():
+        file.write_bytes(b'junk')
+    with pytest.raises(UsageError, match='training needs two'):
+        nano.train(run)
+    (data / 'val').mkdir()
+    (data / 'train').mkdir()
+    for folder in data.glob('Ä*'):
+        shutil.copytree(folder, data / 'val' / folder.name)
+        folder.rename(data / 'train' / folder.name)
+    for file in (data / 'val').glob('*/*'):
+        file.write_bytes(b'junk')
+    with pytest.raises(UsageError, match='no image that can be read'):
+        nano.train(run)
+
+
 def test_a_validation_split_replaces_the_held_out_share(images, tmp_path, capsys):
     run = ['--config', ROOT / 'configs' / 'from_scratch.yaml', '--model', 'cmt_nano', '--input-size', 32, '--epochs', 1,
            '--device', 'cpu', '--num-workers', 0, '--data-path', images]
@@ -300,11 +380,13 @@ def test_predictions_in_class_folders_are_counted(labeled, capsys, monkeypatch):
     printed = capsys.readouterr()
     results = predict.json.loads(printed.out)
     folders = [Path(result['image']).parent.name for result in results]
-    assert [result.get('label', 'other') for result in results] == folders and folders.count('other') == 5
-    right = [result['label'] == result['predictions'][0]['class'] for result in results if 'label' in result]
+    labels = [result['label']['class'] if 'label' in result else 'other' for result in results]
+    assert labels == folders and folders.count('other') == 5
+    right = [result['label']['class'] == result['predictions'][0]['class'] for result in results if 'label' in result]
     assert f'{sum(right)} of 15 images' in printed.err and 0 < sum(right) < 15
     (entries, title), = sheets
-    wrong = [entry['truth'] not in (None, entry['predictions'][0]['class']) for entry in entries]
+    wrong = [entry['truth'] is not None and entry['truth']['index'] != entry['predictions'][0]['index']
+             for entry in entries]
     assert sorted(wrong, reverse=True) == wrong and sum(wrong) == 15 - sum(right) and len(entries) == 20
     features = np.load('f.npz')
     model = nano.warm(num_classes=3)
@@ -314,10 +396,30 @@ def test_predictions_in_class_folders_are_counted(labeled, capsys, monkeypatch):
     assert ['xyz'[i] for i in head.argmax(1)] == [result['predictions'][0]['class'] for result in results]
 
 
+def test_labels_are_found_below_splits_and_by_index(labeled, capsys):
+    """Two classes may have one name, as ImageNet's cranes."""
+    Path('data/val').mkdir(parents=True)
+    Path('photos/x').rename('data/val/x')
+    Path('names').write_text('same\nsame\nother\n')
+    predict.main(['w.pth', 'data', '--json', '--class-names', 'names'])
+    printed = capsys.readouterr()
+    results = predict.json.loads(printed.out)
+    assert [result['label'] for result in results] == 5 * [{'index': 0, 'class': 'same'}]
+    right = sum(result['predictions'][0]['index'] == 0 for result in results)
+    assert f'{right} of 5 images' in printed.err
+
+
+@pytest.mark.parametrize('flag', ['--picture=a.jpg', '--features=a.npz'])
+def test_predictions_are_printed_on_a_full_disk(labeled, capsys, flag):
+    with files_of_at_most(1000), pytest.raises(SystemExit, match='predict.py: error: .*a[.]'):
+        predict.main(['w.pth', 'photos', '--csv', flag])
+    assert capsys.readouterr().out.count('\n') == 1 + 3 * 20 and sorted(os.listdir()) == ['photos', 'w.pth']
+
+
 def test_numbered_folders_are_the_indices_of_nameless_weights(labeled, capsys):
     nameless('n.pth', 3)
     for i, name in enumerate('xyz'):
         Path('photos', name).rename(Path('photos', str(i)))
     predict.main(['n.pth', 'photos', '--json'])
-    labels = [result.get('label') for result in predict.json.loads(capsys.readouterr().out)]
-    assert sorted(filter(None, labels)) == sorted(5 * ['class 0', 'class 1', 'class 2'])
+    labels = [result['label'] for result in predict.json.loads(capsys.readouterr().out) if 'label' in result]
+    assert sorted(label['index'] for label in labels) == sorted(5 * [0, 1, 2]) and labels[0]['class'] == 'class 0'
