@@ -117,7 +117,7 @@ def small_disk(tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('mount needs root')
     yield tmp_path
-    subprocess.run(['umount', str(tmp_path)], check=True)
+    subprocess.run(['umount', '--lazy', str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize('name', ['confusion.png', 'mistakes.jpg'])
