@@ -406,7 +406,7 @@ def check_paths(args: argparse.Namespace, file: str, values: dict | None = None,
         raise UsageError(f'{path}, which {file} sets, does not exist: give {flag}')
     has_data = args.data_set != 'IMNET' or os.path.exists(args.data_path or '')  # else a download would be in vain
     if vars(args).get('finetune') and not resumes and not has_data:
-        raise UsageError(f'--data-path {args.data_path or "is missing"}: give the folder of the class folders')
+        raise UsageError(f'--data-path {args.data_path or "(missing)"} does not exist: give a folder of class folders')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
