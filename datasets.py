@@ -15,10 +15,13 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
+import published
 from errors import UsageError, first_line, one_line, printable
 from sources import IGNORED, EncodedImages, ImageFolder, Samples, TarImages, open_image, split_folder, tar_index
 
 logger = logging.getLogger(__name__)
+
+PREPARED = 'prepared.json'  # in the folders of scripts/prepare_data.py; it may list the classes in order
 
 # A tar whose file name has one of these words between non-letters belongs to that split.
 SPLIT = re.compile(r'(?<![A-Za-z])(train|val)(?:ing|idation)?(?![A-Za-z])')
@@ -143,8 +146,14 @@ def build_dataset(
     elif name.startswith('INAT'):
         dataset = INaturalist(data_path, 2000 + int(name[4:]), is_train, category, transform)
     else:
+        if published.is_published(Path(data_path)):
+            raise UsageError(f'{data_path} is not in a form for training: python scripts/prepare_data.py {data_path} '
+                             f'{data_path.rstrip("/")}-tars writes tars for --data-path')
+        prepared = Path(data_path, PREPARED)
         if class_map:
             classes = _read_class_map(class_map)
+        elif classes is None and prepared.is_file():
+            classes = json.loads(prepared.read_text('utf-8')).get('classes')
         if is_whole or val_split:
             dataset = open_unsplit(data_path, transform, classes)
             dataset = dataset if is_whole else _split(dataset, val_split, is_train)

@@ -456,20 +456,24 @@ def find_devkit(path: Path) -> Path | None:
     return next((folder / DEVKIT for folder in folders if (folder / DEVKIT).is_file()), None)
 
 
-def _published_val_classes(path: Path, images: Sequence[Member]) -> list[str]:
-    """Return the WordNet ids of ILSVRC2012_val_00000001.JPEG and so on, whose tar `path` has no folders."""
-    matches, kit = [re.search('ILSVRC2012_val_([0-9]{8})[^/]*$', m.name) for m in images], find_devkit(path)
-    if not kit or not all(matches):
-        raise UsageError(f'{path} has no classes: put images into class folders, or KEY.cls with the number of the '
-                         f"class next to each KEY.jpg, or {DEVKIT} next to ImageNet's validation tar")
+def devkit_classes(kit: Path) -> list[str]:
+    """Return the WordNet ids of ILSVRC2012_val_00000001.JPEG and so on, which the development kit lists."""
     with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks into the folder that the kit is in
         (Path(folder) / DEVKIT).symlink_to(kit.resolve())
         try:
             imagenet.parse_devkit_archive(folder)
-            ids = imagenet.load_meta_file(folder)[1]
+            return imagenet.load_meta_file(folder)[1]
         except (RuntimeError, OSError) as error:
             raise UsageError(f'{kit}: {error}') from None
-    indices = [int(match[1]) - 1 for match in matches]
+
+
+def _published_val_classes(path: Path, images: Sequence[Member]) -> list[str]:
+    """Return the WordNet ids of published validation images, whose tar `path` has no folders."""
+    matches, kit = [re.search('ILSVRC2012_val_([0-9]{8})[^/]*$', m.name) for m in images], find_devkit(path)
+    if not kit or not all(matches):
+        raise UsageError(f'{path} has no classes: put images into class folders, or KEY.cls with the number of the '
+                         f"class next to each KEY.jpg, or {DEVKIT} next to ImageNet's validation tar")
+    ids, indices = devkit_classes(kit), [int(match[1]) - 1 for match in matches]
     if max(indices) >= len(ids):
         raise UsageError(f'{path} has more images than the validation set that {kit} describes')
     return [ids[index] for index in indices]

@@ -33,7 +33,7 @@ from fast_transforms import FastTransform
 from loader import build_loader
 from options import Parser, count, output_file, path, positive
 from samplers import TrainSampler
-from sources import EncodedImages, ImageFolder
+from sources import EncodedImages
 from transforms import build_transform
 
 DIFFERENCES = {  # from the recipe
@@ -98,18 +98,12 @@ class DaliBatches:
 
 
 def open_images(path: str, loader: str, size: int) -> EncodedImages:
-    """Open the split train/ or val/ at `path`, or `path` itself as a folder of classes.
-
-    Raises:
-        UsageError: no images, or images without classes.
-    """
+    """Open the split train/ or val/ at `path`, or `path` itself as a folder of classes."""
     transform = torchvision_transform(size) if loader == 'torchvision' else build_transform(True, size)
     if loader == 'fast':
         transform = FastTransform(transform)
-    for split in 'train', 'val':
-        if has_split(path, split):
-            return build_dataset('IMNET', split == 'train', path, size, transform)
-    return ImageFolder(path, transform)
+    split = next((split for split in ('train', 'val') if has_split(path, split)), None)
+    return build_dataset('IMNET', split != 'val', path, size, transform, is_whole=split is None)
 
 
 class Case:

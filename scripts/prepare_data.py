@@ -27,9 +27,10 @@ from torch.utils.data import Dataset, Subset
 
 import _path  # noqa: F401, puts the repository on sys.path
 import processes
+import published
 import utils
 from checkpoints import atomic_write, lock_file, remove_temporary_files, sync_folder
-from datasets import has_split, open_split, open_unsplit
+from datasets import PREPARED, has_split, open_split, open_unsplit
 from errors import TrainingFault, UnreadableImage, UsageError, one_line, printable
 from loader import build_loader
 from options import Parser, count, in_range, path, positive
@@ -37,8 +38,8 @@ from sources import DEVKIT, IGNORED, EncodedImages, TarImages, find_devkit, key_
 
 
 def stamp(images: EncodedImages, index: int) -> list[int]:
-    """Return [size, mtime_ns] of an image's file, or of the tar that contains it."""
-    stat = os.stat(images.root(index) if isinstance(images, TarImages) else images.samples[index][0])
+    """Return [size, mtime_ns] of an image's file, or of the tar or parquet file that contains it."""
+    stat = os.stat(images.root(index) if hasattr(images, 'places') else images.samples[index][0])
     return [stat.st_size, stat.st_mtime_ns]
 
 
@@ -85,20 +86,13 @@ class Encoder(Dataset):
         return out.getvalue()
 
 
-def check_destination(dst: Path, sources: set[str]) -> None:
-    """Raise UsageError if DST exists, or is inside one of the folders `sources`."""
-    if os.path.lexists(dst):
-        raise UsageError(f'{dst} exists: remove it, or give a folder that does not exist yet')
-    for source in sources:
-        if Path(source).resolve() in dst.resolve().parents:
-            raise UsageError(f'{dst} is inside {source}, and would be read as images of it: give another folder')
-
-
 def open_splits(src: str) -> dict[str, EncodedImages]:
     """Open the splits 'train' and 'val' of a source; a folder of classes is 'train'.
 
     Raise UsageError for one split next to folders or tars that nobody would read.
     """
+    if published.is_published(Path(src)):
+        return published.open_published(Path(src))
     splits = {split: open_split(src, split, None, None) for split in ('train', 'val') if has_split(src, split)}
     if not splits:
         return {'train': open_unsplit(src, None, None)}
@@ -127,7 +121,8 @@ def names_in_tars(images: EncodedImages, split: str) -> list[str]:
         if label in folders:
             folders = folders[folders.index(label):]
         else:
-            folders = [label, *folders] if Path(root).stem == label else []  # CLASS.tar, or published validation images
+            # In CLASS.tar, or listed elsewhere. Published validation images in a tar stay without folders.
+            folders = [label, *folders] if Path(root).stem == label or not hasattr(images, 'places') else []
         names.append('/'.join([split, *folders, base]))
         keys.append((*folders[:1], *posixpath.split(names[-1])))  # the order of sources.TarImages
     for i, (key, after) in enumerate(itertools.pairwise(keys)):
@@ -185,7 +180,7 @@ def write_tar(tar: Path, split: str, images: EncodedImages, names: list[str], sa
 def write_split(folder: Path, split: str, images: EncodedImages, names: list[str], args: argparse.Namespace) -> int:
     """Write the tars of a split that are missing or whose sources have changed; return how many images are left out."""
     work, complete = folder / '.work', {}  # tar: its images that are left out
-    short_side = args.short_side if split == 'train' or args.resize_val else None
+    short_side = args.short_side or None if split == 'train' or args.resize_val else None
     utils.logger.info('%s: %d images of %d classes, %s', split, len(images), len(images.classes), f'short sides of at '
                       f'most {short_side} pixels' if short_side else 'copied byte for byte (see --resize-val)')
     if names[0].count('/') == 1 and not images.has_labels:  # published validation images, without class folders
@@ -202,7 +197,8 @@ def write_split(folder: Path, split: str, images: EncodedImages, names: list[str
             tar.unlink()
     todo = [i for tar, indices in tars.items() if tar not in complete for i in indices]
     encoder = Encoder(images, short_side, args.quality, args.skip_damaged)
-    loader = build_loader(Subset(encoder, todo), 4, num_workers=args.num_workers, collate_fn=list)
+    batch_size = 100 if isinstance(images, published.ParquetImages) else 4  # A worker reads whole groups of rows.
+    loader = build_loader(Subset(encoder, todo), batch_size, num_workers=args.num_workers, collate_fn=list)
     encoded = itertools.chain.from_iterable(loader)
     progress = utils.Progress(f'write {split}', len(names), len(names) - len(todo), every=5000)
     for tar, indices in tars.items():
@@ -229,8 +225,8 @@ def build_parser() -> Parser:
     parser = Parser(prog='prepare_data.py', description=__doc__.split('\n\n')[1], allow_abbrev=False)
     parser.add_argument('src', type=path, metavar='SRC', help='folder, tar or shards as --data-path of train.py takes')
     parser.add_argument('dst', type=path, metavar='DST', help='folder to make, for --data-path')
-    parser.add_argument('--short-side', type=positive, default=320, metavar='PIXELS', help='resize images whose short '
-                        'side is longer; others are copied byte for byte (default: 320)')
+    parser.add_argument('--short-side', type=count, default=320, metavar='PIXELS', help='resize images whose short '
+                        'side is longer; others are copied byte for byte (default: 320; 0: all are copied)')
     parser.add_argument('--quality', type=in_range(int, 1, 100), default=92, help='of the JPEGs (default: 92)')
     parser.add_argument('--resize-val', action='store_true',
                         help='resize validation images too; without the flag they are copied byte for byte')
@@ -246,12 +242,17 @@ def main(args: argparse.Namespace) -> None:
     began = time.monotonic()
     args.src, dst = os.path.abspath(args.src), Path(os.path.abspath(args.dst))
     folder = dst.with_name(f'{dst.name}.incomplete')
-    check_destination(dst, {args.src})
+    if os.path.lexists(dst):
+        raise UsageError(f'{dst} exists: remove it, or give a folder that does not exist yet')
+    if Path(args.src).resolve() in dst.resolve().parents:
+        raise UsageError(f'{dst} is inside {args.src}, and would be read as images of it: give another folder')
     with processes.usage_errors():
         splits = open_splits(args.src)
     names = {split: names_in_tars(images, split) for split, images in splits.items()}
-    check_destination(dst, {os.path.dirname(file) for images in splits.values() for file, _ in images.samples})
-    file, settings = folder / 'prepared.json', json.dumps({
+    classes = next(iter(splits.values())).classes
+    is_named = any(images.has_labels for images in splits.values()) and classes != list(map(str, range(len(classes))))
+    file, settings = folder / PREPARED, json.dumps({
+        **({'classes': classes} if is_named else {}),
         'source': args.src, 'splits': list(splits), 'Pillow': PIL.__version__, 'short_side': args.short_side,
         'quality': args.quality, 'resize_val': args.resize_val, 'images_per_tar': args.images_per_tar}, indent=1) + '\n'
     if file.exists() and file.read_text() != settings:

@@ -9,7 +9,7 @@ MAY_IMPORT = {
     'errors': '', 'cmt': '', 'losses': '', 'samplers': '', 'optim': '', 'launch': '', 'precision': '', 'sources': '',
     'mindspore': '', 'reports': '',
     'options': 'launch', 'processes': 'launch', 'transforms': 'sources', 'fast_transforms': 'transforms sources',
-    'utils': 'processes launch', 'loader': 'samplers utils', 'datasets': 'sources',
+    'utils': 'processes launch', 'loader': 'samplers utils', 'datasets': 'published sources', 'published': 'sources',
     'engine': 'utils processes precision', 'checkpoints': 'utils processes', 'weights': 'cmt mindspore checkpoints',
     'evaluation': 'checkpoints engine processes reports samplers utils',
     'run': 'checkpoints weights utils processes reports', 'hubconf': 'cmt',

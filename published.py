@@ -1,0 +1,138 @@
+"""Read data sets as they are published, for scripts/prepare_data.py: parquet, and validation images in one folder."""
+import contextlib
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from timm.data import ImageNetInfo
+
+from errors import UsageError, first_line
+from sources import EncodedImages, ImageFolder, Samples, devkit_classes, find_devkit, index_of
+
+PARQUET = '*.parquet', 'data/*.parquet', 'train*/*.parquet', 'val*/*.parquet', 'test/*.parquet', 'default/*/*.parquet'
+
+
+def is_published(path: Path) -> bool:
+    """Return whether train.py cannot read a data set before scripts/prepare_data.py; raise UsageError for a zip."""
+    entries = [entry for entry in path.glob('[!.]*') if entry.is_dir() or entry.suffix in ('.zip', '.tar', '.parquet')]
+    if path.suffix == '.zip' or entries and all(entry.suffix == '.zip' for entry in entries):
+        raise UsageError(f'{min([*entries, path])} is a zip archive: unzip it, and give its folder')
+    return any(next(path.glob(pattern), None) for pattern in PARQUET) or _flat_val(path) is not None
+
+
+def open_published(path: Path) -> dict[str, EncodedImages]:
+    """Open its splits 'train' and 'val'; raise UsageError for damaged or missing files and images without classes."""
+    files = _parquet_files(path)
+    if files:
+        return {split: ParquetImages(files[split]) for split in ('train', 'val') if split in files}
+    folder, table, classes_of = _flat_val(path)
+    train = ImageFolder(folder / 'train')
+    pairs = sorted((classes_of.get(file.name, ''), str(file)) for file in (folder / 'val').rglob('*.JPEG'))
+    if not all(name for name, _ in pairs):
+        raise UsageError(f'{table} has no class for {pairs[0][1]}')
+    index = index_of(train.classes, (name for name, _ in pairs), table)
+    val = EncodedImages(Samples([file for _, file in pairs], [index[name] for name, _ in pairs]), None)
+    val.roots, val.classes = [str(folder / 'val')], train.classes
+    return {'train': train, 'val': val}
+
+
+def _flat_val(path: Path) -> tuple[Path, Path, dict[str, str]] | None:
+    """Return the folder of train/ and val/, the table of the classes of val/, and these by file name."""
+    for folder in (path, path / 'Data' / 'CLS-LOC', path / 'ILSVRC' / 'Data' / 'CLS-LOC'):
+        tiny, kit = folder / 'val' / 'val_annotations.txt', find_devkit(folder / 'val') or find_devkit(folder)
+        if tiny.is_file():
+            return folder, tiny, dict(line.split('\t')[:2] for line in tiny.read_text().splitlines())
+        if next(folder.glob('val/ILSVRC2012_val_*'), None):
+            for place in (folder, *folder.absolute().parents[:3]):
+                table = place / 'LOC_val_solution.csv'
+                if table.is_file():
+                    rows = list(csv.reader(table.read_text().splitlines()))[1:]
+                    return folder, table, {f'{name}.JPEG': boxes.split()[0] for name, boxes in rows}
+            if kit:
+                classes = enumerate(devkit_classes(kit), 1)
+                return folder, kit, {f'ILSVRC2012_val_{number:08d}.JPEG': name for number, name in classes}
+    return None
+
+
+def _parquet_files(path: Path) -> dict[str, list[Path]]:
+    """Map splits to their parquet files; raise UsageError if one of several numbered files is missing."""
+    files: dict[str, list[Path]] = {}
+    for file in sorted({file for pattern in PARQUET for file in path.glob(pattern)}):
+        words = re.findall('(?<![a-z])(train|val|test)', str(file.relative_to(path)).lower())
+        files.setdefault(words[0] if words else 'train', []).append(file)
+    for split in files.values():
+        total = re.search(r'-of-(\d+)', split[0].name)
+        if total and int(total[1]) != len(split):
+            raise UsageError(f'{split[0].parent} has {len(split)} of the {int(total[1])} files like {split[0].name}')
+    return {**({'val': files['test']} if 'test' in files else {}), **files}
+
+
+class ParquetImages(EncodedImages):
+    """Read the images of Hugging Face's parquet files in their order, with the class indices of the label column.
+
+    The classes are the names in the files' metadata. ImageNet's 1,000 names become its WordNet ids.
+
+    Raises:
+        UsageError: pyarrow is missing, a file is damaged, or has no images or labels.
+    """
+    has_labels = True
+
+    def __init__(self, files: list[Path]):
+        self.roots, self.cached = list(map(str, files)), (None, None)  # (file, row group), its encoded images
+        names, targets, places = [], [], []
+        for i, file in enumerate(self.roots):
+            with _parquet(file) as parquet:
+                self.column, label, classes = _columns(parquet.schema_arrow, file)
+                for group in range(parquet.num_row_groups):
+                    rows = parquet.read_row_group(group, columns=[f'{self.column}.path', label]).flatten()
+                    names += [Path(path or '.jpg').name for path in rows.column(f'{self.column}.path').to_pylist()]
+                    targets += rows.column(label).to_pylist()
+                    places.append(np.stack(np.broadcast_arrays(i, group, np.arange(rows.num_rows)), axis=1))
+        if None in targets or min(targets) < 0 or classes and max(targets) >= len(classes):
+            raise UsageError(f'{files[0]} has images without labels')
+        self.classes = classes or [str(i) for i in range(max(targets) + 1)]
+        self.places = np.concatenate(places)
+        if len({name.partition('.')[0] for name in names} - {''}) < len(names):  # As keys of a shard, they must differ.
+            names = [f'{i:08d}{"_" * (name[0] != ".")}{name}' for i, name in enumerate(names)]
+        files = [self.roots[i] for i in self.places[:, 0]]
+        super().__init__(Samples([f'{file}/{name}' for file, name in zip(files, names)], targets), None)
+
+    def read(self, index: int) -> bytes:
+        file, group, row = self.places[index].tolist()
+        if self.cached[0] != (file, group):  # Rows are stored in groups, which are read whole.
+            with _parquet(self.roots[file]) as parquet:
+                rows = parquet.read_row_group(group, columns=[f'{self.column}.bytes'])
+            self.cached = (file, group), rows.flatten().column(0)
+        return self.cached[1][row].as_py()
+
+    def root(self, index: int) -> str:
+        return self.roots[self.places[index, 0]]
+
+
+@contextlib.contextmanager
+def _parquet(file: str):
+    """Open a parquet file; raise UsageError if it cannot be read here or in the block."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UsageError(f'{file}: parquet files need pyarrow: pip install pyarrow') from None
+    try:
+        yield parquet.ParquetFile(file)
+    except (ArrowException, OSError) as error:
+        raise UsageError(f'{file} is damaged, or not a parquet file ({first_line(error)})') from None
+
+
+def _columns(schema, file: str) -> tuple[str, str, list[str] | None]:
+    """Return the columns of the images and of the labels, and the class names if the file has them."""
+    features = json.loads((schema.metadata or {}).get(b'huggingface', b'{}')).get('info', {}).get('features', {})
+    images = [field.name for field in schema if re.fullmatch('struct<.*bytes: binary.*>', str(field.type))]
+    labels = ['label', *(name for name, feature in features.items() if feature.get('_type') == 'ClassLabel')]
+    labels = [name for name in labels if name in schema.names]
+    if not images or not labels:
+        raise UsageError(f'{file} has no {"labels" if images else "images"}: its columns are {", ".join(schema.names)}')
+    names = features.get(labels[0], {}).get('names')
+    if names and len(names) == 1000 and names[0].startswith('tench') and names[999].startswith('toilet tissue'):
+        names = ImageNetInfo('imagenet-1k').label_names()
+    return images[0], labels[0], names
