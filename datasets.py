@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,9 +147,10 @@ def build_dataset(
     elif name.startswith('INAT'):
         dataset = INaturalist(data_path, 2000 + int(name[4:]), is_train, category, transform)
     else:
-        if published.is_published(Path(data_path)):
-            raise UsageError(f'{data_path} is not in a form for training: python scripts/prepare_data.py {data_path} '
-                             f'{data_path.rstrip("/")}-tars writes tars for --data-path')
+        if published.needs_preparing(Path(data_path)):
+            source, target = shlex.quote(str(data_path)), shlex.quote(f'{str(data_path).rstrip("/")}-tars')
+            raise UsageError(f'{data_path} must be prepared: run python scripts/prepare_data.py {source} {target} '
+                             'and give the new folder as --data-path')
         prepared = Path(data_path, PREPARED)
         if class_map:
             classes = _read_class_map(class_map)
@@ -296,7 +298,7 @@ def drop_damaged(dataset: EncodedImages) -> None:
     for line in filter(None, faults):
         logger.info(line)
     if None not in faults:
-        raise UsageError(f'{dataset.roots[0]} has no image that can be read')
+        raise UsageError(f'{dataset.roots[0]} has no readable images')
     dataset.select([i for i, line in enumerate(faults) if line is None])
 
 

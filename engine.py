@@ -155,7 +155,7 @@ class TrainStep:
     rank: int = 0
     teacher: nn.Module | None = None
     frozen: list[nn.Module] = field(default_factory=list)
-    updates_per_epoch: int = 0
+    updates_per_epoch: int = 0  # for the warm-up of the EMA's decay
 
     def __post_init__(self):
         self.statistics = [b for b in self.model.buffers() if b.is_floating_point()] if self.skip_nonfinite else []
@@ -201,7 +201,7 @@ class TrainStep:
         if self.ema is not None:
             average, module = self.ema
             done = epoch * self.updates_per_epoch + step + 1
-            average.update(module, done if average.use_warmup else None)  # With a step, timm copies the first model.
+            average.update(module, done if average.use_warmup else None)  # Given a step, timm starts at decay 0.
         samples = sum(len(targets) for _, targets in batches)
         meters.add(loss, samples, bad, bad_norm * (1 - bad_loss) if skips_overflows else torch.zeros_like(bad))
 
@@ -284,8 +284,8 @@ def evaluate(
         progress: Progress | None = None, predictions: list | None = None) -> dict[str, float]:
     """Evaluate `model` on the shares of all ranks.
 
-    timm's accuracy() returns percentages of a batch. These are counts, exact over batches and ranks. `predictions` gets
-    this rank's (targets (B,), indices (B, 5) and probabilities (B, 5) of the top classes) of each batch.
+    timm's accuracy() returns percentages of a batch. These are counts, exact over batches and ranks. Each batch
+    of this rank appends to `predictions` its targets (B,), and the top k <= 5 classes and probabilities, both (B, k).
 
     Returns:
         acc1, acc5 (%; top-5 counts all classes where there are fewer), loss (mean cross-entropy), count (images).
@@ -299,7 +299,7 @@ def evaluate(
             outputs = model(images)
         outputs = outputs.float()
         top = outputs.topk(min(5, outputs.shape[1]), dim=1)
-        is_target = top.indices == targets[:, None]  # (B, 5)
+        is_target = top.indices == targets[:, None]  # (B, k)
         if predictions is not None:
             predictions.append((targets, top.indices, outputs.softmax(dim=1).gather(1, top.indices)))
         totals[0] += is_target[:, 0].sum()

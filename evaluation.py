@@ -68,9 +68,9 @@ def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
 
 
 def real_labels(dataset: Dataset, indices: Iterable[int], file: str) -> RealLabelsImagenet:
-    """Build timm's ReaL evaluation (arXiv 2006.07159) for these of ImageNet's validation images; '' is timm's file."""
+    """Build timm's ReaL evaluation (arXiv 2006.07159) for the images `indices`; '' means timm's file."""
     try:
-        real = RealLabelsImagenet(range(50_000), file or None)  # It insists on all images; each rank has a share.
+        real = RealLabelsImagenet(range(50_000), file or None)  # timm requires all images here.
     except (ValueError, AssertionError, TypeError):
         raise UsageError(f'--real-labels {file} is not real.json, the labels of 50,000 images') from None
     real.filenames = [Path(dataset.samples[i][0]).name for i in indices] if hasattr(dataset, 'samples') else ['']
@@ -109,7 +109,7 @@ def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: 
 def score_checkpoint(
         args: argparse.Namespace, model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable
 ) -> None:
-    """Score a model as --eval, --valid-labels, --real-labels and --report ask."""
+    """Evaluate a model for --eval, with --valid-labels, --real-labels and --report."""
     data, real = loader.dataset.dataset, None
     with processes.usage_errors():
         valid = valid_classes(data, 'all' if args.real_labels is not None else args.valid_labels)
@@ -117,7 +117,7 @@ def score_checkpoint(
             real = real_labels(data, loader.sampler, args.real_labels)
         if args.report and processes.get_rank() == 0:
             Path(args.report).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.report).close()  # Raises OSError now, and not after the evaluation.
+            tempfile.TemporaryFile(dir=args.report).close()  # Fail before the evaluation, not after it.
     if len(valid) < model.num_classes:
         logger.info('scoring among %d of %d classes%s', len(valid), model.num_classes,
                     '' if args.valid_labels else ' (--valid-labels all: all)')
@@ -127,7 +127,7 @@ def score_checkpoint(
     if real is not None:
         model.register_forward_hook(lambda module, images, logits: real.add_result(logits))
     scores, predictions = score(model, loader, device, autocast)
-    # The two lines of DeiT's code.
+    # These two lines have the format of DeiT's code.
     logger.info('* Acc@1 %.3f Acc@5 %.3f loss %.3f', scores['acc1'], scores['acc5'], scores['loss'])
     logger.info('Accuracy of the network on the %d test images: %.3f%%', scores['count'], scores['acc1'])
     rotated = sum(processes.gather_from_ranks(sum(getattr(data, 'reading', {}).get('rotated', ()))))
@@ -147,7 +147,7 @@ def write_report(folder: Path, dataset: Dataset, predictions: reports.Prediction
                  device: torch.device) -> None:
     """Write predictions.csv, per_class.csv, confusion.png and mistakes.jpg into `folder`, and log a summary.
 
-    `predictions` are those of `model` for `dataset`, whose images are uint8 (3, H, W), among the class indices `valid`.
+    `predictions` are those of `model` for the uint8 images (3, H, W) of `dataset`; `valid` lists the scored classes.
     """
     matrix = reports.count_confusions(predictions, valid)
     words = [predictions.words[i] for i in valid]
@@ -164,23 +164,22 @@ def write_report(folder: Path, dataset: Dataset, predictions: reports.Prediction
         shown = mistakes[:MAX_MISTAKES]
         pixels = torch.stack([dataset[i][0] for i in shown.tolist()])
         top = torch.from_numpy(predictions.classes[shown, 0]).to(device)
-        _, cams = grad_cam(model, Preprocessor(device).normalize(pixels.to(device)), top)
+        cams = grad_cam(model, Preprocessor(device).normalize(pixels.to(device)), top)
         entries = [{'name': predictions.paths[i], 'image': to_pil_image(image), 'cam': cam.cpu().numpy(),
                     'truth': {'index': predictions.targets[i], 'class': predictions.words[predictions.targets[i]]},
                     'predictions': [
                         {'index': index, 'class': predictions.words[index], 'probability': probability}
                         for index, probability in zip(predictions.classes[i], predictions.probabilities[i])]}
                    for i, image, cam in zip(shown, pixels, cams)]
-        title = f'{len(mistakes)} of {len(dataset)} images are wrong, the most confident {len(shown)}'
+        title = f'{len(mistakes)} of {len(dataset)} images misclassified: the {len(shown)} most confident'
         reports.save(reports.draw_sheet(entries, title), folder / 'mistakes.jpg')
     logger.info('report in %s: predictions.csv, per_class.csv, confusion.png%s', folder,
                 ', mistakes.jpg' if len(mistakes) else '')
 
 
 def grad_cam(
-        model: nn.Module, images: torch.Tensor, classes: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits and the Grad-CAM of a class of each image (Selvaraju et al., arXiv 1610.02391).
+        model: nn.Module, images: torch.Tensor, classes: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the Grad-CAM of one class for each image (Selvaraju et al., arXiv 1610.02391).
 
     Args:
         model: a CMT in eval mode.
@@ -188,7 +187,7 @@ def grad_cam(
         classes: indices (B,); None for the top predictions.
 
     Returns:
-        Logits (B, classes), and maps (B, H, W) in [0, 1]: the positive part of a stage's channels, each weighted by
+        Maps (B, H, W) in [0, 1]: the ReLU of the sum of a stage's channels, each weighted by
         the mean gradient of the class's logit. The stage is the last that has 4 x 4 positions or more: the fourth from
         128 px on, the second at 32 px, where the fourth has one position.
     """
@@ -201,4 +200,4 @@ def grad_cam(
         gradient, = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps)
     cam = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True).relu()
     cam = F.interpolate(cam.detach(), size=images.shape[2:], mode='bilinear', align_corners=False)[:, 0]
-    return logits.detach(), cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    return cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)

@@ -187,10 +187,10 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--class-map', type=path, metavar='FILE',
                    help='IMNET: class folders in the order of their index, one a line')
     g.add_argument('--val-split', type=fraction, metavar='FRACTION',
-                   help='share of each class to hold out of a folder without val/, the same images in every run')
+                   help='fraction of each class to hold out if there is no val/; the same images in every run')
     g.add_argument('--skip-damaged', action=toggle, default=False,
-                   help='read all images first and leave out damaged ones, for small data (without the flag, training '
-                   'passes over them and validation ends the run)')
+                   help='decode every image at the start and leave out damaged ones, for small data sets (without it, '
+                   'training replaces them and validation stops the run)')
     g.add_argument('--max-train-images', type=positive, metavar='N',
                    help='train on the first N images, balanced over the classes')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
@@ -208,7 +208,7 @@ def get_parser() -> argparse.ArgumentParser:
                    help="with --eval: also score by the ReaL labels of ImageNet's validation images (default: timm's "
                    'copy of real.json)')
     g.add_argument('--report', type=path, metavar='DIR',
-                   help='with --eval: folder for predictions.csv, per_class.csv, confusion.png and mistakes.jpg')
+                   help='with --eval: write predictions.csv, per_class.csv, confusion.png, mistakes.jpg to DIR')
     g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
     g.add_argument('--loader', choices=('fast', 'reference'),
                    help='decode and augment training images by libjpeg-turbo, torch and OpenCV (fast) or by Pillow '
@@ -261,7 +261,7 @@ def get_parser() -> argparse.ArgumentParser:
                    help='keep an EMA of the weights; with --eval, evaluate it if the checkpoint has one')
     g.add_argument('--model-ema-decay', type=fraction, default=0.99996, help='decay of the EMA in each optimizer step')
     g.add_argument('--model-ema-warmup', action=toggle, default=False,
-                   help='begin with a fast decay, 1 - (steps + 1)^(-2/3), up to --model-ema-decay')
+                   help='raise the decay from 0 to --model-ema-decay, as 1 - n^(-2/3) in optimizer step n')
     g.add_argument('--model-ema-force-cpu', action=toggle, default=False,
                    help='keep the EMA in host memory: each step copies every weight to the host, one after another')
 
@@ -392,7 +392,7 @@ def is_downloaded(data_set: str) -> bool:
     return not data_set.startswith(('IMNET', 'INAT', 'wds/', 'DIGITS', 'COCO', 'SHAPES'))
 
 
-def check_paths(args: argparse.Namespace, file: str, values: dict | None = None, resumes: bool = False) -> None:
+def check_paths(args: argparse.Namespace, file: str | None, values: dict | None = None, resumes: bool = False) -> None:
     """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets."""
     if values is None:  # A pipe can be read only once.
         values = yaml.safe_load(Path(file).read_text('utf-8')) if os.path.isfile(file or '') else {}
@@ -406,7 +406,7 @@ def check_paths(args: argparse.Namespace, file: str, values: dict | None = None,
         raise UsageError(f'{path}, which {file} sets, does not exist: give {flag}')
     has_data = args.data_set != 'IMNET' or os.path.exists(args.data_path or '')  # else a download would be in vain
     if vars(args).get('finetune') and not resumes and not has_data:
-        raise UsageError(f'--data-path {args.data_path or "(missing)"} does not exist: give a folder of class folders')
+        raise UsageError(f'--data-path must be a folder of class folders; found {args.data_path or "no --data-path"}')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -331,7 +331,7 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
 
 @contextlib.contextmanager
 def usage_errors(kind: type[Exception] = UsageError):
-    """Raise a `kind` on all ranks if the block finds a mistake of the user on any rank (errors.mistake).
+    """Raise `kind` on all ranks if the block raises a UsageError, or an OSError about a file, on any rank.
 
     No rank then waits for the others. Any other exception is a bug, and ends this rank with its traceback.
     """
@@ -365,8 +365,8 @@ class StopRequest:
         self.signal = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            if get_rank() == 0:  # Not by logging or print, which the signal may have interrupted.
-                os.write(2, b'\nstopping after this step or validation; Ctrl-C again ends without saving\n')
+            if get_rank() == 0:  # logging and print are not reentrant.
+                os.write(2, b'\nstopping after this step or validation; press Ctrl-C again to quit without saving\n')
 
 
 @contextlib.contextmanager

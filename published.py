@@ -14,8 +14,8 @@ from sources import EncodedImages, ImageFolder, Samples, devkit_classes, find_de
 PARQUET = '*.parquet', 'data/*.parquet', 'train*/*.parquet', 'val*/*.parquet', 'test/*.parquet', 'default/*/*.parquet'
 
 
-def is_published(path: Path) -> bool:
-    """Return whether train.py cannot read a data set before scripts/prepare_data.py; raise UsageError for a zip."""
+def needs_preparing(path: Path) -> bool:
+    """Return whether scripts/prepare_data.py must convert `path` before training; raise UsageError for a zip file."""
     entries = [entry for entry in path.glob('[!.]*') if entry.is_dir() or entry.suffix in ('.zip', '.tar', '.parquet')]
     if path.suffix == '.zip' or entries and all(entry.suffix == '.zip' for entry in entries):
         raise UsageError(f'{min([*entries, path])} is a zip archive: unzip it, and give its folder')
@@ -23,7 +23,7 @@ def is_published(path: Path) -> bool:
 
 
 def open_published(path: Path) -> dict[str, EncodedImages]:
-    """Open its splits 'train' and 'val'; raise UsageError for damaged or missing files and images without classes."""
+    """Open the splits 'train' and 'val' of `path`; raise UsageError if files or classes are missing or damaged."""
     files = _parquet_files(path)
     if files:
         return {split: ParquetImages(files[split]) for split in ('train', 'val') if split in files}
@@ -39,7 +39,7 @@ def open_published(path: Path) -> dict[str, EncodedImages]:
 
 
 def _flat_val(path: Path) -> tuple[Path, Path, dict[str, str]] | None:
-    """Return the folder of train/ and val/, the table of the classes of val/, and these by file name."""
+    """Return the folder of train/ and val/, the file that lists the classes of val/, and the class of each image."""
     for folder in (path, path / 'Data' / 'CLS-LOC', path / 'ILSVRC' / 'Data' / 'CLS-LOC'):
         tiny, kit = folder / 'val' / 'val_annotations.txt', find_devkit(folder / 'val') or find_devkit(folder)
         if tiny.is_file():
@@ -93,11 +93,11 @@ class ParquetImages(EncodedImages):
         if None in targets or min(targets) < 0 or classes and max(targets) >= len(classes):
             raise UsageError(f'{files[0]} has images without labels')
         self.classes = classes or [str(i) for i in range(max(targets) + 1)]
-        self.places = np.concatenate(places)
+        self.places = np.concatenate(places)  # (N, 3): file, row group, row in the group
         if len({name.partition('.')[0] for name in names} - {''}) < len(names):  # As keys of a shard, they must differ.
             names = [f'{i:08d}{"_" * (name[0] != ".")}{name}' for i, name in enumerate(names)]
-        files = [self.roots[i] for i in self.places[:, 0]]
-        super().__init__(Samples([f'{file}/{name}' for file, name in zip(files, names)], targets), None)
+        paths = [f'{self.roots[i]}/{name}' for i, name in zip(self.places[:, 0], names)]
+        super().__init__(Samples(paths, targets), None)
 
     def read(self, index: int) -> bytes:
         file, group, row = self.places[index].tolist()

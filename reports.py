@@ -1,4 +1,4 @@
-"""Make what a person looks at: curves of runs, sheets of images, and tables and figures of the predictions.
+"""Draw training curves, sheets of images and confusion matrices, and make tables of predictions.
 
 Nothing here imports torch, and no display is needed.
 """
@@ -44,7 +44,7 @@ DETECTION = ('Average precision (%)', [  # replaces accuracy for logs of detecti
     ('mask_ap50', 'mask, IoU 0.5', ':')])
 BEST = [('test_acc1', 'best'), ('ema_test_acc1', 'EMA'), ('box_ap', 'box AP'), ('mask_ap', 'mask AP')]
 MAX_MARKERS = 40  # more markers hide the line
-MAX_MATRIX = 50  # classes of a confusion matrix that can still be read
+MAX_MATRIX = 50  # classes; a larger confusion matrix is unreadable
 
 SIDE = 224  # an image on a sheet; this and all below in pixels
 PAD, GAP = 14, 20  # inside and between cards
@@ -268,7 +268,7 @@ class Predictions:
         return rows
 
     def mistakes(self) -> np.ndarray:
-        """Return the indices of the images that are classified wrongly, the most confident mistake first."""
+        """Return the indices of the misclassified images, the most confident mistake first."""
         wrong = np.flatnonzero(self.classes[:, 0] != self.targets)
         return wrong[np.argsort(-self.probabilities[wrong, 0].round(4), kind='stable')]
 
@@ -296,7 +296,7 @@ def per_class(predictions: Predictions, valid: list[int], matrix: np.ndarray) ->
     from sklearn.metrics import precision_recall_fscore_support
     columns = precision_recall_fscore_support(
         predictions.targets, predictions.classes[:, 0], labels=valid, zero_division=0)
-    wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
+    wrong = matrix - np.diag(matrix.diagonal())
     rows = []
     for i, precision, recall, f1, images in zip(range(len(valid)), *columns):
         other = wrong[i].argmax()
@@ -309,13 +309,13 @@ def per_class(predictions: Predictions, valid: list[int], matrix: np.ndarray) ->
 
 
 def summarize(matrix: np.ndarray, words: list[str]) -> list[str]:
-    """Return the mean accuracy over the classes, the weakest classes and the most frequent confusion, as lines."""
+    """Return log lines: the mean per-class accuracy, the weakest classes and the most frequent confusion."""
     images, words = matrix.sum(axis=1), list(map(printable, words))
     present = np.flatnonzero(images)
     accuracy = matrix.diagonal()[present] / images[present]
     weakest = [f'{words[present[i]]} ({accuracy[i]:.1%} of {images[present[i]]})'
                for i in np.argsort(accuracy, kind='stable')[:5] if accuracy[i] < 1]
-    lines = [f'mean over classes {accuracy.mean():.3%}' + f'; weakest: {", ".join(weakest)}' * bool(weakest)]
+    lines = [f'mean per-class accuracy {accuracy.mean():.3%}' + f'; weakest: {", ".join(weakest)}' * bool(weakest)]
     for true, predicted, count in _confusions(matrix)[:1]:
         lines.append(f'most frequent confusion: {words[true]} predicted as {words[predicted]}, '
                      f'{count} of {images[true]} images')
@@ -324,7 +324,7 @@ def summarize(matrix: np.ndarray, words: list[str]) -> list[str]:
 
 def _confusions(matrix: np.ndarray) -> list[tuple[int, int, int]]:
     """Return (class, predicted class, images) of all confusions, the most frequent first."""
-    true, predicted = np.nonzero(matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype)))
+    true, predicted = np.nonzero(matrix - np.diag(matrix.diagonal()))
     counts = matrix[true, predicted]
     order = np.argsort(-counts, kind='stable')
     return list(zip(true[order].tolist(), predicted[order].tolist(), counts[order].tolist()))
@@ -362,7 +362,7 @@ def _short(text: str, length: int = 32) -> str:
 
 
 def draw_batch(images: np.ndarray, titles: list[str]) -> Figure:
-    """Draw images (B, H, W, 3), uint8, in rows, each below its title."""
+    """Draw uint8 images (B, H, W, 3) in a grid, each below its title."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     figure = Figure((2.2 * columns, 2.4 * rows), dpi=100, layout='constrained')

@@ -211,8 +211,8 @@ class RunWriter:
             self.thread.start()
 
     @contextlib.contextmanager
-    def disk_errors(self):
-        """Keep an error of the disk in the block as `error`."""
+    def defer_disk_errors(self):
+        """Catch an OSError of the block and store it in `error`; check_written raises it."""
         try:
             yield
         except OSError as error:
@@ -221,7 +221,7 @@ class RunWriter:
     def log(self, record: dict[str, Any]) -> None:
         """Append one JSON object to log.txt as a line, synced to disk."""
         if self.error is None:
-            with self.disk_errors(), open(self.folder / LOG, 'a', opener=checkpoints.no_follow) as file:
+            with self.defer_disk_errors(), open(self.folder / LOG, 'a', opener=checkpoints.no_follow) as file:
                 file.write(json.dumps(record) + '\n')
                 file.flush()
                 os.fsync(file.fileno())

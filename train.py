@@ -108,7 +108,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)  # the epoch's line in log.txt
     wait_share: float = 0.  # share of the epoch's time spent waiting for data
     eval_seconds: float = 0.  # of the last validation
-    report: tuple = ()  # on the last validation: title, weights and predictions of the better of model and EMA
+    report: tuple = ()  # last epoch: ('model' or 'EMA', module, Predictions) of the better one
     epoch_began: float = 0.  # s, time.monotonic()
     saved_at: float = 0.  # s, time.monotonic() of the last checkpoint
 
@@ -368,9 +368,9 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
             logger.warning('scoring all images of %s. If the run trained on some of them, give --val-split %g', path,
                            held_out)
         if saved_classes and list(val.classes) != list(saved_classes):
-            raise UsageError(f'{initial.file} was trained on other classes ({", ".join(map(str, saved_classes[:3]))}, '
-                             f'...) than these data have ({", ".join(val.classes[:3])}, ...), or in another order: '
-                             'leave out --class-map, or use --finetune')
+            raise UsageError(f'{initial.file} has other classes ({", ".join(map(str, saved_classes[:3]))}, ...) than '
+                             f'the data ({", ".join(val.classes[:3])}, ...), or another order of them: remove '
+                             '--class-map or use --finetune')
         check_shared_memory(
             args.input_size, args.num_workers, read_launch().local_world_size or 1,
             (args.batch_size, len(train) if is_training else 0), (int(1.5 * args.batch_size), len(val)))
@@ -514,19 +514,19 @@ def open_output(run: Run, initial: InitialState) -> None:
     """Open --output-dir, have the first batch drawn, and start the profiler."""
     run.writer = open_run(run.args, 'train.py', run.device, run.state.epoch, initial.file, run.state.best)
     if run.writer is not None and initial.checkpoint is None:
-        run.train_step.preprocess.on_first_batch = functools.partial(draw_batch, run)
+        run.train_step.preprocess.on_first_batch = functools.partial(save_first_batch, run)
     if run.writer is not None and run.args.profile:
         run.profiler = utils.build_profiler(run.args.profile, run.writer.folder / 'trace.json')
         run.profiler.start()
 
 
-def draw_batch(run: Run, images: torch.Tensor, targets: torch.Tensor, most: int = 16) -> None:
-    """Draw the first images (B, 3, H, W) of a batch as batch.jpg, with their classes (B,) or shares (B, classes)."""
+def save_first_batch(run: Run, images: torch.Tensor, targets: torch.Tensor, limit: int = 16) -> None:
+    """Write the first of these images (B, 3, H, W) to batch.jpg, with classes (B,) or mixed targets (B, classes)."""
     preprocess, words = run.train_step.preprocess, class_words(list(map(str, run.val_loader.dataset.dataset.classes)))
-    pixels = images[:most].permute(0, 2, 3, 1).float() * preprocess.std + preprocess.mean  # (B, H, W, 3)
+    pixels = images[:limit].permute(0, 2, 3, 1).float() * preprocess.std + preprocess.mean  # (B, H, W, 3)
     shares = targets if targets.ndim == 2 else nn.functional.one_hot(targets, len(words)).float()
-    titles = [' + '.join(words[i] for i in row.topk(2).indices.tolist() if row[i] > 0.1) for row in shares[:most].cpu()]
-    with run.writer.disk_errors():
+    titles = [' + '.join(words[i] for i in row.topk(2).indices.tolist() if row[i] > 0.1) for row in shares[:limit]]
+    with run.writer.defer_disk_errors():
         reports.save(reports.draw_batch(pixels.clamp(0, 255).byte().cpu().numpy(), titles),
                      run.writer.folder / 'batch.jpg')
 
@@ -703,7 +703,7 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
     left = len(epochs) * state.seconds + sum(is_validated(run, epoch) for epoch in epochs) * run.eval_seconds
     logger.info('epoch %d/%d  train loss %.4f  lr %.2e  %.0f images/s  %.0f s%s', state.epoch, run.num_epochs - 1,
                 record['train_loss'], record['train_lr'], record['train_images_per_s'], record['epoch_seconds'],
-                f'  left {datetime.timedelta(seconds=round(left))}' if left else '')
+                f'  eta {datetime.timedelta(seconds=round(left))}' if left else '')
     if scores:
         logger.info('  val acc1 %.3f%%  acc5 %.3f%%  loss %.4f%s  best %.3f%%', *(
             record[f'test_{key}'] for key in ('acc1', 'acc5', 'loss')),
@@ -715,7 +715,7 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
 
 
 def finish(run: Run) -> None:
-    """Wait for the last checkpoint; raise what the run ended with besides success."""
+    """Write the results of a complete run and wait for the last checkpoint; raise its error or the stop signal."""
     if run.profiler is not None:
         run.profiler.stop()
     if run.writer is not None and run.state.epoch >= run.num_epochs:
@@ -732,10 +732,10 @@ def write_results(run: Run) -> None:
     """Write the report on the last validation and the curves; log the best scores and the next commands."""
     folder, best, dataset = run.writer.folder, run.state.best, run.val_loader.dataset.dataset
     run.writer.wait()  # The checkpoint comes first.
-    with run.writer.disk_errors():
+    with run.writer.defer_disk_errors():
         if run.report:
             title, model, predictions = run.report
-            logger.info('report on the last epoch, %s:', title)
+            logger.info('report on the last epoch (%s):', title)
             write_report(folder, dataset, predictions, list(range(run.core.num_classes)), model, run.device)
         if (folder / LOG).exists():  # Not if a finished run is resumed elsewhere.
             curves = reports.draw_curves({folder.resolve().name: reports.read_log(folder / LOG)})

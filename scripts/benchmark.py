@@ -251,7 +251,7 @@ def main() -> None:
         parser.error('--devices cuda: no CUDA device here')
     for setup in itertools.chain(*groups):
         if not timm.is_model(setup.model) or is_cmt(setup.model) and (setup.size or 32) % 32:
-            parser.error(f'{setup.model}: no such model, or not at {setup.size} px (CMT: multiples of 32)')
+            parser.error(f'{setup.model}: no such timm model, or --sizes is not a multiple of 32 (CMT)')
     records = []
     for device, dtype, group in itertools.product(args.devices, args.dtypes, groups):
         records += measure(group, torch.device(device), dtype, args.repeats, args.seconds)

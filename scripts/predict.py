@@ -3,12 +3,12 @@
 Print the most probable classes of images, as a table, JSON or CSV. IMAGE is a file, a folder (searched at any depth) or
 -, an image on standard input:
 
-    find photos -newer last -type f | xargs python scripts/predict.py cmt_s --csv
+    find photos -newer last -type f -print0 | xargs -0 python scripts/predict.py cmt_s --csv
     curl -s https://example.org/cat.jpg | python scripts/predict.py cmt_s -
 
---picture draws a sheet: each image as the model sees it, the Grad-CAM of its top prediction, and the predictions. In a
-folder of class folders, the images that are predicted right are counted, and the sheet begins with the mistakes. An
-image that cannot be read is reported and left out (exit status 1).
+--picture draws a sheet: each image as the model sees it, the Grad-CAM of its top prediction, and the predictions. For a
+folder of class folders, the number of correct predictions is printed, and the sheet begins with the mistakes. An image
+that cannot be read is reported and left out (exit status 1).
 """
 import argparse
 import json
@@ -132,25 +132,25 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, int]
     if args.crop_pct:
         model.pretrained_cfg['crop_pct'] = args.crop_pct
     if model.img_size[0] != model.img_size[1]:
-        raise UsageError(f'{args.model} takes {model.img_size}, evaluation crops squares: give an --input-size')
+        raise UsageError(f'{args.model} takes images of {model.img_size}, but crops are square: set --input-size')
     if model.num_classes == 0:
         raise UsageError(f'{args.model} has no classifier')
-    own, numbers = weights.class_names(model), [str(i) for i in range(model.num_classes)]
-    folders = own or (IMAGENET if model.num_classes == 1000 else [f'class {i}' for i in numbers])
+    saved, indices = weights.class_names(model), [str(i) for i in range(model.num_classes)]
+    folders = saved or (IMAGENET if model.num_classes == 1000 else [f'class {i}' for i in indices])
     names = read_names(args.class_names) if args.class_names else class_words(folders)
     if len(names) != model.num_classes:
-        raise UsageError(f'{args.class_names} contains {len(names)} names, the model has {model.num_classes} classes')
+        raise UsageError(f'{args.class_names} has {len(names)} names, but the model has {model.num_classes} classes')
     try:
         model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f'--device {args.device}: {first_line(error)}') from None
-    return model, names, {name: i for n in (names, folders, () if own else numbers) for i, name in enumerate(n)}
+    return model, names, {name: i for n in (names, folders, () if saved else indices) for i, name in enumerate(n)}
 
 
 def predict(
         model: nn.Module, names: list[str], images: list[tuple[str, str | bytes, int]], k: int, batch_size: int
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str | bytes, int]], np.ndarray]:
-    """Return the k best predictions of all readable images, their entries of `images`, and their features (N, 1280)."""
+    """Return the top k predictions for the readable images, their entries of `images`, and features (N, channels)."""
     results, read, features = [], [], []
     handle = model.head.register_forward_pre_hook(lambda head, inputs: features.append(inputs[0].float().cpu().numpy()))
     for i in range(0, len(images), batch_size):
@@ -168,22 +168,22 @@ def predict(
     return results, read, np.concatenate(features) if features else np.zeros((0, model.num_features))
 
 
-def is_right(result: dict[str, Any]) -> bool:
+def is_correct(result: dict[str, Any]) -> bool:
     return result['label']['index'] == result['predictions'][0]['index']
 
 
 def write_sheet(
         path: Path, model: nn.Module, title: str, results: list[dict[str, Any]], images: list, batch_size: int) -> None:
-    """Write the sheet of the first images; mistakes come first, the most confident one before all."""
+    """Write the sheet of the first images; mistakes come first, by descending confidence."""
     def rank(i: int) -> float:
-        is_mistake = 'label' in results[i] and not is_right(results[i])
+        is_mistake = 'label' in results[i] and not is_correct(results[i])
         return -results[i]['predictions'][0]['probability'] if is_mistake else 0
 
     order = sorted(range(len(images)), key=rank)[:MAX_ON_SHEET]
     entries = []
     for i in range(0, len(order), batch_size):
         _, pixels, inputs = read_images([images[j] for j in order[i:i + batch_size]], model)
-        _, cams = grad_cam(model, inputs)
+        cams = grad_cam(model, inputs)
         entries += [{**results[j], 'name': results[j]['image'], 'truth': results[j].get('label'),
                      'image': to_pil_image(image), 'cam': cam.cpu().numpy()}
                     for j, image, cam in zip(order[i:i + batch_size], pixels, cams)]
@@ -217,10 +217,10 @@ def main(argv: list[str] | None = None) -> None:
     results, read, features = predict(model, names, images, args.top, args.batch_size)
     labeled, title = [result for result in results if 'label' in result], f'{args.model}: {len(results)} images'
     if labeled:
-        right = sum(map(is_right, labeled))
-        print(f'{right} of {len(labeled)} images in class folders are right ({right / len(labeled):.1%})',
+        correct = sum(map(is_correct, labeled))
+        print(f'{correct} of {len(labeled)} images in class folders are correct ({correct / len(labeled):.1%})',
               file=sys.stderr)
-        title += f', {right} of {len(labeled)} right, mistakes first'
+        title += f', {correct} of {len(labeled)} correct, mistakes first'
     rows = [(result['image'], rank, *prediction.values())
             for result in results for rank, prediction in enumerate(result['predictions'], 1)]
     if args.json:

@@ -39,7 +39,7 @@ from sources import DEVKIT, IGNORED, EncodedImages, TarImages, find_devkit, key_
 
 def stamp(images: EncodedImages, index: int) -> list[int]:
     """Return [size, mtime_ns] of an image's file, or of the tar or parquet file that contains it."""
-    stat = os.stat(images.root(index) if hasattr(images, 'places') else images.samples[index][0])
+    stat = os.stat(images.root(index) if os.path.isfile(images.root(index)) else images.samples[index][0])
     return [stat.st_size, stat.st_mtime_ns]
 
 
@@ -91,7 +91,7 @@ def open_splits(src: str) -> dict[str, EncodedImages]:
 
     Raise UsageError for one split next to folders or tars that nobody would read.
     """
-    if published.is_published(Path(src)):
+    if published.needs_preparing(Path(src)):
         return published.open_published(Path(src))
     splits = {split: open_split(src, split, None, None) for split in ('train', 'val') if has_split(src, split)}
     if not splits:
@@ -121,8 +121,8 @@ def names_in_tars(images: EncodedImages, split: str) -> list[str]:
         if label in folders:
             folders = folders[folders.index(label):]
         else:
-            # In CLASS.tar, or listed elsewhere. Published validation images in a tar stay without folders.
-            folders = [label, *folders] if Path(root).stem == label or not hasattr(images, 'places') else []
+            # Add the class of CLASS.tar or of a flat folder's table. ImageNet's validation tar has no folders.
+            folders = [label, *folders] if Path(root).stem == label or not isinstance(images, TarImages) else []
         names.append('/'.join([split, *folders, base]))
         keys.append((*folders[:1], *posixpath.split(names[-1])))  # the order of sources.TarImages
     for i, (key, after) in enumerate(itertools.pairwise(keys)):
@@ -180,7 +180,7 @@ def write_tar(tar: Path, split: str, images: EncodedImages, names: list[str], sa
 def write_split(folder: Path, split: str, images: EncodedImages, names: list[str], args: argparse.Namespace) -> int:
     """Write the tars of a split that are missing or whose sources have changed; return how many images are left out."""
     work, complete = folder / '.work', {}  # tar: its images that are left out
-    short_side = args.short_side or None if split == 'train' or args.resize_val else None
+    short_side = (args.short_side or None) if split == 'train' or args.resize_val else None
     utils.logger.info('%s: %d images of %d classes, %s', split, len(images), len(images.classes), f'short sides of at '
                       f'most {short_side} pixels' if short_side else 'copied byte for byte (see --resize-val)')
     if names[0].count('/') == 1 and not images.has_labels:  # published validation images, without class folders

