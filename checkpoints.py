@@ -10,6 +10,7 @@ import pickle
 import re
 import secrets
 import shutil
+import textwrap
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,7 +44,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], file: str) 
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise UsageError(f'{file} does not fit the model: {one_line(error)}') from None
+        raise UsageError(f'{file} does not fit the model: {textwrap.shorten(one_line(error), 800)}') from None
 
 
 def to_cpu(state: Any) -> Any:

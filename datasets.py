@@ -18,7 +18,17 @@ from torchvision import transforms as tv_transforms
 
 import published
 from errors import UsageError, first_line, one_line, printable
-from sources import IGNORED, EncodedImages, ImageFolder, Samples, TarImages, open_image, split_folder, tar_index
+from sources import (
+    IGNORED,
+    EncodedImages,
+    ImageFolder,
+    Samples,
+    TarImages,
+    index_of,
+    open_image,
+    split_folder,
+    tar_index,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -151,18 +161,25 @@ def build_dataset(
             source, target = shlex.quote(str(data_path)), shlex.quote(f'{str(data_path).rstrip("/")}-tars')
             raise UsageError(f'{data_path} must be prepared: run python scripts/prepare_data.py {source} {target} '
                              'and give the new folder as --data-path')
-        prepared = Path(data_path, PREPARED)
         if class_map:
             classes = _read_class_map(class_map)
-        elif classes is None and prepared.is_file():
-            classes = json.loads(prepared.read_text('utf-8')).get('classes')
+        names = prepared_classes(data_path)
         if is_whole or val_split:
-            dataset = open_unsplit(data_path, transform, classes)
+            dataset = open_unsplit(data_path, transform, names or classes)
             dataset = dataset if is_whole else _split(dataset, val_split, is_train)
         else:
-            dataset = open_split(data_path, 'train' if is_train else 'val', transform, classes)
+            dataset = open_split(data_path, 'train' if is_train else 'val', transform, names or classes)
+        if names and classes:
+            lookup = list(map(index_of(list(classes), names, data_path).get, names))
+            dataset.samples.targets, dataset.classes = np.array(lookup)[dataset.samples.targets], list(classes)
     dataset.reading = reading
     return dataset
+
+
+def prepared_classes(data_path: str) -> list[str] | None:
+    """Return the classes in the order of the labels, if scripts/prepare_data.py saved them in a folder."""
+    file = Path(data_path, PREPARED)
+    return json.loads(file.read_text('utf-8')).get('classes') if file.is_file() else None
 
 
 def _read_class_map(file: str) -> list[str]:

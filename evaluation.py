@@ -39,8 +39,7 @@ def order_classes(dataset: Dataset, num_classes: int) -> str:
     elif num_classes == 1000 and set(names) <= set(IMAGENET):
         order, line = IMAGENET, 'WordNet ids in the order of ImageNet-1k'
     elif len(names) == num_classes:
-        order = names
-        line = 'folders in alphabetical order' if names == sorted(names) else 'classes in the order of the data set'
+        order, line = names, 'classes in the order of the data, alphabetical for folders'
     else:
         raise UsageError(f'the weights have {num_classes} unnamed classes, the data {len(names)} '
                          f'({", ".join(names[:3])}, ...): list all {num_classes} in order in --class-map')

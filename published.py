@@ -9,9 +9,9 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from errors import UsageError, first_line
-from sources import EncodedImages, ImageFolder, Samples, devkit_classes, find_devkit, index_of
+from sources import DEVKIT, EncodedImages, ImageFolder, Samples, devkit_classes, find_devkit, index_of, is_image
 
-PARQUET = '*.parquet', 'data/*.parquet', 'train*/*.parquet', 'val*/*.parquet', 'test/*.parquet', 'default/*/*.parquet'
+PARQUET = '*.parquet', '*/*.parquet', '*/train/*.parquet', '*/val*/*.parquet', '*/test/*.parquet'
 
 
 def needs_preparing(path: Path) -> bool:
@@ -19,54 +19,72 @@ def needs_preparing(path: Path) -> bool:
     entries = [entry for entry in path.glob('[!.]*') if entry.is_dir() or entry.suffix in ('.zip', '.tar', '.parquet')]
     if path.suffix == '.zip' or entries and all(entry.suffix == '.zip' for entry in entries):
         raise UsageError(f'{min([*entries, path])} is a zip archive: unzip it, and give its folder')
-    return any(next(path.glob(pattern), None) for pattern in PARQUET) or _flat_val(path) is not None
+    return bool(_parquet_files(path)) or _flat_val(path) is not None
 
 
 def open_published(path: Path) -> dict[str, EncodedImages]:
     """Open the splits 'train' and 'val' of `path`; raise UsageError if files or classes are missing or damaged."""
     files = _parquet_files(path)
     if files:
-        return {split: ParquetImages(files[split]) for split in ('train', 'val') if split in files}
-    folder, table, classes_of = _flat_val(path)
-    train = ImageFolder(folder / 'train')
-    pairs = sorted((classes_of.get(file.name, ''), str(file)) for file in (folder / 'val').rglob('*.JPEG'))
-    if not all(name for name, _ in pairs):
-        raise UsageError(f'{table} has no class for {pairs[0][1]}')
+        splits = {split: ParquetImages(files[split]) for split in ('train', 'val') if split in files}
+        if any(images.classes != splits['train'].classes[:len(images.classes)] for images in splits.values()):
+            raise UsageError(f'the splits of {path} have different class names')
+        return splits
+    folder, table = _flat_val(path)
+    train, class_of = ImageFolder(folder / 'train'), _read_table(table)
+    pairs = sorted((class_of.get(file.name, ''), str(file)) for file in (folder / 'val').rglob('[!.]*.JPEG'))
+    if not pairs or not pairs[0][0]:
+        raise UsageError(f'{table} has no class for {pairs[0][1] if pairs else "any image"}')
     index = index_of(train.classes, (name for name, _ in pairs), table)
     val = EncodedImages(Samples([file for _, file in pairs], [index[name] for name, _ in pairs]), None)
     val.roots, val.classes = [str(folder / 'val')], train.classes
     return {'train': train, 'val': val}
 
 
-def _flat_val(path: Path) -> tuple[Path, Path, dict[str, str]] | None:
-    """Return the folder of train/ and val/, the file that lists the classes of val/, and the class of each image."""
+def _flat_val(path: Path) -> tuple[Path, Path] | None:
+    """Return the folder of train/ and a flat val/, and the file that lists the classes of val/."""
     for folder in (path, path / 'Data' / 'CLS-LOC', path / 'ILSVRC' / 'Data' / 'CLS-LOC'):
         tiny, kit = folder / 'val' / 'val_annotations.txt', find_devkit(folder / 'val') or find_devkit(folder)
-        if tiny.is_file():
-            return folder, tiny, dict(line.split('\t')[:2] for line in tiny.read_text().splitlines())
-        if next(folder.glob('val/ILSVRC2012_val_*'), None):
-            for place in (folder, *folder.absolute().parents[:3]):
-                table = place / 'LOC_val_solution.csv'
-                if table.is_file():
-                    rows = list(csv.reader(table.read_text().splitlines()))[1:]
-                    return folder, table, {f'{name}.JPEG': boxes.split()[0] for name, boxes in rows}
-            if kit:
-                classes = enumerate(devkit_classes(kit), 1)
-                return folder, kit, {f'ILSVRC2012_val_{number:08d}.JPEG': name for number, name in classes}
+        if tiny.is_file() and next(folder.glob('val/images/*.JPEG'), None):
+            return folder, tiny
+        if next(folder.glob('val/ILSVRC2012_val_*.JPEG'), None):
+            tables = [place / 'LOC_val_solution.csv' for place in (folder, *folder.resolve().parents[:3])]
+            table = next(filter(Path.is_file, tables), kit)
+            if table is None:
+                raise UsageError(f'{folder / "val"} has no class folders, LOC_val_solution.csv or {DEVKIT}')
+            return folder, table
     return None
+
+
+def _read_table(file: Path) -> dict[str, str]:
+    """Map the names of validation images to their classes."""
+    if file.name == DEVKIT:
+        return {f'ILSVRC2012_val_{number:08d}.JPEG': name for number, name in enumerate(devkit_classes(file), 1)}
+    try:
+        lines = file.read_text('utf-8-sig').splitlines()
+        if file.suffix == '.txt':
+            return dict(line.split('\t')[:2] for line in lines)
+        return {f'{name}.JPEG': boxes.split()[0] for name, boxes in csv.reader(lines[1:])}
+    except (ValueError, IndexError):
+        raise UsageError(f'{file} is damaged: copy it again') from None
 
 
 def _parquet_files(path: Path) -> dict[str, list[Path]]:
     """Map splits to their parquet files; raise UsageError if one of several numbered files is missing."""
+    found = sorted({file for pattern in PARQUET for file in path.glob(pattern)})
+    mixed = {folder for folder in {file.parent for file in found} - {path} if any(map(Path.is_dir, folder.iterdir()))}
     files: dict[str, list[Path]] = {}
-    for file in sorted({file for pattern in PARQUET for file in path.glob(pattern)}):
+    for file in found:
         words = re.findall('(?<![a-z])(train|val|test)', str(file.relative_to(path)).lower())
-        files.setdefault(words[0] if words else 'train', []).append(file)
+        if words and file.parent not in mixed:  # Others lie among class folders.
+            files.setdefault(words[0], []).append(file)
+    files = {'val' if split == 'test' else split: files[split] for split in sorted(files)
+             if split != 'test' or 'val' not in files}
     for split in files.values():
         total = re.search(r'-of-(\d+)', split[0].name)
         if total and int(total[1]) != len(split):
             raise UsageError(f'{split[0].parent} has {len(split)} of the {int(total[1])} files like {split[0].name}')
-    return {**({'val': files['test']} if 'test' in files else {}), **files}
+    return files
 
 
 class ParquetImages(EncodedImages):
@@ -81,16 +99,19 @@ class ParquetImages(EncodedImages):
 
     def __init__(self, files: list[Path]):
         self.roots, self.cached = list(map(str, files)), (None, None)  # (file, row group), its encoded images
-        names, targets, places = [], [], []
+        names, targets, places, first = [], [], [], None
         for i, file in enumerate(self.roots):
             with _parquet(file) as parquet:
-                self.column, label, classes = _columns(parquet.schema_arrow, file)
+                self.column, label, classes = columns = _columns(parquet.schema_arrow, file)
+                if columns != (first := first or columns):
+                    raise UsageError(f'{file} has other columns or class names than {files[0]}')
                 for group in range(parquet.num_row_groups):
                     rows = parquet.read_row_group(group, columns=[f'{self.column}.path', label]).flatten()
-                    names += [Path(path or '.jpg').name for path in rows.column(f'{self.column}.path').to_pylist()]
+                    names += [Path(path or '').name for path in rows.column(f'{self.column}.path').to_pylist()]
                     targets += rows.column(label).to_pylist()
                     places.append(np.stack(np.broadcast_arrays(i, group, np.arange(rows.num_rows)), axis=1))
-        if None in targets or min(targets) < 0 or classes and max(targets) >= len(classes):
+        names = [name if is_image(name) else f'{name}.jpg' for name in names]
+        if not targets or None in targets or min(targets) < 0 or classes and max(targets) >= len(classes):
             raise UsageError(f'{files[0]} has images without labels')
         self.classes = classes or [str(i) for i in range(max(targets) + 1)]
         self.places = np.concatenate(places)  # (N, 3): file, row group, row in the group
@@ -127,12 +148,15 @@ def _parquet(file: str):
 def _columns(schema, file: str) -> tuple[str, str, list[str] | None]:
     """Return the columns of the images and of the labels, and the class names if the file has them."""
     features = json.loads((schema.metadata or {}).get(b'huggingface', b'{}')).get('info', {}).get('features', {})
-    images = [field.name for field in schema if re.fullmatch('struct<.*bytes: binary.*>', str(field.type))]
-    labels = ['label', *(name for name, feature in features.items() if feature.get('_type') == 'ClassLabel')]
-    labels = [name for name in labels if name in schema.names]
+    kinds = {field.name: str(field.type) for field in schema}
+    images = [name for name in kinds if re.fullmatch('struct<(?=.*path: ).*bytes: (large_)?binary.*>', kinds[name])]
+    labels = ['label', *(name for name, feature in features.items() if "'ClassLabel'" in str(feature))]
+    labels = [name for name in labels if re.fullmatch('u?int[0-9]+', kinds.get(name, ''))]
     if not images or not labels:
-        raise UsageError(f'{file} has no {"labels" if images else "images"}: its columns are {", ".join(schema.names)}')
+        raise UsageError(f'{file} has no {"labels" if images else "images"}: its columns are {kinds}')
     names = features.get(labels[0], {}).get('names')
-    if names and len(names) == 1000 and names[0].startswith('tench') and names[999].startswith('toilet tissue'):
+    if isinstance(names, list) and len(names) == 1000 and names[0].startswith('tench'):
         names = ImageNetInfo('imagenet-1k').label_names()
+    if isinstance(names, list):  # Names that several classes share get the index.
+        names = [f'{name} ({i})' if names.count(name) > 1 else name for i, name in enumerate(map(str, names))]
     return images[0], labels[0], names

@@ -280,7 +280,8 @@ class TarImages(EncodedImages):
         labels = {(m.tar, key_of(m.name)): self._label(m) for m in members if m.name.endswith('.cls')}
         self.has_labels = bool(labels)
         if labels:
-            images = _one_image_a_key(images, where)
+            if len({(m.tar, key_of(m.name)) for m in images}) < len(images):
+                raise UsageError(f'{where} has several images of one key: keep one of each')
             names = [labels.get((m.tar, key_of(m.name)), '') for m in images]
         else:
             images, names = self._by_class(images, split)
@@ -352,16 +353,6 @@ def key_of(name: str) -> str:
     """Return WebDataset's key: the path up to the first dot of the file's name."""
     folder, _, file = name.rpartition('/')
     return f'{folder}/{file.split(".", 1)[0]}'
-
-
-def _one_image_a_key(images: list[Member], where: str) -> list[Member]:
-    """Select each key's image with the fewest extensions: KEY.jpg and not the mask KEY.seg.png."""
-    chosen = {}
-    for image in sorted(images, key=lambda m: posixpath.basename(m.name).count('.')):
-        chosen.setdefault((image.tar, key_of(image.name)), image)
-    if len(chosen) < len(images):
-        logger.warning('%s has %d more images of the same keys: ignored', where, len(images) - len(chosen))
-    return [image for image in images if chosen[image.tar, key_of(image.name)] is image]
 
 
 def split_folder(name: str) -> str | None:

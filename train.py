@@ -101,6 +101,7 @@ class Run:
     num_epochs: int  # including the cool-down
     updates_per_epoch: int
     state: RunState
+    n_parameters: int  # that are trained
     writer: RunWriter | None = None  # on rank 0, with --output-dir
     profiler: torch.profiler.profile | None = None
     stop: processes.StopRequest | None = None
@@ -488,7 +489,8 @@ def build_run(
         val_loader=build_val_loader(args, val_set, device), dtype=dtype,
         # --amp-dtype applies under --apex-amp too, so that --eval prints the figures of the log.
         eval_autocast=autocast_to(resolve_dtype(args.amp_dtype, device), device),
-        num_epochs=num_epochs, updates_per_epoch=sampler.updates, state=RunState(args.start_epoch))
+        num_epochs=num_epochs, updates_per_epoch=sampler.updates, state=RunState(args.start_epoch),
+        n_parameters=sum(p.numel() for p in core.parameters() if p.requires_grad))
 
 
 def learning_rate(args: argparse.Namespace, sampler: TrainSampler) -> float:
@@ -531,18 +533,13 @@ def save_first_batch(run: Run, images: torch.Tensor, targets: torch.Tensor, limi
                      run.writer.folder / 'batch.jpg')
 
 
-def n_parameters(model: nn.Module) -> int:
-    """Count the parameters that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def describe(run: Run) -> None:
     """Log what is about to be trained, and how."""
     args, updates = run.args, run.updates_per_epoch * run.num_epochs
     rate = learning_rate(args, run.sampler)
     train_set, val_set = run.train_loader.dataset, run.val_loader.dataset
     logger.info('%s: %.2f M parameters, %d classes, %d training and %d validation images, %d steps per epoch',
-                args.model or 'CMT', n_parameters(run.core) / 1e6, run.core.num_classes, len(train_set), len(val_set),
+                args.model or 'CMT', run.n_parameters / 1e6, run.core.num_classes, len(train_set), len(val_set),
                 run.updates_per_epoch)
     if hasattr(train_set.dataset, 'targets') and hasattr(val_set.dataset, 'targets'):
         describe_classes(train_set.dataset, val_set.dataset)
@@ -617,7 +614,7 @@ def train_epoch(run: Run) -> bool:
     totals = run.meters.total()
     run.record = {
         'epoch': state.epoch, 'train_lr': rate, 'train_loss': totals['loss'] / max(totals['samples'], 1),
-        'skipped_updates': int(totals['skipped']), 'n_parameters': n_parameters(run.core),
+        'skipped_updates': int(totals['skipped']), 'n_parameters': run.n_parameters,
         'train_images_per_s': state.samples_seen / state.seconds,
     }
     return True

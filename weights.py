@@ -5,6 +5,7 @@ Hugging Face Hub.
 """
 import argparse
 import contextlib
+import copy
 import logging
 import math
 import os
@@ -404,25 +405,14 @@ def load_weights(model: cmt.CMT, weights: Weights, new_head: bool = False) -> st
             except (NotImplementedError, AssertionError):
                 raise UsageError(f'{weights.file}: {note} is not possible, only from 3') from None
             notes.append(note)
-    _check_names_and_shapes(model_state, state, new, weights.file)
-    model.load_state_dict({**{name: model_state[name] for name in new}, **state})
+    state.update({name: model_state[name] for name in new})
+    load_strictly(copy.deepcopy(model), state, weights.file)  # So that a failure leaves `model` unchanged.
+    model.load_state_dict(state)
     kind = 'EMA weights' if weights.is_ema else 'weights'
     form = '' if weights.model_args.get('position_bias', True) else " in MindCV's form"
-    line = '; '.join([f'{weights.file}: {kind}{form}, {len(state)} tensors', *notes])
+    line = '; '.join([f'{weights.file}: {kind}{form}, {len(state) - len(new)} tensors', *notes])
     logger.info('loaded %s', line)
     return line
-
-
-def _check_names_and_shapes(model_state: dict, state: dict, new: list[str], file: str) -> None:
-    """Raise UsageError if `state` and the model's `model_state`, except `new`, differ in names or shapes."""
-    errors = [f'{name} missing' for name in model_state if name not in state and name not in new]
-    errors += [f'{name} left over' for name in state if name not in model_state]
-    errors += [f'{name} {tuple(state[name].shape)} for {tuple(model_state[name].shape)}'
-               for name in model_state if name in state and state[name].shape != model_state[name].shape]
-    if errors:
-        more = f'; and {len(errors) - MAX_LISTED} more' if len(errors) > MAX_LISTED else ''
-        raise UsageError(f'{file} does not fit the model, its size or the number of classes: {len(errors)} tensors '
-                         f'differ ({"; ".join(errors[:MAX_LISTED])}{more})')
 
 
 def build_model(weights: Weights, name: str | None = None, num_classes: int | None = None, **kwargs) -> cmt.CMT:

@@ -68,10 +68,6 @@ def reference(model: cmt.CMT, x):
     return model.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def is_cmt(name: str) -> bool:
-    return timm.models.is_model_in_modules(name, ['cmt'])
-
-
 class Setup(NamedTuple):
     """Describe a case. `size` is in pixels, or None for the model's default."""
     model: str
@@ -82,16 +78,18 @@ class Setup(NamedTuple):
 
     def exists(self) -> bool:
         """Return whether the model has this form: `fused` is CMT's inference, `reference` is CMT's."""
-        return self.form in ('eager', 'compiled') or is_cmt(self.model) and (self.form, self.mode) != ('fused', 'train')
+        is_cmt = self.model.startswith('cmt')
+        return self.form in ('eager', 'compiled') or is_cmt and (self.form, self.mode) != ('fused', 'train')
 
     def build(self) -> tuple[nn.Module, int]:
         """Build the model with random weights, not compiled; return it with its input size."""
         torch.manual_seed(0)
-        model = timm.create_model(self.model, **({'img_size': self.size} if self.size and is_cmt(self.model) else {}))
+        settings = {'img_size': self.size} if self.size and self.model.startswith('cmt') else {}
+        model = timm.create_model(self.model, **settings)
         size = self.size or model.pretrained_cfg['input_size'][-1]
         if self.form == 'reference':
             model.forward = functools.partial(reference, model)
-        elif not is_cmt(self.model):
+        elif not self.model.startswith('cmt'):
             model = model.to(memory_format=torch.channels_last)  # faster convolutions
         elif self.form == 'fused' or self.form == 'compiled' and self.mode == 'infer':
             model = model.fuse()
@@ -250,7 +248,7 @@ def main() -> None:
     if 'cuda' in args.devices and not torch.cuda.is_available():
         parser.error('--devices cuda: no CUDA device here')
     for setup in itertools.chain(*groups):
-        if not timm.is_model(setup.model) or is_cmt(setup.model) and (setup.size or 32) % 32:
+        if not timm.is_model(setup.model) or setup.model.startswith('cmt') and (setup.size or 32) % 32:
             parser.error(f'{setup.model}: no such timm model, or --sizes is not a multiple of 32 (CMT)')
     records = []
     for device, dtype, group in itertools.product(args.devices, args.dtypes, groups):

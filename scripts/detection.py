@@ -437,10 +437,7 @@ def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:
-        args = checkpoint['args']
-        raise UsageError(f"{file} does not fit: give --model {args['model']} --backbone {args['backbone']} "
-                         f"--fpn-channels {args['fpn_channels']} --input-size "
-                         f"{' '.join(map(str, args['input_size']))}") from None
+        raise UsageError(f"{file} does not fit: give --config {Path(file).with_name('config.yaml')}") from None
 
 
 def evaluate(

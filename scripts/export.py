@@ -27,7 +27,7 @@ import cmt
 from checkpoints import atomic_write, check_output
 from errors import UsageError
 from options import Parser, add_weights_flag, image_size, output_file
-from weights import build_model, create_cmt, read_weights
+from weights import build_model, read_weights
 
 BATCHES = (1, 5)  # batch sizes of the comparison; the exporters' example input has another
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -134,8 +134,6 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="one number or height and width, multiples of 32 (default: the checkpoint's)")
     parser.add_argument('--dynamic-img-size', action='store_true', help='accept images of any size (TorchScript)')
     add_weights_flag(parser)
-    parser.add_argument('--random-weights', action='store_true',
-                        help="export MODEL untrained, to measure a runtime's speed without a download")
     parser.add_argument('--fuse', action='store_true', help='fold BatchNorm into convolutions before the export')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
@@ -153,15 +151,10 @@ def main(argv: list[str] | None = None) -> None:
         options = {'dynamic_img_size': True} if args.dynamic_img_size else {}
         if args.input_size:
             options['img_size'] = tuple(args.input_size * 2)[:2]
-        if args.random_weights:
-            torch.manual_seed(0)
-            model = create_cmt(args.source, **options).eval()
-            name, classes, origin = args.source, None, ' (random weights)'
-        else:
-            weights = read_weights(args.source, use_ema=args.model_ema)
-            model = build_model(weights, **options)
-            name, classes = weights.name or 'CMT', weights.class_names(model)
-            origin = f' ({"; ".join(["EMA", *weights.notes])})' if weights.is_ema else ''
+        weights = read_weights(args.source, use_ema=args.model_ema)
+        model = build_model(weights, **options)
+        name, classes = weights.name or 'CMT', weights.class_names(model)
+        origin = f' ({"; ".join(["EMA", *weights.notes])})' if weights.is_ema else ''
         content, worst = export(model, name, classes, args.output.suffix.lower(), args.fuse)
         with atomic_write(args.output) as file:
             file.write(content)

@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     output = parser.add_mutually_exclusive_group()
     output.add_argument('--json', action='store_true', help='print JSON')
     output.add_argument('--csv', action='store_true', help='print CSV')
-    parser.add_argument('--class-names', type=path, metavar='FILE', help='names of the classes, one a line or JSON')
+    parser.add_argument('--class-names', type=path, metavar='FILE', help='names of the classes, one a line')
     parser.add_argument('--picture', type=output_file, metavar='OUT.png',
                         help=f'draw a sheet of the first {MAX_ON_SHEET} images')
     parser.add_argument('--features', type=output_file, metavar='OUT.npz',
@@ -109,16 +109,10 @@ def read_images(
 
 
 def read_names(file: str) -> list[str]:
-    """Read class names, one a line, or JSON: a list, {index: name}, or {name: index} as torchvision's class_to_idx."""
+    """Read class names, one a line, in the order of their index."""
     try:
-        text = Path(file).read_text('utf-8-sig')
-        is_json = text.lstrip().startswith(('[', '{'))
-        names = json.loads(text) if is_json else [line.strip() for line in text.splitlines() if line.strip()]
-        if isinstance(names, dict):
-            by_index = names if all(map(str.isdigit, names)) else {index: name for name, index in names.items()}
-            names = [by_index[index] for index in sorted(by_index, key=int)]
-        return list(map(str, names))
-    except (OSError, ValueError, TypeError) as error:
+        return [line.strip() for line in Path(file).read_text('utf-8-sig').splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
         raise UsageError(f'--class-names {file}: {error}') from None
 
 

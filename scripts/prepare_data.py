@@ -30,7 +30,7 @@ import processes
 import published
 import utils
 from checkpoints import atomic_write, lock_file, remove_temporary_files, sync_folder
-from datasets import PREPARED, has_split, open_split, open_unsplit
+from datasets import PREPARED, has_split, open_split, open_unsplit, prepared_classes
 from errors import TrainingFault, UnreadableImage, UsageError, one_line, printable
 from loader import build_loader
 from options import Parser, count, in_range, path, positive
@@ -64,7 +64,7 @@ class Encoder(Dataset):
             before = stamp(self.images, index)  # out of date if the file changes while it is read
             return self.encode(self.images.read(index)), before
         except Exception as error:  # Pillow's plugins raise exceptions of any type on damaged files
-            is_damage = not getattr(error, 'errno', None) and not isinstance(error, MemoryError)
+            is_damage = not getattr(error, 'errno', None) and not isinstance(error, (MemoryError, UsageError))
             if self.skip_damaged and is_damage:
                 return one_line(error), before
             raise UnreadableImage(printable(
@@ -93,9 +93,10 @@ def open_splits(src: str) -> dict[str, EncodedImages]:
     """
     if published.needs_preparing(Path(src)):
         return published.open_published(Path(src))
-    splits = {split: open_split(src, split, None, None) for split in ('train', 'val') if has_split(src, split)}
+    classes = prepared_classes(src)
+    splits = {split: open_split(src, split, None, classes) for split in ('train', 'val') if has_split(src, split)}
     if not splits:
-        return {'train': open_unsplit(src, None, None)}
+        return {'train': open_unsplit(src, None, classes)}
     if len(splits) == 1 and os.path.isdir(src):
         read = {Path(root).relative_to(src).parts[0] for images in splits.values() for root in images.roots}
         unread = sorted(entry.name for entry in os.scandir(src) if entry.is_dir() or entry.name.endswith('.tar')
@@ -249,10 +250,9 @@ def main(args: argparse.Namespace) -> None:
     with processes.usage_errors():
         splits = open_splits(args.src)
     names = {split: names_in_tars(images, split) for split, images in splits.items()}
-    classes = next(iter(splits.values())).classes
-    is_named = any(images.has_labels for images in splits.values()) and classes != list(map(str, range(len(classes))))
+    classes = [images.classes for images in splits.values() if images.has_labels]
     file, settings = folder / PREPARED, json.dumps({
-        **({'classes': classes} if is_named else {}),
+        **({'classes': max(classes, key=len)} if classes else {}),
         'source': args.src, 'splits': list(splits), 'Pillow': PIL.__version__, 'short_side': args.short_side,
         'quality': args.quality, 'resize_val': args.resize_val, 'images_per_tar': args.images_per_tar}, indent=1) + '\n'
     if file.exists() and file.read_text() != settings:

@@ -53,7 +53,7 @@ def test_combinations_of_flags_with_another_timm_model(monkeypatch, capsys):
 
 @pytest.mark.parametrize('argv, words', [
     (['--models', 'cmt_q'], 'cmt_q'),
-    (['--models', 'cmt_ti', '--sizes', '64', '48'], '48'),
+    (['--models', 'cmt_ti', '--sizes', '64', '48'], '--sizes'),
     (['--cases', 'cmt_ti:infer:64:2:quick'], 'cmt_ti:infer:64:2:quick'),
     (['--devices', 'cuda'], '--devices cuda'),
     (['--json', 'nodir/x.json'], 'nodir/x.json'),

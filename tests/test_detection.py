@@ -283,7 +283,7 @@ def test_mistakes_are_one_line_before_long_work(shapes, tmp_path, monkeypatch):
             (['--weights', tmp_path / 'classifier.pth', '--backbone', 'cmt_ti'], 'classifier.pth'),
             (['--resume', tmp_path / 'classifier.pth'], 'classifier.pth.*--weights'),
             (['--resume', tmp_path / 'text.pth'], 'text.pth'),
-            (['--resume', last, '--model', 'fasterrcnn'], '--model retinanet --backbone cmt_nano'),
+            (['--resume', last, '--model', 'fasterrcnn'], '--config .*config.yaml'),
             (['--resume', last, '--data-path', changed('two')], 'checkpoint_last.pth.*circle'),
             (['--eval'], '--resume'),
             (['--input-size', 128, 64], '--input-size'),

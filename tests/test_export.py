@@ -141,7 +141,6 @@ def test_torchscript_of_other_sizes(checkpoint, tmp_path, flags, kind, sizes):
     (['CKPT', 'a.ts', '--input-size', '32', '64', '96'], '--input-size'),
     (['CKPT', 'nowhere/a.ts'], 'nowhere/a.ts'),
     (['CKPT', '.'], "'.'"),
-    (['CKPT', 'a.ts', '--random-weights'], 'cats.pth'),
     (['resnet18', 'a.ts'], 'resnet18'),
     (['missing.pth', 'a.ts'], 'missing.pth'),
 ])

@@ -95,7 +95,7 @@ def pack_source(form, images, src, monkeypatch=None) -> Path:
             for shard in range(3):  # which all count their keys from 0
                 files = sorted((images / split).rglob('*.*'))[shard::3]
                 members(src / f'{split}-{shard}.tar', *(entry for i, file in enumerate(files) for entry in (
-                    (f'{i:03d}{file.suffix}', file.read_bytes()), (f'{i:03d}.seg.png', b'mask'),
+                    (f'{i:03d}{file.suffix}', file.read_bytes()),
                     (f'{i:03d}.cls', file.parent.name[-1].encode()))))
         else:
             (src / split).mkdir()

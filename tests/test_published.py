@@ -18,7 +18,7 @@ import nano
 import prepare_data
 import published
 from datasets import build_dataset
-from errors import UsageError
+from errors import UnreadableImage, UsageError
 from sources import DEVKIT
 
 LABELS = ['zebra, common', 'ant', 'mule']  # not alphabetical
@@ -163,6 +163,61 @@ def test_a_missing_pyarrow_is_named(tmp_path, capsys, monkeypatch):
     assert 'pip install pyarrow' in capsys.readouterr().err
 
 
+def test_shards_of_other_classes_are_refused(tmp_path, capsys):
+    hub(tmp_path / 'hub')
+    file = tmp_path / 'hub' / 'data' / 'validation-00000-of-00001.parquet'
+    write_parquet(file, [(encoded(0, 0), 'a.jpg', 0)], names=LABELS[::-1])
+    assert prepare(tmp_path / 'hub', tmp_path / 'tars') == 2 and 'class names' in capsys.readouterr().err
+    write_parquet(tmp_path / 'hub' / 'data' / 'train-00001-of-00002.parquet', [(encoded(0, 0), 'a.jpg', 0)],
+                  names=LABELS[::-1])
+    assert prepare(tmp_path / 'hub', tmp_path / 'tars') == 2 and 'train-00001' in capsys.readouterr().err
+
+
+def test_prepared_labels_go_by_name(tmp_path):
+    """Under the classes of a checkpoint or class map in another order, and if the tars are prepared once more."""
+    hub(tmp_path / 'hub')
+    prepare(tmp_path / 'hub', tmp_path / 'tars', '--num-workers', 0)
+    prepare(tmp_path / 'tars', tmp_path / 'again', '--num-workers', 0)
+    (tmp_path / 'map').write_text('\n'.join(sorted(LABELS)))
+    for folder in 'tars', 'again':
+        dataset, read = samples(tmp_path / folder, 'train')
+        assert dataset.classes == LABELS
+        for settings in ({'classes': sorted(LABELS)}, {'class_map': tmp_path / 'map'}):
+            other = build_dataset('IMNET', True, str(tmp_path / folder), 32, **settings)
+            assert other.classes == sorted(LABELS)
+            assert [other.classes[i] for i in other.targets] == [LABELS[target] for _, _, target in read]
+    with pytest.raises(UsageError, match='zebra'):
+        build_dataset('IMNET', True, str(tmp_path / 'tars'), 32, classes=['ant', 'mule'])
+
+
+def test_an_error_of_the_disk_is_not_damage(tmp_path, monkeypatch):
+    hub(tmp_path / 'hub')
+
+    def fail(self, index):
+        raise UsageError('stale file handle')
+
+    monkeypatch.setattr(published.ParquetImages, 'read', fail)
+    with pytest.raises(UnreadableImage, match='stale file handle'):
+        prepare_data.main(prepare_data.build_parser().parse_args(
+            [str(tmp_path / 'hub'), str(tmp_path / 'tars'), '--skip-damaged', '--num-workers', '0']))
+
+
+@pytest.mark.parametrize('folder', ['plain_text', 'default', 'data', '.'])
+def test_layouts_of_the_hub(folder, tmp_path):
+    rows = [(encoded(i % 3, i), f'{i}', i % 3) for i in range(6)]
+    place = tmp_path / 'hub' / folder
+    if folder == 'default':
+        names = ['train/0000.parquet', 'test/0000.parquet']
+    else:
+        names = [f'{split}-00000-of-00001.parquet' for split in ('train', 'test')]
+    for name in names:
+        write_parquet(place / name, rows)
+    assert prepare(tmp_path / 'hub', tmp_path / 'tars', '--num-workers', 0) == 0
+    for split in 'train', 'val':
+        _, read = samples(tmp_path / 'tars', split)
+        assert [row[::2] for row in read] == [row[::2] for row in rows]
+
+
 # validation images in one folder
 
 def imagenet(root, ids, flat):
@@ -217,9 +272,14 @@ def test_flat_validation_images_get_their_classes(layout, tmp_path, capsys):
         assert len(samples(tmp_path / f'tars{i}', 'train')[1]) == 9
     tables = 'LOC_val_solution.csv', 'val_annotations.txt'
     table, = (path for path in (tmp_path / 'data').rglob('*') if path.name in tables)
-    table.write_text('\n'.join(table.read_text().splitlines()[:-1]))
-    capsys.readouterr()
-    assert prepare(sources[0], tmp_path / 'other') == 2 and table.name in capsys.readouterr().err
+    whole = table.read_text()
+    for text in '\n'.join(whole.splitlines()[:-1]), whole + '\n\na,b,c\n':
+        table.write_text(text)
+        capsys.readouterr()
+        assert prepare(sources[0], tmp_path / 'other') == 2 and table.name in capsys.readouterr().err
+    table.unlink()
+    if layout is kaggle:
+        assert prepare(sources[0], tmp_path / 'other') == 2 and table.name in capsys.readouterr().err
 
 
 def test_the_development_kit_gives_the_classes(tmp_path, monkeypatch):
@@ -245,7 +305,11 @@ def test_train_names_the_command_or_the_archive(tmp_path, images):
                 build_dataset('IMNET', True, str(path), 32, val_split=split)
     shutil.copytree(images / 'train', tmp_path / 'photos')
     shutil.copy(tmp_path / 'train.zip', tmp_path / 'photos')
-    for path in (images, images / 'train', tmp_path / 'photos'):
+    shutil.copytree(images, tmp_path / 'mixed')
+    (tmp_path / 'mixed' / 'val' / 'val_annotations.txt').touch()
+    for folder in ('.', 'train', 'val', 'train/class_0'):
+        write_parquet(tmp_path / 'mixed' / folder / 'meta.parquet', [(b'', None, 0)])
+    for path in (images, images / 'train', tmp_path / 'photos', tmp_path / 'mixed'):
         assert not published.needs_preparing(path)
 
 
