@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 # ruff's rules change between versions.
-prepare_environment 'pytest>=8.2' 'ruff>=0.17,<0.18' onnx onnxruntime onnxscript tensorboard wandb pycocotools
+prepare_environment 'pytest>=8.2' 'ruff>=0.17,<0.18' onnx onnxruntime onnxscript tensorboard wandb pycocotools pyarrow
 
 # Tests with two ranks start two processes, which share two cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
