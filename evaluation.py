@@ -176,8 +176,7 @@ def write_report(folder: Path, dataset: Dataset, predictions: reports.Prediction
                 ', mistakes.jpg' if len(mistakes) else '')
 
 
-def grad_cam(
-        model: nn.Module, images: torch.Tensor, classes: torch.Tensor | None = None) -> torch.Tensor:
+def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor | None = None) -> torch.Tensor:
     """Return the Grad-CAM of one class for each image (Selvaraju et al., arXiv 1610.02391).
 
     Args:

@@ -18,7 +18,7 @@ def needs_preparing(path: Path) -> bool:
     """Return whether scripts/prepare_data.py must convert `path` before training; raise UsageError for a zip file."""
     entries = [entry for entry in path.glob('[!.]*') if entry.is_dir() or entry.suffix in ('.zip', '.tar', '.parquet')]
     if path.suffix == '.zip' or entries and all(entry.suffix == '.zip' for entry in entries):
-        raise UsageError(f'{min([*entries, path])} is a zip archive: unzip it, and give its folder')
+        raise UsageError(f'{(entries or [path])[0]} is a zip archive: unzip it, and give its folder')
     return bool(_parquet_files(path)) or _flat_val(path) is not None
 
 
@@ -27,7 +27,8 @@ def open_published(path: Path) -> dict[str, EncodedImages]:
     files = _parquet_files(path)
     if files:
         splits = {split: ParquetImages(files[split]) for split in ('train', 'val') if split in files}
-        if any(images.classes != splits['train'].classes[:len(images.classes)] for images in splits.values()):
+        names = next(iter(splits.values())).classes
+        if any(images.classes != names[:len(images.classes)] for images in splits.values()):
             raise UsageError(f'the splits of {path} have different class names')
         return splits
     folder, table = _flat_val(path)

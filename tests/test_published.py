@@ -202,6 +202,14 @@ def test_an_error_of_the_disk_is_not_damage(tmp_path, monkeypatch):
             [str(tmp_path / 'hub'), str(tmp_path / 'tars'), '--skip-damaged', '--num-workers', '0']))
 
 
+def test_a_validation_split_alone_is_prepared(tmp_path):
+    _, rows = hub(tmp_path / 'hub')
+    for file in (tmp_path / 'hub' / 'data').glob('t*'):
+        file.unlink()
+    assert prepare(tmp_path / 'hub', tmp_path / 'tars', '--num-workers', 0) == 0
+    assert samples(tmp_path / 'tars', 'val')[1] == rows
+
+
 @pytest.mark.parametrize('folder', ['plain_text', 'default', 'data', '.'])
 def test_layouts_of_the_hub(folder, tmp_path):
     rows = [(encoded(i % 3, i), f'{i}', i % 3) for i in range(6)]
@@ -299,7 +307,8 @@ def test_train_names_the_command_or_the_archive(tmp_path, images):
     (tmp_path / 'zipped').mkdir()
     shutil.copy(tmp_path / 'train.zip', tmp_path / 'zipped')
     for path, words in ((tmp_path / 'hub', f'prepare_data.py {tmp_path / "hub"} {tmp_path / "hub"}-tars'),
-                        (tmp_path / 'train.zip', 'train.zip is a zip archive: unzip'), (tmp_path / 'zipped', 'unzip')):
+                        (tmp_path / 'train.zip', 'train.zip is a zip archive: unzip'),
+                        (tmp_path / 'zipped', 'zipped/train.zip is a zip archive: unzip')):
         for split in (0., 0.1):
             with pytest.raises(UsageError, match=words):
                 build_dataset('IMNET', True, str(path), 32, val_split=split)
