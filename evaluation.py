@@ -87,22 +87,19 @@ def class_words(names: list[str]) -> list[str]:
 # Scores
 
 def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> tuple[
-        dict[str, float], reports.Predictions]:
+        dict[str, float], list[np.ndarray]]:
     """Evaluate `model` on the shares of all ranks, with a progress bar on rank 0.
 
     Returns:
-        The scores of engine.evaluate, and on all ranks the predictions for the whole data set.
+        The scores of engine.evaluate, and on all ranks the targets, classes and probabilities of reports.Predictions.
     """
-    dataset, batches = loader.dataset.dataset, []
+    batches: list[tuple] = []
     with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
         scores = evaluate(model, loader, Preprocessor(device), autocast, progress, batches)
     shares = processes.gather_from_ranks([torch.cat(column).tolist() for column in zip(*batches)])
-    indices = [eval_indices(len(dataset), loader.batch_size, rank, len(shares)) for rank in range(len(shares))]
+    indices = [eval_indices(len(loader.dataset), loader.batch_size, rank, len(shares)) for rank in range(len(shares))]
     order = np.argsort(np.concatenate(indices))
-    columns = [np.concatenate(column)[order] for column in zip(*filter(None, shares))]  # A rank may have no images.
-    samples, names = getattr(dataset, 'samples', None), list(map(str, dataset.classes))
-    paths = [samples[i][0] if samples else f'image {i}' for i in range(len(dataset))]
-    return scores, reports.Predictions(paths, names, class_words(names), *columns)
+    return scores, [np.concatenate(column)[order] for column in zip(*filter(None, shares))]  # Ranks may lack images.
 
 
 def score_checkpoint(
@@ -125,7 +122,7 @@ def score_checkpoint(
         model.register_forward_hook(lambda module, images, logits: logits.masked_fill(others, -torch.inf))
     if real is not None:
         model.register_forward_hook(lambda module, images, logits: real.add_result(logits))
-    scores, predictions = score(model, loader, device, autocast)
+    scores, columns = score(model, loader, device, autocast)
     # These two lines have the format of DeiT's code.
     logger.info('* Acc@1 %.3f Acc@5 %.3f loss %.3f', scores['acc1'], scores['acc5'], scores['loss'])
     logger.info('Accuracy of the network on the %d test images: %.3f%%', scores['count'], scores['acc1'])
@@ -139,15 +136,18 @@ def score_checkpoint(
                     *(100 * sum(hit) / max(len(hit), 1) for hit in hits), len(hits[0]))
     with processes.usage_errors(TrainingFault):  # such as a full disk
         if args.report and processes.get_rank() == 0:
-            write_report(Path(args.report), data, predictions, valid, model, device)
+            write_report(Path(args.report), data, columns, valid, model, device)
 
 
-def write_report(folder: Path, dataset: Dataset, predictions: reports.Predictions, valid: list[int], model: nn.Module,
+def write_report(folder: Path, dataset: Dataset, columns: list[np.ndarray], valid: list[int], model: nn.Module,
                  device: torch.device) -> None:
     """Write predictions.csv, per_class.csv, confusion.png and mistakes.jpg into `folder`, and log a summary.
 
-    `predictions` are those of `model` for the uint8 images (3, H, W) of `dataset`; `valid` lists the scored classes.
+    `columns` are score's for `model` and the uint8 images (3, H, W) of `dataset`; `valid` lists the scored classes.
     """
+    samples, names = getattr(dataset, 'samples', None), list(map(str, dataset.classes))
+    paths = [samples[i][0] if samples else f'image {i}' for i in range(len(dataset))]
+    predictions = reports.Predictions(paths, names, class_words(names), *columns)
     matrix = reports.count_confusions(predictions, valid)
     words = [predictions.words[i] for i in valid]
     for line in reports.summarize(matrix, words):

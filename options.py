@@ -187,7 +187,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--class-map', type=path, metavar='FILE',
                    help='IMNET: class folders in the order of their index, one a line')
     g.add_argument('--val-split', type=fraction, metavar='FRACTION',
-                   help='fraction of each class to hold out if there is no val/; the same images in every run')
+                   help='fraction of each class to hold out, without a val/ folder; the same images in every run')
     g.add_argument('--skip-damaged', action=toggle, default=False,
                    help='decode every image at the start and leave out damaged ones, for small data sets (without it, '
                    'training replaces them and validation stops the run)')

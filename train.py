@@ -109,7 +109,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)  # the epoch's line in log.txt
     wait_share: float = 0.  # share of the epoch's time spent waiting for data
     eval_seconds: float = 0.  # of the last validation
-    report: tuple = ()  # last epoch: ('model' or 'EMA', module, Predictions) of the better one
+    report: tuple = ()  # last epoch: ('model' or 'EMA', module, columns of `score`) of the better one
     epoch_began: float = 0.  # s, time.monotonic()
     saved_at: float = 0.  # s, time.monotonic() of the last checkpoint
 
@@ -526,8 +526,9 @@ def save_first_batch(run: Run, images: torch.Tensor, targets: torch.Tensor, limi
     """Write the first of these images (B, 3, H, W) to batch.jpg, with classes (B,) or mixed targets (B, classes)."""
     preprocess, words = run.train_step.preprocess, class_words(list(map(str, run.val_loader.dataset.dataset.classes)))
     pixels = images[:limit].permute(0, 2, 3, 1).float() * preprocess.std + preprocess.mean  # (B, H, W, 3)
-    shares = targets if targets.ndim == 2 else nn.functional.one_hot(targets, len(words)).float()
-    titles = [' + '.join(words[i] for i in row.topk(2).indices.tolist() if row[i] > 0.1) for row in shares[:limit]]
+    shares = targets[:limit].cpu()  # One host sync.
+    shares = shares if shares.ndim == 2 else nn.functional.one_hot(shares, len(words))
+    titles = [' + '.join(words[i] for i in row.topk(2).indices.tolist() if row[i] > 0.1) for row in shares]
     with run.writer.defer_disk_errors():
         reports.save(reports.draw_batch(pixels.clamp(0, 255).byte().cpu().numpy(), titles),
                      run.writer.folder / 'batch.jpg')
@@ -662,7 +663,7 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
         if next(model.parameters()).device != run.device:  # --model-ema-force-cpu
             model = copy.deepcopy(model).to(run.device)
         try:
-            scores[prefix], predictions = score(model, run.val_loader, run.device, run.eval_autocast)
+            scores[prefix], columns = score(model, run.val_loader, run.device, run.eval_autocast)
         except Exception:  # Such as an unreadable image, or workers that cannot be started.
             if world_size == 1 and run.writer is not None:  # With more ranks, all of them would have to save.
                 run.train_loader.stop()  # Its open files may exhaust the limit.
@@ -670,7 +671,7 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
                 run.writer.wait()
             raise
         if state.epoch == run.num_epochs - 1 and scores[prefix] == max(scores.values(), key=lambda s: s['acc1']):
-            run.report = 'EMA' if prefix else 'model', model, predictions
+            run.report = 'EMA' if prefix else 'model', model, columns
     if run.stop_signal():
         run.save_in_epoch()
         return None
@@ -731,9 +732,9 @@ def write_results(run: Run) -> None:
     run.writer.wait()  # The checkpoint comes first.
     with run.writer.defer_disk_errors():
         if run.report:
-            title, model, predictions = run.report
+            title, model, columns = run.report
             logger.info('report on the last epoch (%s):', title)
-            write_report(folder, dataset, predictions, list(range(run.core.num_classes)), model, run.device)
+            write_report(folder, dataset, columns, list(range(run.core.num_classes)), model, run.device)
         if (folder / LOG).exists():  # Not if a finished run is resumed elsewhere.
             curves = reports.draw_curves({folder.resolve().name: reports.read_log(folder / LOG)})
             reports.save(curves, folder / 'curves.png')

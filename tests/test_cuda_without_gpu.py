@@ -26,6 +26,7 @@ import options
 import processes
 import train
 from fake_cuda import CUDA, ROOT, Engine, PeakMemory, Recorder, attention, fake_cuda, real
+from loader import ValidationDataset
 
 MEAN_OR_STD = 'cpu', 'cuda', torch.float32, torch.float32, False, False  # a copy at the start of an evaluation
 PRODUCTS = 'convolution', 'convolution_backward', 'addmm', 'mm', '_scaled_dot_product_efficient_attention'
@@ -58,7 +59,7 @@ class Batches(list):
 
     @property
     def dataset(self):
-        return types.SimpleNamespace(dataset=Images(self.batch_size * len(self)))
+        return ValidationDataset(Images(self.batch_size * len(self)))
 
 
 class Images(Data):
