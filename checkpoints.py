@@ -1,24 +1,22 @@
 """Write checkpoint files atomically, and read untrusted checkpoint files safely."""
 import argparse
-import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
 import pickle
 import re
-import secrets
 import shutil
 import textwrap
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from errors import UsageError, one_line
+from system import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +29,13 @@ def is_own(checkpoint: dict[str, Any]) -> bool:
     """Return whether this project wrote a checkpoint, so that nothing in it needs to be inferred."""
     has_parts = all(isinstance(checkpoint.get(key), dict) for key in ('model', 'model_args', 'args'))
     return has_parts and type(checkpoint.get('format')) is int and checkpoint['format'] == FORMAT
+
+
+def class_names(checkpoint: dict[str, Any]) -> list[str] | None:
+    """Return the class names in a checkpoint; other tools write their number or anything else under this key."""
+    names = checkpoint.get('classes')
+    is_list = isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names)
+    return list(names) if is_list else None
 
 
 def epoch_files(folder: Path) -> list[Path]:
@@ -58,61 +63,10 @@ def to_cpu(state: Any) -> Any:
     return state
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_temporary_files(folder: Path) -> None:
-    """Remove what killed processes left in `folder`; call this under a lock."""
-    for path in folder.glob('.cmt-????????????????.tmp'):
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path, keep_previous: bool = False):
-    """Open a temporary file next to `path`, which replaces `path` when the block ends and the file is on disk.
-
-    Raises:
-        OSError: the file cannot be written, such as on a full disk; the error names `path`.
-    """
-    temporary = path.parent / f'.cmt-{secrets.token_hex(8)}.tmp'
-    try:
-        with open(temporary, 'xb') as file:  # 'x' does not follow links.
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous:
-            _keep_previous(path)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        cause = error.__context__ if type(error) is RuntimeError else error  # torch.save wraps the error.
-        if isinstance(cause, OSError) and cause.errno and cause.filename in (None, str(temporary)):
-            raise OSError(cause.errno, cause.strerror, str(path)) from None
-        raise
-
-
 def copy(source: Path, target: Path) -> None:
     """Copy a file. At any moment `target` is whole."""
     with open(source, 'rb') as original, atomic_write(target) as file:
         shutil.copyfileobj(original, file, 1 << 20)
-
-
-def _keep_previous(path: Path) -> None:
-    """Keep the file at `path` as checkpoint_prev.pth. At any moment one of the two names is a whole file."""
-    if not path.exists():
-        return
-    previous = path.with_name(PREVIOUS)
-    previous.unlink(missing_ok=True)
-    try:
-        os.link(path, previous)
-    except OSError:  # This file system has no hard links.
-        os.replace(path, previous)
 
 
 def check_output(output: Path, source: str, overwrite: bool) -> None:
@@ -122,27 +76,6 @@ def check_output(output: Path, source: str, overwrite: bool) -> None:
         raise UsageError(f'{output} is the file to read: give another name')
     if exists and not overwrite:
         raise UsageError(f'{output} exists: --overwrite replaces it')
-
-
-def no_follow(path: str, flags: int) -> int:
-    """Open a file unless it is a symbolic link; an opener for open()."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def lock_file(path: Path) -> BinaryIO:
-    """Lock `path` until this process exits, even by SIGKILL. Workers do not inherit the lock.
-
-    Raises:
-        UsageError: another process has locked it.
-    """
-    file = open(path, 'ab', opener=no_follow)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UsageError(f'another run is writing to {path.parent}: end it first (kill -9 of torchrun leaves its '
-                             f'processes running). If none of them runs on any host, remove {path}') from None
-    return file  # Any other error: this file system has no locks.
 
 
 def no_checkpoint(name: str) -> str:
@@ -237,7 +170,7 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, 
         raise UsageError(f'no good checkpoint in {folder}: {faults[0]}')
     others, log = {path.name for path in folder.glob('checkpoint_*.pth')}, folder / 'log.txt'
     # A run that is killed in its first save leaves best checkpoints and one line in its log. It starts over.
-    is_first_save = others <= set(BEST) and log.is_file() and log.read_text(errors='replace').count('\n') == 1
+    is_first_save = others <= set(BEST) and log.is_file() and log.read_text('utf-8', 'replace').count('\n') == 1
     if others and not is_first_save:
         raise UsageError(f'{folder} contains {min(others)} but no {LAST}: name a file with --resume, or choose another '
                          '--output-dir')

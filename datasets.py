@@ -17,18 +17,10 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms as tv_transforms
 
 import published
+import sources
 from errors import UsageError, first_line, one_line, printable
-from sources import (
-    IGNORED,
-    EncodedImages,
-    ImageFolder,
-    Samples,
-    TarImages,
-    index_of,
-    open_image,
-    split_folder,
-    tar_index,
-)
+from sources import IGNORED, EncodedImages, ImageFolder, Samples, TarImages, index_of, open_image
+from system import cores
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +31,17 @@ SPLIT = re.compile(r'(?<![A-Za-z])(train|val)(?:ing|idation)?(?![A-Za-z])')
 
 
 class INaturalist(EncodedImages):
-    """Read iNaturalist 2018, 2019 or 2021 by its JSON files.
-
-    torchvision's class of that name has no validation split.
+    """Read iNaturalist 2018, 2019 or 2021 by its JSON files. torchvision's class has no validation split.
 
     Args:
         root: folder with train2018.json and val2018.json (2021 also: train.json, val.json), the images under the
             names in these files, and categories.json if these files do not name the species.
-        year: year of the competition.
-        train: True for the training split, False for the validation split.
+        year, train: year of the competition; training or validation split.
         category: rank of the classes, one of options.INAT_CATEGORIES.
         transform: as in EncodedImages.
 
     Raises:
-        UsageError: no such file, a file that is not JSON, or one without that category.
+        UsageError: no such file, a file that is not iNaturalist's, or one without that category.
     """
 
     def __init__(self, root: str | Path, year: int, train: bool, category: str = 'name',
@@ -60,16 +49,19 @@ class INaturalist(EncodedImages):
         root, word = Path(root), 'train' if train else 'val'
         split = self._read(root, f'{word}{year}.json', f'{word}.json')
         categories = self._read(root, 'categories.json', f'train{year}.json', 'train.json')
-        if isinstance(categories, dict):
-            categories = categories['categories']
-        if not all(category in entry for entry in categories):
-            raise UsageError(f'the categories of iNaturalist {year} in {root} have no {category}')
-        names = {entry['id']: entry[category] for entry in categories}
-        self.classes = sorted(set(names.values()))
-        index = {name: i for i, name in enumerate(self.classes)}
-        files = {image['id']: str(root / image['file_name']) for image in split['images']}
-        super().__init__(Samples([files[a['image_id']] for a in split['annotations']],
-                                 [index[names[a['category_id']]] for a in split['annotations']]), transform)
+        try:
+            categories = categories['categories'] if isinstance(categories, dict) else categories
+            names = {entry['id']: entry[category] for entry in categories}
+            self.classes = sorted(set(names.values()))
+            index = {name: i for i, name in enumerate(self.classes)}
+            files = {image['id']: str(root / image['file_name']) for image in split['images']}
+            samples = [(files[a['image_id']], index[names[a['category_id']]]) for a in split['annotations']]
+        except (KeyError, TypeError) as error:
+            raise UsageError(f'the JSON files of iNaturalist {year} in {root} lack {error}, or have another form: '
+                             'copy them again') from None
+        if not samples:
+            raise UsageError(f'{root} has no annotated images for {word}{year}')
+        super().__init__(Samples(*zip(*samples)), transform)
 
     @staticmethod
     def _read(root: Path, *names: str) -> dict | list:
@@ -80,20 +72,14 @@ class INaturalist(EncodedImages):
                              'https://github.com/visipedia/inat_comp')
         try:
             return json.loads(path.read_text('utf-8'))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f'{path}: {error}') from None
 
 
 class Digits(Dataset):
     """Read scikit-learn's 1,797 scanned digits (8 x 8, 17 gray levels) as RGB images.
 
-    The same 360 digits, a fifth of each class, are always held out for validation.
-
-    Args:
-        train: True for the 1,437 training images, False for the 360 validation images.
-        size: height and width of the images (pixels).
-        transform: applied to each image.
-    """
+    The same 360 digits, a fifth of each class, are always held out. `size` is the height and width in pixels."""
 
     def __init__(self, train: bool, size: int, transform: Callable | None = None):
         from sklearn.datasets import load_digits
@@ -126,8 +112,7 @@ def build_dataset(
     Its `classes` are the class names in the order of their index.
 
     Args:
-        name: one of options.DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, or 'wds/NAME' for
-            tar shards.
+        name: one of options.DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, or 'wds/NAME'.
         is_train: True for the training split, False for the validation split.
         data_path: for IMNET the folder or tar that contains both splits (open_split), else the folder of the data set.
         input_size: height and width of the images of DIGITS, in pixels.
@@ -233,7 +218,7 @@ def _tars(path: Path, split: str) -> list[Path]:
         if split == (named or 'train'):
             return [path]
         others = _named_tars(path.parent, split) if named else []
-        return others or ([path] if set(map(split_folder, tar_index(path))) >= {'train', 'val'} else [])
+        return others or ([path] if set(map(sources.split_folder, sources.tar_index(path))) >= {'train', 'val'} else [])
     folder = path / split
     if not folder.is_dir():
         return _named_tars(path, split)
@@ -306,11 +291,11 @@ def drop_damaged(dataset: EncodedImages) -> None:
     """Leave out the images that cannot be read, and log their names."""
     def fault(index: int) -> str | None:
         try:
-            open_image(dataset.read(index))
+            open_image(dataset.read(index), max_pixels=dataset.reading.get('max_pixels'))
         except Exception as error:  # Pillow raises many types on damaged data.
             return f'leaving out {printable(dataset.samples[index][0])} ({one_line(error)})'
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         faults = list(pool.map(fault, range(len(dataset))))
     for line in filter(None, faults):
         logger.info(line)

@@ -47,8 +47,8 @@ class Preprocessor:
         Returns:
             Images (B, 3, H, W), float32, in channels-last memory; targets (B,), or (B, classes) after mixup.
         """
-        images = images.to(self.device, non_blocking=True)
-        targets = targets.to(self.device, non_blocking=True)
+        is_cuda = self.device.type == 'cuda'  # On mps, the host's memory may be reused before it is copied.
+        images, targets = (tensor.to(self.device, non_blocking=is_cuda) for tensor in (images, targets))
         images = self.normalize(images)
         if self.erasing is not None:
             images = self.erasing(images)
@@ -309,6 +309,7 @@ def evaluate(
         if progress is not None:
             progress.step()
     correct, in_five, loss, count = all_reduce_(totals).tolist()
+    count = max(count, 1)  # A signal may stop the evaluation before its first batch.
     return {'acc1': 100 * correct / count, 'acc5': 100 * in_five / count, 'loss': loss / count, 'count': int(count)}
 
 
@@ -328,3 +329,5 @@ def throughput(model: nn.Module, images: torch.Tensor, autocast: Callable, warmu
 def _synchronize(device: torch.device) -> None:
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()

@@ -1,10 +1,12 @@
 """Evaluate a model on a data set: the order of the classes, the classes to score among, and a report on the images."""
 import argparse
 import contextlib
+import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +18,10 @@ from torchvision.transforms.functional import to_pil_image
 
 import processes
 import reports
-from checkpoints import atomic_write
 from engine import Preprocessor, evaluate
 from errors import TrainingFault, UsageError
 from samplers import eval_indices
+from system import atomic_write
 from utils import Progress
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
     if labels in (None, 'all'):
         return list(range(count))
     try:
-        indices = set(map(int, Path(labels).read_text().split()))
+        indices = set(map(int, Path(labels).read_text('utf-8').split()))
     except ValueError:
         indices = set()
     if not indices or not indices <= set(range(count)):
@@ -86,19 +88,24 @@ def class_words(names: list[str]) -> list[str]:
 
 # Scores
 
-def score(model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable) -> tuple[
-        dict[str, float], list[np.ndarray]]:
+def score(
+        model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable,
+        is_stopped: Callable[[], Any] = lambda: False) -> tuple[dict[str, float], list[np.ndarray]]:
     """Evaluate `model` on the shares of all ranks, with a progress bar on rank 0.
 
     Returns:
-        The scores of engine.evaluate, and on all ranks the targets, classes and probabilities of reports.Predictions.
+        The scores of engine.evaluate, and on all ranks the targets, classes and probabilities of reports.Predictions,
+        which are empty if `is_stopped` became true on a rank before its last batch.
     """
     batches: list[tuple] = []
+    shown = itertools.takewhile(lambda batch: not is_stopped(), loader)
     with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
-        scores = evaluate(model, loader, Preprocessor(device), autocast, progress, batches)
+        scores = evaluate(model, shown, Preprocessor(device), autocast, progress, batches)
     shares = processes.gather_from_ranks([torch.cat(column).tolist() for column in zip(*batches)])
     indices = [eval_indices(len(loader.dataset), loader.batch_size, rank, len(shares)) for rank in range(len(shares))]
     order = np.argsort(np.concatenate(indices))
+    if sum(len(share[0]) for share in shares if share) < len(order):
+        return scores, []
     return scores, [np.concatenate(column)[order] for column in zip(*filter(None, shares))]  # Ranks may lack images.
 
 

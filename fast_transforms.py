@@ -4,8 +4,6 @@ The draws are those of transforms.build_transform: under the same seed both load
 """
 import copy
 import functools
-import io
-import math
 import random
 from collections.abc import Callable
 
@@ -18,7 +16,7 @@ from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpola
 from torchvision import transforms as tv_transforms
 
 from errors import UsageError
-from sources import UPRIGHT, open_image, orientation
+from sources import UPRIGHT, check_pixels, open_header, open_image, orientation
 
 try:
     import cv2
@@ -73,18 +71,19 @@ def _jpeg_orientation(data: bytes) -> int:
     start = 2
     while b'\xff\xc0' <= data[start:start + 2] < b'\xff\xff' and data[start + 1] not in (0xda, 0xe1):
         start += 2 + int.from_bytes(data[start + 2:start + 4], 'big')
-    return 1 if data[start:start + 2] == b'\xff\xda' else orientation(Image.open(io.BytesIO(data)))
+    return 1 if data[start:start + 2] == b'\xff\xda' else orientation(open_header(data))
 
 
-def open_jpeg(data: bytes, ignore_exif: bool = False) -> Jpeg | Image.Image:
+def open_jpeg(data: bytes, ignore_exif: bool = False, max_pixels: int | None = None) -> Jpeg | Image.Image:
     """Open an image file: as Jpeg if libjpeg-turbo may decode it, else as sources.open_image does."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:  # not a JPEG, a damaged header, or sampling factors that libjpeg-turbo's API refuses
-        return open_image(data, ignore_exif)
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # Pillow refuses larger images.
-    is_supported = colors in ('Gray', 'YCbCr', 'RGB') and width * height <= limit
-    return Jpeg(data, (width, height), ignore_exif) if is_supported else open_image(data, ignore_exif)
+        return open_image(data, ignore_exif, max_pixels=max_pixels)
+    check_pixels(width, height, data, max_pixels)
+    is_supported = colors in ('Gray', 'YCbCr', 'RGB')
+    return Jpeg(data, (width, height), ignore_exif) if is_supported else open_image(
+        data, ignore_exif, max_pixels=max_pixels)
 
 
 class FastTransform:

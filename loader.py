@@ -3,15 +3,11 @@
 Loaders yield uint8 images (B, 3, H, W) and class indices (B,). Normalization, random erasing and mixup are applied to
 the whole batch on the device (engine.py).
 """
-import contextlib
 import itertools
 import logging
 import math
-import multiprocessing
 import os
 import random
-import signal
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from errors import UnreadableImage, UsageError, one_line, printable
 from samplers import TrainSampler, eval_indices
+from system import leave_signals_to_the_run, signals_blocked
 
 logger = logging.getLogger(__name__)
 
@@ -92,18 +89,6 @@ def image_name(dataset: Dataset, index: int) -> str:
     return printable(samples[index][0]) if samples else f'image {index} of {type(dataset).__name__}'
 
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-
-
-@contextlib.contextmanager
-def _signals_blocked():
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class SignalSafeLoader(DataLoader):
     """Protect the workers of torch's DataLoader from signals that the run did not send.
 
@@ -119,39 +104,15 @@ class SignalSafeLoader(DataLoader):
 
     def stop(self) -> None:
         """End the workers; the next iteration starts others."""
-        with _signals_blocked():  # Python ignores a KeyboardInterrupt in __del__.
+        with signals_blocked():  # Python ignores a KeyboardInterrupt in __del__.
             self.started = self._iterator = None
 
     def __iter__(self):
         if self.started is not None:
             batches, self.started = self.started, None
             return batches
-        with _signals_blocked():
+        with signals_blocked():
             return super().__iter__()
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ignore signals in a worker, except SIGTERM from the run."""
-    run = multiprocessing.parent_process()  # os.getppid() would be the forkserver.
-    if not run.is_alive():  # torch looks only for a parent that dies later.
-        os._exit(1)
-    if not hasattr(signal, 'sigwaitinfo'):  # macOS does not report the sender of a signal.
-        for ignored in _SIGNALS - {signal.SIGTERM}:
-            signal.signal(ignored, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # A forkserver's processes do not inherit the run's mask.
-
-    def wait() -> None:
-        while True:
-            received = signal.sigtimedwait(_SIGNALS, 2)
-            if received is None:
-                if not run.is_alive():  # torch looks too, but then waits for a pipe that nobody empties.
-                    os._exit(1)
-            elif received.si_signo == signal.SIGTERM and received.si_pid == run.pid:
-                os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +133,7 @@ def check_shared_memory(size: int, num_workers: int, processes: int, *splits: tu
     Each of `processes` on this host has `num_workers`. `splits` are the batch size and length of each data set, only
     one of which has batches in memory at a time; `size` is the height and width of the images (pixels).
     """
-    if not num_workers or not SHARED_MEMORY.is_dir():
+    if not num_workers or not hasattr(os, 'statvfs') or not SHARED_MEMORY.is_dir():
         return
     if not os.access(SHARED_MEMORY, os.W_OK):
         raise UsageError(f'{SHARED_MEMORY} cannot be written to, and workers need it: use --num-workers 0')
@@ -206,7 +167,7 @@ def build_loader(
     warnings.filterwarnings('ignore', 'This DataLoader will create')  # train.py reports waiting, with advice.
     return SignalSafeLoader(
         dataset, batch_size, sampler=order, num_workers=num_workers, pin_memory=pin_memory, collate_fn=collate_fn,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=leave_signals_to_the_run,
         timeout=timeout if num_workers else 0,
         prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -31,6 +32,20 @@ EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'  # as in weights.py,
 
 class Parser(argparse.ArgumentParser):
     """Report a mistake in one line, on rank 0 only; every rank exits with status 2."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Also take --switch=true, false, 1 or 0, as sweeps write them."""
+        known, flags = self._option_string_actions, []
+        for arg in sys.argv[1:] if args is None else args:
+            flag, _, value = arg.partition('=')
+            if not value or flag not in known or known[flag].nargs != 0:
+                flags.append(arg)
+            elif value.lower() not in ('true', 'false', '1', '0'):
+                self.error(f'{arg}: give true or false')
+            else:
+                opposite = f'--{flag[5:]}' if flag.startswith('--no-') else f'--no-{flag[2:]}'
+                flags += [flag] if value.lower() in ('true', '1') else [opposite] * (opposite in known)
+        return super().parse_known_args(flags, namespace)
 
     def error(self, message: str):
         if read_launch().rank == 0:
@@ -125,13 +140,10 @@ def add_weights_flag(parser: argparse.ArgumentParser) -> None:
 def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) -> None:
     """Add the flags that train.py and detection.py share, in the group 'run'."""
     g = parser.add_argument_group('run')
-    g.add_argument('--config', type=path, metavar='YAML',
-                   help='file of "flag: value" lines with defaults; flags on the command line override them')
-    g.add_argument('--output-dir', type=path, default='',
-                   help='folder for checkpoints and log.txt; without it nothing is saved')
-    g.add_argument('--resume', type=path, default='', metavar='CKPT',
-                   help='checkpoint to resume, or to evaluate with --eval; '
-                   "'auto': the newest good checkpoint in --output-dir, if any")
+    g.add_argument('--config', type=path, metavar='YAML', help='"flag: value" lines with defaults for other flags')
+    g.add_argument('--output-dir', type=path, default='', help='folder to save to; without it nothing is saved')
+    g.add_argument('--resume', type=path, default='', metavar='CKPT', help='checkpoint to resume, or to evaluate with '
+                   "--eval; 'auto': the newest good checkpoint in --output-dir, if any")
     g.add_argument('--overwrite', action='store_true', help='replace the run in --output-dir')
     g.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume and stop')
     g.add_argument('--print-freq', type=positive, default=10, help='steps between two lines with loss and speed')
@@ -141,8 +153,8 @@ def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) 
                    help='auto: float32 on CPU, bfloat16 on CUDA, float16 on CUDA devices without bfloat16; '
                    'tf32: float32 with matrix products in TF32 on CUDA')
     g.add_argument('--fast-norm', action=argparse.BooleanOptionalAction, default=False,
-                   help="compute LayerNorm in autocast's dtype instead of float32: fewer bytes, less precise")
-    g.add_argument('--device', choices=('cuda', 'cpu'), help='default: cuda if available, else cpu')
+                   help="compute LayerNorm in autocast's dtype instead of float32")
+    g.add_argument('--device', choices=('cuda', 'mps', 'cpu'), help='default: cuda if available, else cpu')
     g.add_argument('--dist-url', default='env://', help='rendezvous address')
     g.add_argument('--dist-timeout', type=positive_float, default=600, help='seconds that ranks wait for each other')
 
@@ -154,126 +166,93 @@ def get_parser() -> argparse.ArgumentParser:
 
     add_run_flags(parser, seed=3407, num_workers=4)
     g = parser.add_argument_group('training')
-    g.add_argument('--finetune', type=path, default='', metavar='FILE|NAME',
-                   help='weights to start from, of any input size and classes (other classes get a new head): a file, '
-                   'or the name of a CMT of timm or of the Hugging Face hub; a checkpoint found by --resume takes '
-                   'precedence')
+    g.add_argument('--finetune', type=path, default='', metavar='FILE|NAME', help='weights to start from, of any input '
+                   'size and classes: a file, or the name of a CMT of timm or the Hugging Face hub; --resume wins')
     g.add_argument('--throughput', action='store_true', help='measure images/s of the forward pass and stop')
     g.add_argument('--start-epoch', type=count, default=0, help='epoch to start at when no checkpoint sets the epoch')
     g.add_argument('--epochs', type=positive, default=300, help='epochs to train, without --cooldown-epochs')
     g.add_argument('--test-freq', type=positive, default=20, help='validate every N epochs', metavar='N')
     g.add_argument('--test-epoch', type=int, default=260, help='validate after every epoch past this one')
-    g.add_argument('--save-every-steps', type=count, default=0,
-                   help='steps between checkpoints within an epoch; 0 for none')
-    g.add_argument('--save-every-minutes', type=non_negative, default=0,
-                   help='minutes between checkpoints within an epoch; 0 for none')
+    g.add_argument('--save-every-steps', type=count, default=0, help='steps between checkpoints within an epoch')
+    g.add_argument('--save-every-minutes', type=non_negative, default=0, help='minutes between such checkpoints')
     g.add_argument('--stopped-file', type=lambda path: str(output_file(path)), metavar='FILE',
-                   help='file to create if a signal stops training before the last epoch, for job scripts that '
-                   'requeue the run')
-    g.add_argument('--keep-checkpoints', type=count, default=0,
-                   help='number of recent epochs to keep as checkpoint_EEEE.pth')
+                   help='file to create if a signal stops the run, for job scripts that requeue the run')
+    g.add_argument('--keep-checkpoints', type=count, default=0, help='recent epochs to keep as checkpoint_EEEE.pth')
     g.add_argument('--log-tensorboard', action=toggle, default=False, help="write each epoch's figures for TensorBoard")
     g.add_argument('--log-wandb', action=toggle, default=False, help="send each epoch's figures to Weights & Biases")
-    g.add_argument('--profile', type=count, default=0, metavar='N',
-                   help='trace N steps into trace.json in --output-dir, to open at ui.perfetto.dev')
+    g.add_argument('--profile', type=count, default=0, metavar='N', help='trace N steps into OUTPUT_DIR/trace.json')
 
     g = parser.add_argument_group('data')
-    g.add_argument('--data-set', default='IMNET', type=data_set, metavar='NAME',
-                   help=f"{', '.join(DATA_SETS)}, torch/NAME for a torchvision data set through timm, "
-                   'wds/NAME for WebDataset shards')
-    g.add_argument('--data-path', type=path,
-                   help='IMNET: folder with train/ and val/, or with tars of them; INAT: folder with '
-                   'the JSON files; others: folder of the data set, or to download the data set to')
-    g.add_argument('--class-map', type=path, metavar='FILE',
-                   help='IMNET: class folders in the order of their index, one a line')
-    g.add_argument('--val-split', type=fraction, metavar='FRACTION',
-                   help='fraction of each class to hold out, without a val/ folder; the same images in every run')
+    g.add_argument('--data-set', default='IMNET', type=data_set, metavar='NAME', help=f"{', '.join(DATA_SETS)}, "
+                   'torch/NAME for a torchvision data set through timm, wds/NAME for WebDataset shards')
+    g.add_argument('--data-path', type=path, help='IMNET: folder with train/ and val/, or with tars of them; INAT: '
+                   'folder with the JSON files; others: folder of the data set, or to download the data set to')
+    g.add_argument('--class-map', type=path, metavar='FILE', help='IMNET: class folders in the order of their index')
+    g.add_argument('--val-split', type=fraction, help='share of each class to hold out, without a val/ folder')
     g.add_argument('--skip-damaged', action=toggle, default=False,
-                   help='decode every image at the start and leave out damaged ones, for small data sets (without it, '
-                   'training replaces them and validation stops the run)')
-    g.add_argument('--max-train-images', type=positive, metavar='N',
-                   help='train on the first N images, balanced over the classes')
-    g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
-                   help='INAT: the rank of the taxonomy to classify by')
+                   help='decode every image at the start and leave out damaged ones, for small data sets')
+    g.add_argument('--max-train-images', type=positive, help='train on so many images, balanced over the classes')
+    g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES, help='INAT: rank of the classes')
     g.add_argument('--ignore-exif', action=toggle, default=False,
                    help="read images as stored, without EXIF's orientation, as for published scores")
+    g.add_argument('--max-image-pixels', type=positive, default=64_000_000, help='larger images are not decoded')
     g.add_argument('--input-size', type=image_size, default=224, help='height and width in pixels, a multiple of 32')
-    g.add_argument('--crop-pct', '--eval-crop-ratio', type=in_range(float, 0, 1, above=True), metavar='SHARE',
-                   help="share of an image's short side that evaluation keeps (default: the checkpoint's, else 0.875, "
-                   'or 1 up to 32 px)')
-    g.add_argument('--valid-labels', type=path, metavar='FILE',
-                   help="with --eval: score only among the class indices in FILE, one a line, or 'all' "
-                   '(default: all; with the classes of ImageNet, those of the data)')
-    g.add_argument('--real-labels', type=path, nargs='?', const='', metavar='JSON',
-                   help="with --eval: also score by the ReaL labels of ImageNet's validation images (default: timm's "
-                   'copy of real.json)')
-    g.add_argument('--report', type=path, metavar='DIR',
-                   help='with --eval: write predictions.csv, per_class.csv, confusion.png, mistakes.jpg to DIR')
+    g.add_argument('--crop-pct', '--eval-crop-ratio', type=in_range(float, 0, 1, above=True), help='share '
+                   "of the short side that evaluation keeps (default: the checkpoint's, else 0.875, or 1 up to 32 px)")
+    g.add_argument('--valid-labels', type=path, help='with --eval: score only among the class indices in '
+                   "FILE, one a line, or 'all' (default: all; with the classes of ImageNet, those of the data)")
+    g.add_argument('--real-labels', type=path, nargs='?', const='', help='with --eval: also score by the '
+                   "ReaL labels of ImageNet's validation images (default: timm's copy of real.json)")
+    g.add_argument('--report', type=path, metavar='DIR', help='with --eval: write tables and figures to DIR')
     g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
-    g.add_argument('--loader', choices=('fast', 'reference'),
-                   help='decode and augment training images by libjpeg-turbo, torch and OpenCV (fast) or by Pillow '
-                   '(reference), with the same draws (default: fast if simplejpeg and OpenCV are installed)')
+    g.add_argument('--loader', choices=('fast', 'reference'), help='transform training images by libjpeg-turbo and '
+                   'OpenCV (fast, the default if they are installed) or by Pillow (reference)')
     g.add_argument('--pin-mem', action=toggle, default=True, help='load batches into pinned memory for CUDA')
     g.add_argument('--repeated-aug', action=toggle, default=True,
                    help='draw a third of the images in each epoch, three augmented copies of each image')
 
     g = parser.add_argument_group('augmentation')
     g.add_argument('--color-jitter', type=non_negative, default=0.4, help='strength, used with --aa none')
-    g.add_argument('--aa', default='rand-m9-mstd0.5-inc1',
-                   help="timm's name of a RandAugment or AutoAugment policy; none for no policy")
+    g.add_argument('--aa', default='rand-m9-mstd0.5-inc1', help="timm's name of an augmentation policy, or none")
     g.add_argument('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'))
     g.add_argument('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
     g.add_argument('--scale', type=fraction, nargs=2, help='range of the random crop\'s area (default: 0.08 1)')
     g.add_argument('--ratio', type=positive_float, nargs=2, help="range of the crop's aspect ratio (default: 3/4 4/3)")
     g.add_argument('--reprob', type=fraction, default=0.25, help='probability of random erasing')
-    g.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'),
-                   help='fill of random erasing: zeros, one color, or noise in each pixel')
+    g.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='fill: zeros, a color, noise')
     g.add_argument('--recount', type=positive, default=1, help='largest number of rectangles of random erasing')
     g.add_argument('--mixup', type=non_negative, default=0.8, help='alpha of mixup; 0 turns mixup off')
     g.add_argument('--cutmix', type=non_negative, default=1.0, help='alpha of CutMix; 0 turns CutMix off')
-    g.add_argument('--cutmix-minmax', type=fraction, nargs=2,
-                   help='range of the CutMix box\'s sides as shares of the image; turns CutMix on')
+    g.add_argument('--cutmix-minmax', type=fraction, nargs=2, help="range of the CutMix box's sides; turns CutMix on")
     g.add_argument('--mixup-prob', type=fraction, default=1.0, help='probability of mixup or CutMix')
-    g.add_argument('--mixup-switch-prob', type=fraction, default=0.5,
-                   help='probability of CutMix instead of mixup when both are on')
-    g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'),
-                   help='draw mixup and CutMix once for each batch, pair or image')
+    g.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='probability of CutMix where both are on')
+    g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='unit of a draw')
     g.add_argument('--smoothing', type=fraction, default=0.1, help='label smoothing')
 
     g = parser.add_argument_group('model')
-    g.add_argument('--model', default='cmt_s',
-                   help="cmt_ti, cmt_xs, cmt_s or cmt_b (default: cmt_s, or the checkpoint's model)")
-    g.add_argument('--freeze-stages', type=in_range(int, 0, 4), default=0, metavar='N',
-                   help='leave the weights of the stem and of the first N stages unchanged')
+    g.add_argument('--model', default='cmt_s', help="name of a CMT (default: cmt_s, or the checkpoint's model)")
+    g.add_argument('--freeze-stages', type=in_range(int, 0, 4), default=0, help='freeze the stem and so many stages')
     g.add_argument('--drop', type=fraction, default=0.0, help='dropout in LMHSA and IRFFN')
     g.add_argument('--head-drop', type=fraction, help="dropout before the classifier (default: the model's)")
-    g.add_argument('--drop-path', type=fraction, default=0.1,
-                   help='drop-path rate of the last block; the rates rise linearly from 0')
-    g.add_argument('--grad-checkpointing', action=toggle, default=False,
-                   help='recompute activations in the backward pass: less memory, more time')
+    g.add_argument('--drop-path', type=fraction, default=0.1, help='rate of the last block, rising linearly from 0')
+    g.add_argument('--grad-checkpointing', action=toggle, default=False, help='recompute activations to save memory')
     g.add_argument('--compile', action=toggle, default=False, help='run the training step through torch.compile')
     g.add_argument('--sync-bn', action=toggle, default=False,
                    help='compute BatchNorm statistics over the batches of all ranks (CUDA only)')
     g.add_argument('--dist-bn', default='broadcast', choices=('broadcast', 'reduce'),
-                   help="BatchNorm statistics before evaluation: rank 0's, or the mean of all ranks (then "
-                   'resuming within an epoch is not bit-identical)')
-    g.add_argument('--model-ema', action=toggle, default=True,
-                   help='keep an EMA of the weights; with --eval, evaluate it if the checkpoint has one')
+                   help="BatchNorm statistics before evaluation: rank 0's, or the mean of all ranks")
+    g.add_argument('--model-ema', action=toggle, default=True, help='keep an EMA of the weights, or evaluate it')
     g.add_argument('--model-ema-decay', type=fraction, default=0.99996, help='decay of the EMA in each optimizer step')
     g.add_argument('--model-ema-warmup', action=toggle, default=False,
                    help='raise the decay from 0 to --model-ema-decay, as 1 - n^(-2/3) in optimizer step n')
-    g.add_argument('--model-ema-force-cpu', action=toggle, default=False,
-                   help='keep the EMA in host memory: each step copies every weight to the host, one after another')
+    g.add_argument('--model-ema-force-cpu', action=toggle, default=False, help='keep the EMA in host memory (slow)')
 
     g = parser.add_argument_group('distillation')
-    g.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'),
-                   help="learn from a teacher's distribution (soft) or from the teacher's decision (hard)")
-    g.add_argument('--teacher-model', help='teacher, a model of timm or of the Hugging Face hub; pretrained weights '
-                   'are used unless --teacher-path is given')
+    g.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'))
+    g.add_argument('--teacher-model', help='pretrained model of timm or of the Hugging Face hub')
     g.add_argument('--teacher-path', type=path, metavar='FILE', help="file of the teacher's weights")
-    g.add_argument('--distillation-alpha', type=fraction, default=0.5,
-                   help="weight of the distillation loss; with --distillation-type soft and K classes both losses "
-                   "weigh the same at K / (K + 1), 0.91 for 10 classes, because DeiT's code divides by K")
+    g.add_argument('--distillation-alpha', type=fraction, default=0.5, help='weight of the distillation loss '
+                   "(soft: both losses weigh the same at K / (K + 1) for K classes, as DeiT's code divides by K)")
     g.add_argument('--distillation-tau', type=positive_float, default=1.0, help='temperature of soft distillation')
 
     g = parser.add_argument_group('optimizer')
@@ -281,22 +260,18 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--opt-eps', type=positive_float, default=1e-8, help='epsilon of the optimizer')
     g.add_argument('--opt-betas', type=fraction, nargs='+', help="two betas (default: the optimizer's)")
     g.add_argument('--momentum', type=fraction, default=0.9, help='momentum of SGD and its relatives')
-    g.add_argument('--weight-decay', type=non_negative, default=0.05,
-                   help='decay of all weights except biases and one-dimensional parameters')
+    g.add_argument('--weight-decay', type=non_negative, default=0.05, help='decay of all but 1-D parameters')
     g.add_argument('--layer-decay', type=fraction, help='factor of the learning rate from layer to layer, downwards')
     g.add_argument('--clip-grad', type=positive_float, help='largest gradient for --clip-mode (default: no clipping)')
-    g.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'),
-                   help='clip the norm of all gradients, each value, or each gradient relative to its weight (AGC)')
+    g.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad limits')
     g.add_argument('--accum-steps', type=positive, default=1, help='batches for each optimizer step')
     g.add_argument('--on-nonfinite', default='stop', choices=('stop', 'skip'),
                    help='stop the run, or skip the optimizer step, if a loss or gradient is not finite')
-    g.add_argument('--max-skips', type=positive, default=10,
-                   help='consecutive optimizer steps that --on-nonfinite skip may skip before the run stops')
+    g.add_argument('--max-skips', type=positive, default=10, help='consecutive steps that may be skipped')
 
     g = parser.add_argument_group('schedule')
     g.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly'))
-    g.add_argument('--sched-on-updates', action=toggle, default=False,
-                   help='change the learning rate after each optimizer step instead of each epoch')
+    g.add_argument('--sched-on-updates', action=toggle, default=False, help='change the rate after each step')
     g.add_argument('--lr', type=positive_float, default=5e-4,
                    help='learning rate for a global batch of 512, scaled linearly with the global batch')
     g.add_argument('--lr-noise', type=float, nargs='+', help='shares of the run at which noise starts and ends')
@@ -308,13 +283,11 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--warmup-prefix', action=toggle, default=False, help='warm up before the --epochs, not within them')
     g.add_argument('--cooldown-epochs', type=count, default=10, help='epochs at --min-lr after the --epochs')
     g.add_argument('--decay-epochs', type=positive_float, default=30, help='epochs between decays of --sched step')
-    g.add_argument('--decay-rate', '--dr', type=non_negative, default=0.1,
-                   help='factor of each decay of --sched step and multistep; power of --sched poly')
+    g.add_argument('--decay-rate', '--dr', type=non_negative, default=0.1, help='factor of a decay; power of poly')
 
     g = parser.add_argument_group('precision and processes')
     g.add_argument('--apex-amp', action=toggle, default=False,
-                   help="train with NVIDIA's apex.amp, or if apex.amp is missing with torch's autocast to "
-                   'float16 (bfloat16 on a CPU)')
+                   help="train with NVIDIA's apex.amp, or torch's autocast to float16 (bfloat16 on a CPU)")
     g.add_argument('--apex-opt-level', default='O1', choices=('O0', 'O1', 'O2', 'O3'))
     g.add_argument('--world-size', type=positive, help='expected number of processes, checked against the launcher')
     g.add_argument('--local-rank', type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
@@ -322,8 +295,7 @@ def get_parser() -> argparse.ArgumentParser:
     for flag, reason in {
         '--drop-block': 'CMT has no DropBlock',
         '--update-temperature': "the authors' code calls a method that never existed",
-        '--warmup-drop-path': "the authors' models do not use it; --drop-path is constant",
-        '--warmup-drop-path-epochs': "the authors' models do not use it; --drop-path is constant",
+        **dict.fromkeys(('--warmup-drop-path', '--warmup-drop-path-epochs'), '--drop-path is constant'),
         '--patience-epochs': 'it belongs to the plateau schedule, whose state a restart cannot repeat',
         '--resplit': 'it needs augmentation splits, which no recipe uses',
         '--init-method': 'use --dist-url',
@@ -395,7 +367,7 @@ def is_downloaded(data_set: str) -> bool:
 def check_paths(args: argparse.Namespace, file: str | None, values: dict | None = None, resumes: bool = False) -> None:
     """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets."""
     if values is None:  # A pipe can be read only once.
-        values = yaml.safe_load(Path(file).read_text('utf-8')) if os.path.isfile(file or '') else {}
+        values = read_yaml(file) if os.path.isfile(file or '') else {}
     for name in PATHS + FILES_OR_NAMES:
         flag = '--' + name.replace('_', '-')
         path = os.path.abspath(os.path.expanduser(str(values.get(name) or values.get(flag[2:]))))
@@ -458,11 +430,11 @@ def find_mistake(args: argparse.Namespace) -> str | None:
 def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """Turn a YAML file into flags, so that both are checked alike."""
     try:
-        config = yaml.safe_load(Path(path).read_text('utf-8'))
+        config = read_yaml(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         recipes = {file.stem: file for file in Path(__file__).with_name('configs').glob('*.yaml')}
         similar = [] if os.path.exists(path) else difflib.get_close_matches(Path(path).stem, recipes, 1)
-        hint = f' ({os.path.relpath(recipes[similar[0]])}?)' if similar else ''
+        hint = f' ({recipes[similar[0]]}?)' if similar else ''
         parser.error(f'--config {path}: {getattr(error, "strerror", None) or " ".join(str(error).split())}{hint}')
     if not isinstance(config, dict):
         parser.error(f'--config {path} does not consist of "flag: value" lines')
@@ -480,8 +452,14 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
             parser.error(f'--config {path}: {flag} is not supported: {action.reason}')
         if is_switch != isinstance(value, bool):
             parser.error(f'--config {path}: {key}: {value!r} is not ' + ('true or false' if is_switch else 'a value'))
-        if is_switch:
-            flags += [flag] if value else [f'--no-{flag[2:]}'] if f'--no-{flag[2:]}' in known else []
-        else:
-            flags += [flag, *map(str, value)] if isinstance(value, list) else [f'{flag}={value}']
+        flags += [flag, *map(str, value)] if isinstance(value, list) else [f'{flag}={value}']
     return flags
+
+
+def read_yaml(path: str) -> Any:
+    """Read a YAML file of at most 64 KiB without aliases, a few lines of which can stand for gigabytes."""
+    with open(path, encoding='utf-8') as file:
+        text = file.read(2 ** 16 + 1)
+    if len(text) > 2 ** 16 or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        raise ValueError('configs have at most 64 KiB and no aliases (*NAME)')
+    return yaml.safe_load(text)

@@ -1,11 +1,11 @@
 """Processes that start together, their agreement, and their end: exit status and one line."""
 import contextlib
 import datetime
+import gc
 import logging
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import socket
 import sys
@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from errors import TrainingFault, UnreadableImage, UsageError, first_line, mistake
 from launch import Launch, read_launch, run_name, set_master_address
+from system import end_children, file_limit, handle, handlers_restored
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,7 @@ class Wait:
         self.is_logged = is_logged
 
     def until(self, condition: Callable[[], Any], absent: Callable[[], str]) -> Any:
-        """Return what `condition` returns, once it is true.
-
-        Raises:
-            TrainingFault: the time is over (`absent` describes what is missing), or the store is gone.
-        """
+        """Return what `condition` returns, once it is true; raise TrainingFault if the time is over (of `absent`)."""
         while True:
             try:
                 if result := condition():
@@ -113,12 +110,7 @@ def exit_after(seconds: float):
 
 
 def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
-    """Open the store of all ranks, served by rank 0, torchrun or a file system.
-
-    Raises:
-        UsageError: the port is in use.
-        TrainingFault: nobody serves the store.
-    """
+    """Open the store of all ranks, served by rank 0, torchrun or a file system; raise if there is none."""
     try:
         parsed = urllib.parse.urlparse(url)
         address = parsed.hostname, parsed.port
@@ -203,8 +195,7 @@ def explain(error: BaseException) -> str | None:
         return ('no shared memory is left for the batches of workers: give docker --shm-size=8g or '
                 '--ipc=host, or use fewer --num-workers (0 needs none)')
     if re.search('Too many open files(?! in system)', text) or 'received 0 items of ancdata' in text:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return f'too many open files, the limit is {limit} (ulimit -n): raise it, or use fewer --num-workers'
+        return f'too many open files, the limit is {file_limit()} (ulimit -n): raise it, or use fewer --num-workers'
     if 'DataLoader timed out' in text:
         return f'{first_line(error)}: workers hang, or the file system of --data-path does (--dist-timeout)'
     if 'DataLoader worker' in text and ('killed by signal: Killed' in text or 'exited unexpectedly' in text):
@@ -218,11 +209,14 @@ def explain(error: BaseException) -> str | None:
 
 
 def find_device(device: str | None, launch: Launch) -> torch.device:
-    """Return the device of this process.
-
-    Arguments and errors are those of init_distributed.
-    """
+    """Return the device of this process; arguments and errors are those of init_distributed."""
     kind = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    has_mps = torch.backends.mps.is_available()
+    if kind == 'mps' and (not has_mps or launch.world_size > 1):
+        raise UsageError('--device mps: ' + ('torch trains on it in one process alone' if has_mps else
+                                             'no Apple GPU here; leave the flag out to run on the CPU'))
+    if device is None and kind == 'cpu' and has_mps:
+        logger.info('using the CPU; --device mps uses the Apple GPU, on which nobody has checked the results')
     if kind != 'cuda':
         return torch.device(kind)
     if not torch.cuda.is_available():
@@ -270,21 +264,13 @@ def gather_from_ranks(value: Any) -> list[Any]:
     return values
 
 
-def exit_now(status: int) -> None:
-    """Exit after an error on this rank, without waiting for the other ranks.
-
-    Destroying the process group could wait for the other ranks until --dist-timeout, and Python's own exit for a
-    worker that hangs. A checkpoint that is being written is finished first.
-    """
-    for thread in threading.enumerate():
-        if thread.name == 'checkpoint':
-            thread.join()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here.
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def flush_output() -> None:
+    """Flush standard output and error. If their terminal is gone, discard what they get from now on."""
+    for file in sys.stdout, sys.stderr:
+        try:
+            file.flush()
+        except OSError:  # Python's exit would fail again, and change the status.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -> int:
@@ -293,10 +279,35 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
     `main` raises UsageError and TrainingFault on all ranks, anything else on one rank. Statuses: 0 done, or stopped
     under --resume auto; 1 a fault or a bug; 2 a mistake of the user; 128 + n stopped by signal n; `unreadable_status`
     for an image that cannot be read.
+
+    In one process, such as a notebook's, nothing of the run is left behind. With several ranks, one that fails alone
+    exits here: destroying the process group could wait for the others until --dist-timeout.
     """
+    children = set(multiprocessing.active_children())
+    with handlers_restored():
+        status, failed_alone = _run(prog, main, args, unreadable_status)
+        for thread in threading.enumerate():
+            if thread.name == 'checkpoint':  # A checkpoint that is being written is finished.
+                thread.join()
+        is_single = not dist.is_initialized()
+        if is_single:
+            gc.collect()  # This ends the workers, and unlocks the folder.
+        if failed_alone:
+            end_children(children)
+        flush_output()
+        if failed_alone and not is_single:
+            os._exit(status)
+        if not is_single:  # All ranks arrive here.
+            dist.destroy_process_group()
+    return status
+
+
+def _run(prog: str, main: Callable, args: Any, unreadable_status: int) -> tuple[int, bool]:
+    """Do the work of run_main; return the status, and whether only this rank failed."""
     def print_error(error: Any) -> None:
         line = str(error).replace('\n', '\\n')
-        sys.stderr.write(f'{prog}: error: {line}\n')
+        with contextlib.suppress(OSError):  # The terminal is gone.
+            sys.stderr.write(f'{prog}: error: {line}\n')
 
     try:
         try:
@@ -304,18 +315,18 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
         except (ConnectionError, EOFError):
             time.sleep(5)  # A killed worker's pipe closes before SIGCHLD arrives; torch then names the worker.
             raise
-        status = 0
+        return 0, False
     except (UsageError, TrainingFault) as error:
         launch = read_launch()
         # Before the process group exists, only one node knows of the mistake, and rank 0 may be the missing one.
         if launch.rank == 0 if dist.is_initialized() else launch.local_rank == 0 or (
                 launch.rank == 1 and isinstance(error, TrainingFault)):
             print_error(error)
-        status = 2 if isinstance(error, UsageError) else 1
+        return 2 if isinstance(error, UsageError) else 1, False
     except SystemExit as stopped:
-        status = stopped.code
+        return stopped.code, False
     except KeyboardInterrupt:
-        exit_now(130)
+        return 130, True
     except Exception as error:  # Only this rank failed; the others wait for it.
         unreadable = error.line if isinstance(error, UnreadableImage) else None
         line = unreadable or explain(error)
@@ -323,10 +334,7 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -
             traceback.print_exc()
         if line is not None:
             print_error(line)
-        exit_now(unreadable_status if unreadable else 1)
-    if dist.is_initialized():  # All ranks arrive here.
-        dist.destroy_process_group()
-    return status
+        return unreadable_status if unreadable else 1, True
 
 
 @contextlib.contextmanager
@@ -349,24 +357,25 @@ def usage_errors(kind: type[Exception] = UsageError):
 class StopRequest:
     """Record signals, so that the run stops after the current step; a second Ctrl-C raises KeyboardInterrupt.
 
-    SLURM's warning, SIGUSR1, is recorded from the beginning, while SIGTERM and Ctrl-C end a run during its set-up.
+    SLURM's warning, SIGUSR1, is recorded from the beginning, while other signals end a run during its set-up.
     """
 
     def __init__(self):
         self.signal = 0
-        signal.signal(signal.SIGUSR1, self)
+        handle('SIGUSR1', self)
 
     def record_all(self) -> None:
-        """Record SIGTERM and Ctrl-C too."""
-        signal.signal(signal.SIGTERM, self)
-        signal.signal(signal.SIGINT, self)
+        """Record SIGTERM, SIGHUP and Ctrl-C too."""
+        for name in 'SIGTERM', 'SIGINT', 'SIGHUP':
+            handle(name, self)
 
     def __call__(self, signum: int, frame) -> None:
         self.signal = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if get_rank() == 0:  # logging and print are not reentrant.
-                os.write(2, b'\nstopping after this step or validation; press Ctrl-C again to quit without saving\n')
+                with contextlib.suppress(OSError):  # The terminal is gone.
+                    os.write(2, b'\nstopping after this step; press Ctrl-C again to quit without saving\n')
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import secrets
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from errors import UsageError, printable
+from system import atomic_write
 
 # Class names and file names may have characters that the font lacks; the figure shows boxes for them.
 warnings.filterwarnings('ignore', 'Glyph .* missing')
@@ -63,18 +63,12 @@ def check_extension(path: Path) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format of its extension. A viewer of an earlier file never opens half of the new one."""
-    temporary, extension = path.with_name(f'.cmt-{secrets.token_hex(8)}.tmp'), path.suffix[1:].lower()
+    extension = path.suffix[1:].lower()
     # Level 4 takes half the time of the default, 6, for files 2 % larger.
     options = {'pil_kwargs': {'compress_level': 4}} if extension == 'png' else {}
     figure.savefig(content := io.BytesIO(), format=extension, dpi='figure', **options)
-    try:
-        with open(temporary, 'xb') as file:  # 'x' does not follow links.
-            file.write(content.getvalue())  # Pillow would write a JPEG itself, and ignore a full disk.
-        os.replace(temporary, path)
-    except OSError as error:  # It names no file on a full disk.
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(content.getvalue())  # Pillow would write a JPEG itself, and ignore a full disk.
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -91,7 +85,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             records[int(record['epoch'])] = record
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             if line.startswith('{') and not line.endswith('\n'):  # only the last line can lack its newline
                 break
             raise UsageError(f'{path}, line {n} is not a JSON object with the key "epoch"') from None

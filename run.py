@@ -19,10 +19,12 @@ import yaml
 
 import checkpoints
 import processes
+import system
 import utils
-from checkpoints import BEST, LAST, PREVIOUS, atomic_write, epoch_files
+from checkpoints import BEST, LAST, PREVIOUS, epoch_files
 from errors import TrainingFault, UsageError, printable
 from processes import usage_errors
+from system import atomic_write
 from weights import best_of_run, read, read_file
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,10 @@ UNSAVED_FLAGS = 'config', 'eval', 'local_rank', 'output_dir', 'overwrite', 'resu
 def setup_process(args: argparse.Namespace) -> torch.device:
     """Join the other ranks, if any, and return the device of this rank."""
     utils.setup_logging()
-    utils.raise_file_limit()
+    system.raise_file_limit()
+    torch.set_num_threads(min(torch.get_num_threads(), system.cores()))  # torch ignores the quota of a container.
+    if system.missing():
+        logger.info(system.missing())
     with usage_errors():
         return processes.init_distributed(args.device, args.dist_url, args.dist_timeout)
 
@@ -104,10 +109,8 @@ def open_run(
         best: dict[str, Any]) -> 'RunWriter | None':
     """Lock --output-dir, write config.yaml, and remove what the run replaces or trains again.
 
-    `epoch` is the first to train, `resumed` the file that the run resumes, `best` the scores so far.
-
-    Returns:
-        The writer of the folder on rank 0; None on other ranks and without --output-dir.
+    `epoch` is the first to train, `resumed` the file that the run resumes, `best` the scores so far. Return the writer
+    of the folder on rank 0; None on other ranks and without --output-dir.
     """
     if not args.output_dir and processes.get_rank() == 0:
         logger.warning('no --output-dir: nothing will be saved')
@@ -122,7 +125,8 @@ def open_run(
     writer = RunWriter(folder, flags.get('keep_checkpoints', 0))
     wandb_id, wandb_file = None, folder / utils.WANDB_ID
     if flags.get('log_wandb'):
-        wandb_id = wandb_file.read_text().strip() if wandb_file.exists() and not replace else secrets.token_hex(4)
+        continues = wandb_file.exists() and not replace
+        wandb_id = wandb_file.read_text('utf-8').strip() if continues else secrets.token_hex(4)
         writer.trackers.append(utils.wandb_tracker(folder, settings, wandb_id))
     if flags.get('log_tensorboard'):
         writer.trackers.append(utils.tensorboard_tracker(folder, epoch))
@@ -164,8 +168,8 @@ def rewind(folder: Path, epoch: int) -> None:
     if not path.exists():
         return
     lines = []
-    for line in path.read_text(errors='replace').splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+    for line in path.read_text('utf-8', 'replace').splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             if json.loads(line)['epoch'] < epoch:
                 lines.append(line + '\n')
     with atomic_write(path) as file:
@@ -189,8 +193,8 @@ class RunWriter:
 
     def __init__(self, folder: str | Path, keep: int = 0):
         self.folder = Path(folder)
-        self.lock = checkpoints.lock_file(self.folder / '.lock')  # Closing the file would unlock it.
-        checkpoints.remove_temporary_files(self.folder)
+        self.lock = system.lock_file(self.folder / '.lock')  # Closing the file would unlock it.
+        system.remove_temporary_files(self.folder)
         self.keep = keep
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
@@ -221,8 +225,8 @@ class RunWriter:
     def log(self, record: dict[str, Any]) -> None:
         """Append one JSON object to log.txt as a line, synced to disk."""
         if self.error is None:
-            with self.defer_disk_errors(), open(self.folder / LOG, 'a', opener=checkpoints.no_follow) as file:
-                file.write(json.dumps(record) + '\n')
+            with self.defer_disk_errors(), open(self.folder / LOG, 'ab', opener=system.no_follow) as file:
+                file.write(f'{json.dumps(record)}\n'.encode())
                 file.flush()
                 os.fsync(file.fileno())
         for tracker in list(self.trackers):
@@ -249,10 +253,11 @@ class RunWriter:
             if self.keep and best is not None:
                 files[f'checkpoint_{state["epoch"]:04d}.pth'] = state
             for name, content in {**files, LAST: state}.items():  # A run killed between them repeats the epoch.
-                with atomic_write(self.folder / name, keep_previous=name == LAST) as file:
+                with atomic_write(self.folder / name, self.folder / PREVIOUS if name == LAST else None) as file:
                     torch.save(content, file)
             for old in epoch_files(self.folder)[:-self.keep] if self.keep else ():
-                old.unlink()
+                with contextlib.suppress(PermissionError):  # Windows removes no file that a program has open.
+                    old.unlink()
         except Exception as error:
             self.error = error
             if not isinstance(error, OSError):

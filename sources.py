@@ -2,11 +2,14 @@
 import contextlib
 import io
 import logging
+import math
 import os
 import posixpath
 import re
+import shutil
 import tarfile
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +40,34 @@ UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.F
            6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # by EXIF's orientation
 
 
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # check_pixels is stricter.
+# Only these are opened: Pillow would start Ghostscript for a PostScript file, whatever its extension.
+FORMATS = sorted(
+    {name for extension, name in Image.registered_extensions().items() if extension in EXTENSIONS} & set(Image.OPEN))
+
+
+def open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
+    """Open an image file without decoding it; for `max_pixels`, see check_pixels."""
+    if max_pixels and Image.MAX_IMAGE_PIXELS:  # Pillow has its own limit.
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    check_pixels(*image.size, data, max_pixels)
+    return image
+
+
+def check_pixels(width: int, height: int, data: bytes, max_pixels: int | None) -> None:
+    """Raise DecompressionBombError for more than `max_pixels` pixels (None: twice Pillow's MAX_IMAGE_PIXELS)."""
+    start, scans = 2, 0
+    while data[:1] == b'\xff' == data[start:start + 1] and data[start + 1:start + 2] not in (b'\xda', b''):
+        if data[start + 1] in (0xc2, 0xca):  # a progressive JPEG, which takes time for each scan: ten are usual
+            scans = data.count(b'\xff\xda', start)
+        start += 1 if data[start + 1] == 0xff else 2 + int.from_bytes(data[start + 2:start + 4], 'big')
+    if width * height * max(1, scans / 10) > (max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or math.inf)):
+        raise Image.DecompressionBombError(
+            f'{width} x {height} pixels{f" in {scans} scans" * (scans > 10)}, too many to decode: resize the image by '
+            'scripts/prepare_data.py, or raise --max-image-pixels')
+
+
 def orientation(image: Image.Image) -> int:
     """Return EXIF's orientation of an image: 2 to 8, or 1 if it is upright or its EXIF data are damaged."""
     with contextlib.suppress(Exception):  # Pillow raises many types on damaged data.
@@ -45,7 +76,8 @@ def orientation(image: Image.Image) -> int:
     return 1
 
 
-def open_image(image: bytes | Image.Image, ignore_exif: bool = False, rotated: Any = None) -> Image.Image:
+def open_image(image: bytes | Image.Image, ignore_exif: bool = False, rotated: Any = None,
+               max_pixels: int | None = None) -> Image.Image:
     """Open an image as RGB and apply its EXIF orientation; `ignore_exif` keeps the stored pixels, as torchvision does.
 
     16-bit gray images keep their upper 8 bits; Pillow's conversion would make them white. `rotated` counts the images
@@ -53,9 +85,10 @@ def open_image(image: bytes | Image.Image, ignore_exif: bool = False, rotated: A
 
     Raises:
         ValueError: gray values of unknown range (32-bit integers, floats).
+        DecompressionBombError: more than `max_pixels` pixels.
     """
     if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
+        image = open_header(image, max_pixels)
     image.load()  # This applies a TIFF's orientation.
     if not ignore_exif and orientation(image) != 1:
         image = image.transpose(UPRIGHT[orientation(image)])  # ImageOps.exif_transpose fails on damaged EXIF data.
@@ -181,7 +214,7 @@ def walk(folder: str, visited: set[str]) -> Iterator[tuple[str, list[str]]]:
     yield folder, sorted(files)
     for name in sorted(folders):
         if not IGNORED.search(name):
-            yield from walk(os.path.join(folder, name), visited)
+            yield from walk(f'{folder}/{name}', visited)
 
 
 class ImageFolder(EncodedImages):
@@ -221,7 +254,7 @@ class ImageFolder(EncodedImages):
         names, targets, left_out, empty = [], [], [], []
         for label in folders:
             count = len(names)
-            for folder, files in sorted(walk(os.path.join(root, label), set(above))):
+            for folder, files in sorted(walk(f'{root}/{label}', set(above))):
                 images = [file for file in files if file.lower().endswith(EXTENSIONS) and not file.startswith('.')]
                 names += [os.fsencode(f'{folder}/{file}') for file in images]  # half the memory of str
                 if len(images) < len(files):
@@ -373,7 +406,7 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
     index_files = [path.with_name(f'.{path.name}.index.npz')]
     with contextlib.suppress(RuntimeError):  # neither HOME nor a passwd entry
         index_files.append(
-            Path.home() / '.cache' / 'cmt' / (str(path.resolve()).replace('/', '%')[-200:] + '.index.npz'))
+            Path.home() / '.cache' / 'cmt' / (re.sub(r'[/\\:]', '%', str(path.resolve()))[-200:] + '.index.npz'))
     for index_file in index_files:
         with contextlib.suppress(Exception), np.load(index_file) as saved:  # missing or damaged
             if saved['stamp'].tolist() == stamp:
@@ -450,7 +483,7 @@ def find_devkit(path: Path) -> Path | None:
 def devkit_classes(kit: Path) -> list[str]:
     """Return the WordNet ids of ILSVRC2012_val_00000001.JPEG and so on, which the development kit lists."""
     with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks into the folder that the kit is in
-        (Path(folder) / DEVKIT).symlink_to(kit.resolve())
+        shutil.copy(kit, Path(folder) / DEVKIT)
         try:
             imagenet.parse_devkit_archive(folder)
             return imagenet.load_meta_file(folder)[1]

@@ -38,7 +38,7 @@ import datasets
 import processes
 import reports
 import utils
-from checkpoints import BEST, FORMAT, LAST, is_own, load_strictly
+from checkpoints import BEST, FORMAT, LAST, class_names, is_own, load_strictly
 from datasets import build_dataset, check_two_classes, has_split
 from engine import Meters, Preprocessor, TrainStep, check_faults, throughput, train_one_epoch
 from errors import UsageError, printable
@@ -236,11 +236,7 @@ def main(args: argparse.Namespace) -> None:
 
 @usage_errors()
 def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, InitialState]:
-    """Check everything that needs no data, and read the checkpoint or weights to begin with.
-
-    Returns:
-        `args` with the model's name and the loader filled in, and the initial state.
-    """
+    """Check what needs no data, and read the initial weights; return `args` with model and loader, and the weights."""
     is_training, world_size = not (args.eval or args.throughput), processes.get_world_size()
     if args.world_size not in (None, 1, world_size):  # 1 is the default in DeiT's command lines.
         raise UsageError(f'--world-size {args.world_size}, but the launcher started {world_size}')
@@ -312,10 +308,7 @@ def with_saved_flags(
 
 
 def check_ranks_agree(args: argparse.Namespace, initial: InitialState) -> None:
-    """Raise UsageError on all ranks if they begin with different models or checkpoints.
-
-    A rank that fails in check_before_data must not meet the others here.
-    """
+    """Raise UsageError on all ranks that begin with different models; one that failed before must not come here."""
     position = [(initial.checkpoint or {}).get(key) for key in ('epoch', 'step', 'samples_seen')]
     model_args = initial.weights.model_args if initial.weights else (initial.checkpoint or {}).get('model_args')
     state = (args.model, model_args, position)
@@ -329,7 +322,7 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
 
     The training set is None for --eval and --throughput with only a validation folder.
     """
-    is_training, saved_classes = not (args.eval or args.throughput), (initial.checkpoint or {}).get('classes')
+    is_training, saved_classes = not (args.eval or args.throughput), class_names(initial.checkpoint or {})
     is_folders, path = args.data_set.startswith(('IMNET', 'wds/')), args.data_path
     with usage_errors():  # before ranks wait for each other below
         transform = build_transform(
@@ -346,7 +339,7 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
             args.data_set == 'IMNET' and folder.is_dir() and not any(folder.glob('*.tar')))
     build = functools.partial(build_dataset, args.data_set, data_path=args.data_path, input_size=args.input_size,
                               val_split=args.val_split or 0., class_map=args.class_map, category=args.inat_category,
-                              ignore_exif=args.ignore_exif)
+                              ignore_exif=args.ignore_exif, max_pixels=args.max_image_pixels)
     # One process per node downloads or indexes tars. Every process lists a plain folder by itself.
     local_rank0_first = not all(processes.gather_from_ranks(is_folder))
     with usage_errors(), processes.first_on_each_node() if local_rank0_first else contextlib.nullcontext():
@@ -641,8 +634,7 @@ def is_validated(run: Run, epoch: int) -> bool:
 def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     """Evaluate model and EMA if validation is due in this epoch.
 
-    Returns:
-        Scores by the prefix of their keys in log.txt ('' and 'ema_'); {} if validation is not due; None if stopped.
+    Return scores by the prefix of their keys in log.txt ('' and 'ema_'); {} if validation is not due; None if stopped.
     """
     args, state, world_size = run.args, run.state, processes.get_world_size()
     models = {'': run.core, 'ema_': run.ema.module} if run.ema else {'': run.core}
@@ -663,7 +655,8 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
         if next(model.parameters()).device != run.device:  # --model-ema-force-cpu
             model = copy.deepcopy(model).to(run.device)
         try:
-            scores[prefix], columns = score(model, run.val_loader, run.device, run.eval_autocast)
+            scores[prefix], columns = score(
+                model, run.val_loader, run.device, run.eval_autocast, lambda: run.stop.signal)
         except Exception:  # Such as an unreadable image, or workers that cannot be started.
             if world_size == 1 and run.writer is not None:  # With more ranks, all of them would have to save.
                 run.train_loader.stop()  # Its open files may exhaust the limit.
@@ -692,7 +685,7 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
     run.scheduler.step(state.epoch)
 
     # Log, then save: a run killed between them drops the line when it is resumed.
-    record.update(epoch_seconds=time.monotonic() - run.epoch_began, memory_mb=utils.memory_mb(run.device))
+    record.update(epoch_seconds=time.monotonic() - run.epoch_began, **utils.memory_mb(run.device))
     if run.writer is not None:
         run.writer.log(record)
     state.meters = []
@@ -745,21 +738,18 @@ def write_results(run: Run) -> None:
         logger.info('best %s: %.3f%%, epoch %d, %s', 'EMA' if BEST[file] else 'model', acc1,
                     best[f'{BEST[file]}epoch'], folder / file)
     if scores:
-        here, file = os.path.relpath(Path(__file__).parent), folder / max(scores, key=scores.get)
+        here, file = Path(__file__).resolve().parent, folder / max(scores, key=scores.get)
         images = dataset.roots[0] if isinstance(dataset, ImageFolder) else 'IMAGE'
         for script, *flags in (
                 ('train.py', '--eval', '--resume', file, '--report', folder / 'report'),
                 ('scripts/predict.py', file, images, '--picture', folder / 'predictions.jpg'),
                 ('scripts/export.py', file, folder / ('model.onnx' if find_spec('onnxscript') else 'model.pt2'))):
-            logger.info('  python %s', shlex.join([os.path.normpath(f'{here}/{script}'), *map(str, flags)]))
+            logger.info('  python %s', shlex.join(
+                [str(here / script).removeprefix(os.getcwd() + os.sep), *map(str, flags)]))
 
 
 def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:
-    """Run main with `args`, or with the flags `argv` (default: of the command line).
-
-    Returns:
-        The exit status of processes.run_main.
-    """
+    """Run main with `args`, or with the flags `argv` (default: of the command line); return the exit status."""
     args = args or options.parse_args(argv)
     return processes.run_main('train.py', main, args, unreadable_status=2 if args.eval else 1)
 

@@ -5,7 +5,6 @@ import importlib
 import logging
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from errors import UsageError, first_line
 from launch import read_launch
 from processes import get_world_size
+from system import cores, peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +36,6 @@ def setup_logging() -> None:
     logging.captureWarnings(True)
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')  # File names may have bytes that no encoding has.
-
-
-def raise_file_limit(limit: int = 65536) -> None:
-    """Raise the limit on open files as far as this process may: a worker needs five, a batch two."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = limit if hard == resource.RLIM_INFINITY else min(hard, limit)
-    if soft != resource.RLIM_INFINITY and soft < limit:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-
-
-def cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # not on macOS
 
 
 def processor() -> str:
@@ -70,16 +57,15 @@ def describe_system(device: torch.device) -> str:
         commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10, env=environment).stdout
     versions = [f'{name} {metadata.version(name)}' for name in ('torch', 'torchvision', 'timm')]
     where = torch.cuda.get_device_name() if device.type == 'cuda' else \
-        f'{processor()}, {cores()} cores, threads of a process: {torch.get_num_threads()}'
+        f'{processor()} ({device.type}), {cores()} cores, threads of a process: {torch.get_num_threads()}'
     return (f'commit {commit.strip()}, Python {platform.python_version()}, {", ".join(versions)}, {get_world_size()} '
             f'process{"es" if get_world_size() > 1 else ""} on {where}')
 
 
-def memory_mb(device: torch.device) -> float:
-    """Return the peak memory of this process in MiB: allocated on a CUDA device, or resident."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory_mb(device: torch.device) -> dict[str, float]:
+    """Return the peak memory of this process in MiB, for log.txt: allocated on a CUDA device, or resident if known."""
+    memory = torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == 'cuda' else peak_memory()
+    return {} if memory is None else {'memory_mb': memory}
 
 
 def check_compiler(device: torch.device) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 from timm.models import adapt_input_conv
 
+import checkpoints
 import cmt
 import mindspore
 from checkpoints import BEST, FORMAT, LAST, is_own, load_strictly, no_checkpoint, read_checkpoint
@@ -98,8 +99,7 @@ class Weights:
             keys = ', '.join(map(str, list(checkpoint)[:MAX_LISTED])) + ', ...' * (len(checkpoint) > MAX_LISTED)
             raise UsageError(f"{file}: no weights under a known key; its keys are {keys or 'none'}: save the model's "
                              "state dict under 'model'")
-        classes, epoch = checkpoint.get('classes') or None, checkpoint.get('epoch')
-        classes = classes if isinstance(classes, (list, tuple)) else None
+        epoch = checkpoint.get('epoch')
         if checkpoint.get('meters') and isinstance(epoch, int):  # This epoch was not completed.
             epoch -= 1
         share = _initial_share(checkpoint, args) if key in EMA_KEYS else 0
@@ -111,8 +111,8 @@ class Weights:
         crop = args.get('crop_pct') or args.get('eval_crop_ratio')  # DeiT's name
         if not isinstance(crop, (int, float)) or not 0 < crop <= 1:
             crop = 1. if size == 32 else 0.875  # Images of 32 px are evaluated whole (transforms.build_transform).
-        return cls(state, key in EMA_KEYS, file, model_args, name, size, classes, epoch, crop, is_own(checkpoint),
-                   tuple(notes))
+        return cls(state, key in EMA_KEYS, file, model_args, name, size, checkpoints.class_names(checkpoint), epoch,
+                   crop, is_own(checkpoint), tuple(notes))
 
     def class_names(self, model: nn.Module) -> list[str] | None:
         """Return the class names if there is one for each output of `model`."""
@@ -121,8 +121,7 @@ class Weights:
     def drop_other_head(self, classes: list[str]) -> 'Weights':
         """Drop the head if it was trained on other class names than `classes`, or in another order."""
         names = self.classes or []
-        is_known = len(names) == self.model_args.get('num_classes') and all(isinstance(name, str) for name in names)
-        if not is_known or list(names) == classes:
+        if len(names) != self.model_args.get('num_classes') or names == classes:
             return self
         state = {name: value for name, value in self.state.items() if not name.startswith('head.')}
         return replace(self, state=state, notes=(*self.notes, 'its classes are others, or in another order'))

@@ -17,20 +17,82 @@ import sys
 import time
 from typing import NamedTuple
 
+import _path
+from options import Parser, non_negative, output_file, positive
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+MODES = ('infer', 'train')
+FORMS = ('reference', 'eager', 'fused', 'compiled')
+
+
+class Setup(NamedTuple):
+    """Describe a case. `size` is in pixels, or None for the model's default."""
+    model: str
+    mode: str
+    size: int | None
+    batch: int
+    form: str
+
+    def exists(self) -> bool:
+        """Return whether the model has this form: `fused` is CMT's inference, `reference` is CMT's."""
+        is_cmt = self.model.startswith('cmt')
+        return self.form in ('eager', 'compiled') or is_cmt and (self.form, self.mode) != ('fused', 'train')
+
+    def build(self) -> 'tuple[nn.Module, int]':
+        """Build the model with random weights, not compiled; return it with its input size."""
+        torch.manual_seed(0)
+        settings = {'img_size': self.size} if self.size and self.model.startswith('cmt') else {}
+        model = timm.create_model(self.model, **settings)
+        size = self.size or model.pretrained_cfg['input_size'][-1]
+        if self.form == 'reference':
+            model.forward = functools.partial(reference, model)
+        elif not self.model.startswith('cmt'):
+            model = model.to(memory_format=torch.channels_last)  # faster convolutions
+        elif self.form == 'fused' or self.form == 'compiled' and self.mode == 'infer':
+            model = model.fuse()
+        return model.train(self.mode == 'train'), size
+
+
+def case_group(text: str) -> list[Setup]:
+    """Parse an argument of --cases."""
+    try:
+        name, mode, size, batch, forms = text.split(':')
+        group = [Setup(name, mode, positive(size), positive(batch), form) for form in forms.split(',')]
+    except ValueError:
+        group = []
+    if not group or group[0].mode not in MODES or not {setup.form for setup in group} <= set(FORMS):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not MODEL:MODE:SIZE:BATCH:FORM,FORM, as in cmt_s:infer:224:8:eager,fused")
+    return group
+
+
+@_path.parse_first
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog='benchmark.py', description=__doc__.split('\n\n')[1])
+    parser.add_argument('--models', nargs='+', default=['cmt_s'], help='names of timm models')
+    parser.add_argument('--modes', nargs='+', default=['infer'], choices=MODES)
+    parser.add_argument('--forms', nargs='+', default=['reference', 'eager', 'fused'], choices=FORMS)
+    parser.add_argument('--devices', nargs='+', choices=('cpu', 'cuda'), help='default: cuda if available')
+    parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=DTYPES)
+    parser.add_argument('--batches', nargs='+', type=positive, default=[8])
+    parser.add_argument('--sizes', nargs='+', type=positive, default=[None], help="pixels (default: each model's own)")
+    parser.add_argument('--cases', nargs='+', type=case_group, metavar='MODEL:MODE:SIZE:BATCH:FORM,FORM',
+                        help='measure these cases instead of all combinations of the flags above')
+    parser.add_argument('--repeats', type=positive, default=7, help='measurements of a case (default: %(default)s)')
+    parser.add_argument('--seconds', type=non_negative, default=1.0, help='least per case and round (default: 1)')
+    parser.add_argument('--json', type=output_file, metavar='FILE', help='write all measurements to FILE')
+    parser.add_argument('--markdown', action='store_true', help='print a Markdown table')
+    return parser
+
+
 import timm
 import torch
 import torch._inductor.config
 import torch.nn as nn
 import torch.nn.functional as F
 
-import _path  # noqa: F401, puts the repository on sys.path
 import cmt
 import utils
-from options import Parser, non_negative, output_file, positive
-
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-MODES = ('infer', 'train')
-FORMS = ('reference', 'eager', 'fused', 'compiled')
 
 
 def reference_attention(layer: cmt.LMHSA, x, size: tuple[int, int], bias):
@@ -68,34 +130,6 @@ def reference(model: cmt.CMT, x):
     return model.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-class Setup(NamedTuple):
-    """Describe a case. `size` is in pixels, or None for the model's default."""
-    model: str
-    mode: str
-    size: int | None
-    batch: int
-    form: str
-
-    def exists(self) -> bool:
-        """Return whether the model has this form: `fused` is CMT's inference, `reference` is CMT's."""
-        is_cmt = self.model.startswith('cmt')
-        return self.form in ('eager', 'compiled') or is_cmt and (self.form, self.mode) != ('fused', 'train')
-
-    def build(self) -> tuple[nn.Module, int]:
-        """Build the model with random weights, not compiled; return it with its input size."""
-        torch.manual_seed(0)
-        settings = {'img_size': self.size} if self.size and self.model.startswith('cmt') else {}
-        model = timm.create_model(self.model, **settings)
-        size = self.size or model.pretrained_cfg['input_size'][-1]
-        if self.form == 'reference':
-            model.forward = functools.partial(reference, model)
-        elif not self.model.startswith('cmt'):
-            model = model.to(memory_format=torch.channels_last)  # faster convolutions
-        elif self.form == 'fused' or self.form == 'compiled' and self.mode == 'infer':
-            model = model.fuse()
-        return model.train(self.mode == 'train'), size
-
-
 class Case:
     """Time steps of a setup. Inference converts the weights to `dtype`; training and the reference use autocast."""
 
@@ -104,9 +138,9 @@ class Case:
         model, size = setup.build()
         self.labels = {**setup._asdict(), 'size': size, 'device': device.type, 'dtype': dtype}
         self.batch, self.form, self.trains, self.device = setup.batch, setup.form, setup.mode == 'train', device
-        weight_dtype = torch.float32 if self.trains or self.form == 'reference' else DTYPES[dtype]
+        weight_dtype = torch.float32 if self.trains or self.form == 'reference' else getattr(torch, dtype)
         self.autocast = functools.partial(
-            torch.autocast, device.type, DTYPES[dtype], enabled=DTYPES[dtype] != weight_dtype)
+            torch.autocast, device.type, getattr(torch, dtype), enabled=getattr(torch, dtype) != weight_dtype)
         self.model = model.to(device, weight_dtype)
         self.images = torch.randn(self.batch, 3, size, size, device=device, dtype=weight_dtype)
         self.targets = torch.zeros(self.batch, dtype=torch.long, device=device)
@@ -204,41 +238,10 @@ def table(records: list[dict], as_markdown: bool) -> str:
     return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns))
 
 
-def case_group(text: str) -> list[Setup]:
-    """Parse an argument of --cases."""
-    try:
-        name, mode, size, batch, forms = text.split(':')
-        group = [Setup(name, mode, positive(size), positive(batch), form) for form in forms.split(',')]
-    except ValueError:
-        group = []
-    if not group or group[0].mode not in MODES or not {setup.form for setup in group} <= set(FORMS):
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not MODEL:MODE:SIZE:BATCH:FORM,FORM, as in cmt_s:infer:224:8:eager,fused")
-    return group
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog='benchmark.py', description=__doc__.split('\n\n')[1])
-    parser.add_argument('--models', nargs='+', default=['cmt_s'], help='names of timm models')
-    parser.add_argument('--modes', nargs='+', default=['infer'], choices=MODES)
-    parser.add_argument('--forms', nargs='+', default=['reference', 'eager', 'fused'], choices=FORMS)
-    parser.add_argument('--devices', nargs='+', choices=('cpu', 'cuda'),
-                        default=['cuda' if torch.cuda.is_available() else 'cpu'])
-    parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=DTYPES)
-    parser.add_argument('--batches', nargs='+', type=positive, default=[8])
-    parser.add_argument('--sizes', nargs='+', type=positive, default=[None], help="pixels (default: each model's own)")
-    parser.add_argument('--cases', nargs='+', type=case_group, metavar='MODEL:MODE:SIZE:BATCH:FORM,FORM',
-                        help='measure these cases instead of all combinations of the flags above')
-    parser.add_argument('--repeats', type=positive, default=7, help='measurements of a case (default: %(default)s)')
-    parser.add_argument('--seconds', type=non_negative, default=1.0, help='least per case and round (default: 1)')
-    parser.add_argument('--json', type=output_file, metavar='FILE', help='write all measurements to FILE')
-    parser.add_argument('--markdown', action='store_true', help='print a Markdown table')
-    return parser
-
-
 def main() -> None:
     parser = get_args_parser()
     args = parser.parse_args()
+    args.devices = args.devices or ['cuda' if torch.cuda.is_available() else 'cpu']
     groups = args.cases or [
         [Setup(model, mode, size, batch, form) for model, form in itertools.product(args.models, args.forms)]
         for mode, batch, size in itertools.product(args.modes, args.batches, args.sizes)]
@@ -254,7 +257,7 @@ def main() -> None:
     for device, dtype, group in itertools.product(args.devices, args.dtypes, groups):
         records += measure(group, torch.device(device), dtype, args.repeats, args.seconds)
     if args.json:
-        args.json.write_text(json.dumps({
+        args.json.write_text(encoding='utf-8', data=json.dumps({
             'command': f'python {shlex.join(sys.argv)}', 'date': datetime.date.today().isoformat(),
             'systems': [utils.describe_system(torch.device(device)) for device in args.devices], 'records': records,
         }, indent=1) + '\n')

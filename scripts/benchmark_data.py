@@ -17,6 +17,40 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import distributions
 
+import _path
+from errors import UnreadableImage, UsageError, one_line
+from options import Parser, count, output_file, path, positive
+from system import cores
+
+DIFFERENCES = {  # from the recipe
+    'reference': '', 'fast': '', 'timm': '',
+    'torchvision': "RandAugment with torchvision's operations, of one strength (no mstd0.5, inc1), bilinear",
+    'dali': "RandAugment with DALI's operations, of one strength (no mstd0.5, inc1)",
+}
+
+
+@_path.parse_first
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(prog='benchmark_data.py', description=__doc__.split('\n\n')[1])
+    parser.add_argument('--data-path', type=path, required=True,
+                        help='folder with train/ or val/, folder of classes, or tar')
+    parser.add_argument('--prepared', type=path, help='the same images, prepared by scripts/prepare_data.py: '
+                        'each loader is measured on both')
+    parser.add_argument('--loaders', nargs='+', default=['reference', 'fast'], choices=tuple(DIFFERENCES),
+                        help="this project's two loaders, and those of timm, torchvision (v2) and DALI (on the CPU; "
+                        'pip install nvidia-dali-cuda120)')
+    parser.add_argument('--sizes', nargs='+', type=positive, default=[224], help='input sizes (pixels)')
+    parser.add_argument('--workers', nargs='+', type=count, default=[0],
+                        help='numbers of workers; 0 loads in the main process')
+    parser.add_argument('--batch-size', type=positive, default=50)
+    parser.add_argument('--repeated-aug', action='store_true', help='load three copies of each image in a row')
+    parser.add_argument('--repeats', type=positive, default=5, help='measured epochs')
+    parser.add_argument('--json', type=output_file, metavar='FILE',
+                        help='write all results with versions and hardware to this file')
+    return parser
+
+
 import numpy as np
 import torch
 from timm.data import create_loader
@@ -24,23 +58,15 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
 from torchvision.transforms import v2
 
-import _path  # noqa: F401, puts the repository on sys.path
 import utils
 from datasets import build_dataset, has_split
 from engine import Preprocessor
-from errors import UnreadableImage, UsageError, one_line
 from fast_transforms import FastTransform
 from loader import build_loader
-from options import Parser, count, output_file, path, positive
 from samplers import TrainSampler
 from sources import EncodedImages
 from transforms import build_transform
 
-DIFFERENCES = {  # from the recipe
-    'reference': '', 'fast': '', 'timm': '',
-    'torchvision': "RandAugment with torchvision's operations, of one strength (no mstd0.5, inc1), bilinear",
-    'dali': "RandAugment with DALI's operations, of one strength (no mstd0.5, inc1)",
-}
 PACKAGES = ('torch', 'timm', 'pillow', 'simplejpeg', 'opencv', 'nvidia-dali')  # and those that begin with these names
 
 
@@ -146,9 +172,9 @@ class Case:
             images += len(batch[1])
             yield
         if epoch:
-            cores = min(self.workers, utils.cores())
+            busy = min(self.workers, cores())
             self.per_s.append(images / seconds)
-            self.per_s_per_core.append(images / seconds / cores if cores else images / cpu_seconds)
+            self.per_s_per_core.append(images / seconds / busy if busy else images / cpu_seconds)
 
     def record(self) -> dict:
         """Return the medians and ranges of all epochs."""
@@ -192,27 +218,6 @@ def table(records: list[dict]) -> str:
     return '\n'.join(lines)
 
 
-def build_parser() -> Parser:
-    """Return the parser of the command line."""
-    parser = Parser(prog='benchmark_data.py', description=__doc__.split('\n\n')[1])
-    parser.add_argument('--data-path', type=path, required=True,
-                        help='folder with train/ or val/, folder of classes, or tar')
-    parser.add_argument('--prepared', type=path, help='the same images, prepared by scripts/prepare_data.py: '
-                        'each loader is measured on both')
-    parser.add_argument('--loaders', nargs='+', default=['reference', 'fast'], choices=tuple(DIFFERENCES),
-                        help="this project's two loaders, and those of timm, torchvision (v2) and DALI (on the CPU; "
-                        'pip install nvidia-dali-cuda120)')
-    parser.add_argument('--sizes', nargs='+', type=positive, default=[224], help='input sizes (pixels)')
-    parser.add_argument('--workers', nargs='+', type=count, default=[0],
-                        help='numbers of workers; 0 loads in the main process')
-    parser.add_argument('--batch-size', type=positive, default=50)
-    parser.add_argument('--repeated-aug', action='store_true', help='load three copies of each image in a row')
-    parser.add_argument('--repeats', type=positive, default=5, help='measured epochs')
-    parser.add_argument('--json', type=output_file, metavar='FILE',
-                        help='write all results with versions and hardware to this file')
-    return parser
-
-
 def build_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     """Build the cases of all combinations of flags.
 
@@ -243,7 +248,7 @@ def main() -> None:
     if args.json:
         versions = {package.name: package.version for package in distributions()
                     if package.name.lower().startswith(PACKAGES)}
-        args.json.write_text(json.dumps({
+        args.json.write_text(encoding='utf-8', data=json.dumps({
             'command': f'python {shlex.join(sys.argv)}', 'system': utils.describe_system(device), 'versions': versions,
             'load': os.getloadavg(), 'records': records}, indent=1) + '\n')
 

@@ -19,17 +19,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import _path
+from errors import UsageError
+from options import Parser, add_weights_flag
+
+
+@_path.parse_first
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__.split('\n', 2)[2], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', metavar='IN', help='a file, or the name of a model (cmt_s)')
+    parser.add_argument('output', metavar='OUT', type=Path)
+    parser.add_argument('--format', choices=['dir', 'released', 'pth', 'safetensors'],
+                        help='default: by the extension of OUT, .pth or .safetensors, else dir')
+    add_weights_flag(parser)
+    parser.add_argument('--model', help='name of the model, checked against the file')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT')
+    return parser
+
+
 import safetensors.torch
 import timm
 import torch
 from timm.models._hub import save_config_for_hf
 
-import _path  # noqa: F401, puts the repository on sys.path
 import cmt
 import utils
-from checkpoints import FORMAT, atomic_write, check_output
-from errors import UsageError
-from options import Parser, add_weights_flag
+from checkpoints import FORMAT, check_output
+from system import atomic_write
 from weights import Weights, build_model, create_cmt, read_weights
 
 logger = logging.getLogger(__name__)
@@ -58,7 +74,7 @@ def write_folder(folder: Path, model: cmt.CMT, weights: Weights) -> None:
         config = Path(place) / 'config.json'
         save_config_for_hf(described, config, model_config={'label_names': weights.class_names(model)},
                            data_config={'crop_pct': weights.crop_pct})
-        content = json.loads(config.read_text())
+        content = json.loads(config.read_text('utf-8'))
     content['model_args'].pop('num_classes', None)  # transformers passes its own in addition to these.
     if Path(weights.file).exists() or ':' in weights.file:  # These are not the published weights that timm describes.
         for key in ('tag', 'license', 'origin_url'):
@@ -75,19 +91,6 @@ def write_checkpoint(path: Path, model: cmt.CMT, weights: Weights, is_released: 
         state.update(format=FORMAT, model_args=model.model_args,
                      args={'input_size': model.img_size[0], 'model': weights.name, 'crop_pct': weights.crop_pct})
     write(path, lambda file: torch.save(state, file))
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__.split('\n', 2)[2],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source', metavar='IN', help='a file, or the name of a model (cmt_s)')
-    parser.add_argument('output', metavar='OUT', type=Path)
-    parser.add_argument('--format', choices=['dir', 'released', 'pth', 'safetensors'],
-                        help='default: by the extension of OUT, .pth or .safetensors, else dir')
-    add_weights_flag(parser)
-    parser.add_argument('--model', help='name of the model, checked against the file')
-    parser.add_argument('--overwrite', action='store_true', help='replace OUT')
-    return parser
 
 
 def main(argv: list[str] | None = None) -> None:

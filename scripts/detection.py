@@ -26,6 +26,78 @@ from colorsys import hsv_to_rgb
 from pathlib import Path
 from typing import Any
 
+import _path  # noqa: F401, puts the repository on sys.path
+import options
+from errors import TrainingFault, UsageError
+from options import count, fraction, in_range, non_negative, path, positive, positive_float
+
+# Defaults that depend on the data set. COCO's 1x schedule is for 16 images per step.
+DEFAULTS = {
+    'SHAPES': dict(data_path='data/shapes', backbone='cmt_ti', lr=2e-3, weight_decay=0.05, batch_size=8,
+                   warmup_steps=50, fpn_channels=64, anchor_size=16, proposals=32, input_size=[128, 128]),
+    'COCO': dict(backbone='cmt_s', lr=1e-4, weight_decay=1e-4, batch_size=2, warmup_steps=500, fpn_channels=256,
+                 anchor_size=32, proposals=1000),
+}
+
+
+def get_args_parser() -> options.Parser:
+    parser = options.Parser(prog='detection.py', description=__doc__.split('\n', 2)[2], allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_run_flags(parser, seed=0, num_workers=2)
+    add = parser.add_argument
+    add('--data-set', choices=tuple(DEFAULTS), help='COCO for any data in its format; SHAPES draws shapes into '
+        '--data-path first (default: SHAPES, COCO with --data-path)')
+    add('--data-path', type=path, help='folder with annotations/, train2017/ and val2017/')
+    for split in ('train', 'val'):
+        add(f'--{split}-json', type=path, metavar='FILE', help=f'annotations instead of instances_{split}2017.json')
+        add(f'--{split}-images', type=path, metavar='FOLDER', help=f'images instead of {split}2017/')
+    add('--model', choices=('retinanet', 'fasterrcnn', 'maskrcnn'), default='retinanet')
+    add('--backbone', help='name of a CMT (default: cmt_s, for SHAPES cmt_ti)')
+    add('--weights', type=path, metavar='FILE|NAME', help='classification weights of the backbone (default: random)')
+    add('--backbone-bn', choices=('train', 'frozen'),
+        help='BatchNorm of the backbone (default: frozen with --weights, else train)')
+    add('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
+    add('--drop-path', type=fraction, default=0.1, help='drop-path rate of the last block')
+    add('--fpn-channels', type=positive, help='width of the pyramid, a multiple of 8 (default: 256, for SHAPES 64)')
+    add('--anchor-size', type=positive, help='side of the smallest anchors in pixels (default: 32, for SHAPES 16)')
+    add('--proposals', type=positive, help='regions of an image for the second stage (default: 1000, for SHAPES 32)')
+    add('--input-size', type=in_range(int, 64), nargs=2, metavar=('SHORT', 'LONG'),
+        help='images are resized to this short side, or to the long side if that is less (default: 800 1333; on a CPU '
+        '256 427; for SHAPES 128 128)')
+    add('--epochs', type=positive, default=12)
+    add('--lr-steps', type=count, nargs='*', default=[8, 11], help='epochs after which the rate falls to a tenth')
+    add('--warmup-steps', type=count, help='steps of the linear warm-up (default: 500, for SHAPES 50)')
+    add('--batch-size', type=positive, help='images in a batch of one process (default: 2, for SHAPES 8)')
+    add('--lr', type=positive_float, help='learning rate of AdamW for a global batch of 16 images, scaled linearly '
+        '(default: 1e-4, for SHAPES 2e-3)')
+    add('--weight-decay', type=non_negative, help='decay of all but biases and norms (default: 1e-4, for SHAPES 0.05)')
+    add('--clip-grad', type=non_negative, default=1., help='largest norm of the gradients; 0 for no clipping')
+    add('--eval-every', type=positive, default=1, metavar='EPOCHS', help='epochs between two evaluations')
+    return options.add_defaults(parser)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the flags, check them, and fill in the defaults of the data set."""
+    parser = get_args_parser()
+    args, _ = options.parse_flags(parser, argv)
+    has_files = args.data_path or args.train_json or args.val_json
+    args.data_set = args.data_set or ('COCO' if has_files else 'SHAPES')
+    for name, value in DEFAULTS[args.data_set].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.data_set == 'COCO' and not has_files:
+        parser.error('--data-path is missing: the folder that contains annotations/, train2017/ and val2017/')
+    if args.fpn_channels % 8:
+        parser.error(f'--fpn-channels {args.fpn_channels} is not a multiple of 8')
+    if args.input_size and args.input_size[0] > args.input_size[1]:
+        parser.error('--input-size: give the short side first')
+    options.make_paths_absolute(args)
+    return args
+
+
+if __name__ == '__main__':
+    ARGS = parse_args()  # First, so that --help and mistakes do not wait for the imports below.
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -48,19 +120,17 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-import _path  # noqa: F401, puts the repository on sys.path
-import options
 import processes
 import utils
-from checkpoints import LAST, atomic_write
-from errors import TrainingFault, UsageError
+from checkpoints import LAST, class_names
 from loader import build_loader
 from optim import load_optimizer
-from options import count, fraction, in_range, non_negative, path, positive, positive_float
 from precision import NativeScaler, autocast_to, configure_cuda, load_scaler, resolve_dtype
 from processes import usage_errors
 from run import RunWriter, check_written, find_checkpoint, open_run, setup_process
 from samplers import TrainSampler
+from sources import open_image
+from system import atomic_write
 from utils import Progress
 from weights import build_model, create_cmt, read_weights
 
@@ -68,13 +138,6 @@ logger = logging.getLogger(__name__)
 
 METRICS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')  # the first six of COCOeval.stats
 SCORE_THRESHOLD = 0.4  # of detections in the figure
-# Defaults that depend on the data set. COCO's 1x schedule is for 16 images per step.
-DEFAULTS = {
-    'SHAPES': dict(data_path='data/shapes', backbone='cmt_ti', lr=2e-3, weight_decay=0.05, batch_size=8,
-                   warmup_steps=50, fpn_channels=64, anchor_size=16, proposals=32, input_size=[128, 128]),
-    'COCO': dict(backbone='cmt_s', lr=1e-4, weight_decay=1e-4, batch_size=2, warmup_steps=500, fpn_channels=256,
-                 anchor_size=32, proposals=1000),
-}
 
 
 # The model
@@ -133,6 +196,13 @@ def build_detector(
 
 # The data
 
+class CocoImages(CocoDetection):
+    """Read images as sources.open_image does, without EXIF's orientation: boxes are those of the stored pixels."""
+
+    def _load_image(self, id: int) -> Image.Image:
+        return open_image(Path(self.root, self.coco.imgs[id]['file_name']).read_bytes(), ignore_exif=True)
+
+
 class CocoDataset(Dataset):
     """Read a data set in COCO's format for torchvision's detectors: labels 1 to K, whatever the category ids.
 
@@ -152,8 +222,8 @@ class CocoDataset(Dataset):
         self.masks = masks
         with contextlib.redirect_stdout(io.StringIO()):
             try:
-                self.data = CocoDetection(images, annotations)
-            except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+                self.data = CocoImages(images, annotations)
+            except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError):
                 raise UsageError(f'{annotations} is not a JSON file in COCO\'s format') from None
             self.coco = self.data.coco
             check_annotations(self.coco, annotations, Path(images), masks)
@@ -166,8 +236,7 @@ class CocoDataset(Dataset):
         self.categories = sorted(self.coco.cats)  # COCO's own ids have gaps.
         self.classes = [self.coco.cats[category]['name'] for category in self.categories]
         self.samples = [(str(Path(images) / self.coco.imgs[i]['file_name']), i) for i in self.data.ids]
-        self.wrapped = wrap_dataset_for_transforms_v2(
-            self.data, target_keys=('boxes', 'labels', *['masks'] * masks))
+        self.wrapped = wrap_dataset_for_transforms_v2(self.data, target_keys=('boxes', 'labels', *['masks'] * masks))
         self.transform = v2.Compose([
             v2.ToImage(), v2.RandomHorizontalFlip(hflip if train else 0), v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes()])
@@ -193,6 +262,9 @@ def check_annotations(coco: Any, name: str, images: Path, masks: bool) -> None:
     """Check what the evaluation and the detectors need; arguments and errors are those of CocoDataset."""
     if not (coco.imgs and coco.cats and isinstance(coco.dataset.get('annotations'), list)):
         raise UsageError(f'{name} is not a JSON file in COCO\'s format: it needs images, annotations and categories')
+    for kind, key in ('categories', 'name'), ('images', 'file_name'):
+        if not all(isinstance(entry.get(key), str) for entry in coco.dataset[kind]):
+            raise UsageError(f'{name}: each of its {kind} needs a {key}')
     missing = [image['file_name'] for image in coco.imgs.values() if not (images / image['file_name']).is_file()]
     if missing:
         raise UsageError(f'{images} lacks {len(missing)} of the {len(coco.imgs)} images of {name}: {missing[0]}'
@@ -203,10 +275,24 @@ def check_annotations(coco: Any, name: str, images: Path, masks: bool) -> None:
         if not is_box or a.get('image_id') not in coco.imgs or a.get('category_id') not in coco.cats:
             raise UsageError(f'{name}: annotation {a["id"]} needs an image_id and a category_id of the file, and a '
                              f'bbox of x, y, width and height, not {box}')
-        if masks and not a.get('segmentation'):
-            raise UsageError(f'{name}: annotation {a["id"]} has no segmentation, and Mask R-CNN needs one')
+        if masks and not is_mask(a.get('segmentation'), coco.imgs[a['image_id']]):
+            raise UsageError(f'{name}: annotation {a["id"]} has no segmentation that fits its image, and Mask R-CNN '
+                             'needs one')
         a.setdefault('iscrowd', 0)  # pycocotools needs these two.
         a.setdefault('area', box[2] * box[3])
+
+
+def is_mask(segmentation: Any, image: dict[str, Any]) -> Any:
+    """Return whether a segmentation is polygons or run lengths. pycocotools allocates what their numbers ask for."""
+    def are_numbers(values: Any, least: int, low: int) -> bool:
+        return isinstance(values, list) and len(values) >= least and all(
+            isinstance(value, (int, float)) and low < value < 2 ** 17 for value in values)
+
+    if not are_numbers(size := [image.get('height'), image.get('width')], 2, 0):
+        return False
+    if isinstance(segmentation, dict):
+        return segmentation.get('size') == size and 'counts' in segmentation
+    return isinstance(segmentation, list) and segmentation and all(are_numbers(s, 6, -2 ** 17) for s in segmentation)
 
 
 def write_shapes(folder: Path, train: int = 320, val: int = 64, size: int = 128, seed: int = 0) -> None:
@@ -384,7 +470,7 @@ def train_epoch(
         TrainingFault: on all ranks, if a loss is not finite, or if gradients overflow under any loss scale.
     """
     model.train()
-    sums, images, began = Counter(), 0, time.monotonic()
+    sums, images, began, is_cuda = Counter(), 0, time.monotonic(), device.type == 'cuda'
     progress = Progress(f'epoch {epoch}/{args.epochs - 1}', len(loader), every=args.print_freq,
                         enabled=processes.get_rank() == 0)
     for step, (batch, targets) in enumerate(loader):
@@ -393,8 +479,8 @@ def train_epoch(
         lr = rate * rate_factor(args, epoch * len(loader) + step, len(loader))
         for group in optimizer.param_groups:
             group['lr'] = lr
-        batch = [image.to(device, non_blocking=True).float() / 255 for image in batch]
-        targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets]
+        batch = [image.to(device, non_blocking=is_cuda).float() / 255 for image in batch]
+        targets = [{key: value.to(device, non_blocking=is_cuda) for key, value in target.items()} for target in targets]
         with autocast():
             losses = model(batch, targets)
         loss = sum(losses.values())
@@ -432,8 +518,8 @@ def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[
         raise UsageError(f'{file} is not a checkpoint of detection.py: give weights of a classifier with --weights')
     if is_training and 'optimizer' not in checkpoint:
         raise UsageError(f'{file} contains only weights: resume a {LAST}, or evaluate with --eval')
-    if checkpoint['classes'] != classes:
-        raise UsageError(f"{file} was trained on other classes ({', '.join(checkpoint['classes'][:3])}, ...)")
+    if class_names(checkpoint) != classes:
+        raise UsageError(f"{file} was trained on other classes ({', '.join((class_names(checkpoint) or [])[:3])}, ...)")
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:
@@ -460,61 +546,6 @@ def evaluate(
 
 
 # The command line
-
-def get_args_parser() -> options.Parser:
-    """Build the parser."""
-    parser = options.Parser(prog='detection.py', description=__doc__.split('\n', 2)[2], allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_run_flags(parser, seed=0, num_workers=2)
-    add = parser.add_argument
-    add('--data-set', choices=tuple(DEFAULTS), help='COCO for any data in its format; SHAPES draws shapes into '
-        '--data-path first (default: SHAPES, COCO with --data-path)')
-    add('--data-path', type=path, help='folder with annotations/, train2017/ and val2017/')
-    for split in ('train', 'val'):
-        add(f'--{split}-json', type=path, metavar='FILE', help=f'annotations instead of instances_{split}2017.json')
-        add(f'--{split}-images', type=path, metavar='FOLDER', help=f'images instead of {split}2017/')
-    add('--model', choices=('retinanet', 'fasterrcnn', 'maskrcnn'), default='retinanet')
-    add('--backbone', help='name of a CMT (default: cmt_s, for SHAPES cmt_ti)')
-    add('--weights', type=path, metavar='FILE|NAME', help='classification weights of the backbone (default: random)')
-    add('--backbone-bn', choices=('train', 'frozen'),
-        help='BatchNorm of the backbone (default: frozen with --weights, else train)')
-    add('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
-    add('--drop-path', type=fraction, default=0.1, help='drop-path rate of the last block')
-    add('--fpn-channels', type=positive, help='width of the pyramid, a multiple of 8 (default: 256, for SHAPES 64)')
-    add('--anchor-size', type=positive, help='side of the smallest anchors in pixels (default: 32, for SHAPES 16)')
-    add('--proposals', type=positive, help='regions of an image for the second stage (default: 1000, for SHAPES 32)')
-    add('--input-size', type=in_range(int, 64), nargs=2, metavar=('SHORT', 'LONG'),
-        help='images are resized to this short side, or to the long side if that is less (default: 800 1333; on a CPU '
-        '256 427; for SHAPES 128 128)')
-    add('--epochs', type=positive, default=12)
-    add('--lr-steps', type=count, nargs='*', default=[8, 11], help='epochs after which the rate falls to a tenth')
-    add('--warmup-steps', type=count, help='steps of the linear warm-up (default: 500, for SHAPES 50)')
-    add('--batch-size', type=positive, help='images in a batch of one process (default: 2, for SHAPES 8)')
-    add('--lr', type=positive_float, help='learning rate of AdamW for a global batch of 16 images, scaled linearly '
-        '(default: 1e-4, for SHAPES 2e-3)')
-    add('--weight-decay', type=non_negative, help='decay of all but biases and norms (default: 1e-4, for SHAPES 0.05)')
-    add('--clip-grad', type=non_negative, default=1., help='largest norm of the gradients; 0 for no clipping')
-    add('--eval-every', type=positive, default=1, metavar='EPOCHS', help='epochs between two evaluations')
-    return options.add_defaults(parser)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the flags, check them, and fill in the defaults of the data set."""
-    parser = get_args_parser()
-    args, _ = options.parse_flags(parser, argv)
-    has_files = args.data_path or args.train_json or args.val_json
-    args.data_set = args.data_set or ('COCO' if has_files else 'SHAPES')
-    for name, value in DEFAULTS[args.data_set].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.data_set == 'COCO' and not has_files:
-        parser.error('--data-path is missing: the folder that contains annotations/, train2017/ and val2017/')
-    if args.fpn_channels % 8:
-        parser.error(f'--fpn-channels {args.fpn_channels} is not a multiple of 8')
-    if args.input_size and args.input_size[0] > args.input_size[1]:
-        parser.error('--input-size: give the short side first')
-    options.make_paths_absolute(args)
-    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -600,7 +631,7 @@ def end_epoch(
         if record['box_ap'] > best.get('box_ap', -1):
             scored = {'box_ap': record['box_ap']}
             best = {**scored, 'epoch': epoch}
-    record |= {'epoch_seconds': time.monotonic() - began, 'memory_mb': utils.memory_mb(device)}
+    record |= {'epoch_seconds': time.monotonic() - began, **utils.memory_mb(device)}
     if writer is not None:
         writer.log(record)
         writer.save({**state, 'best': best}, scored)
@@ -609,11 +640,11 @@ def end_epoch(
     return best
 
 
-def cli(argv: list[str] | None = None) -> int:
-    """Run main with the flags `argv` (default: of the command line), and return the exit status."""
-    args = parse_args(argv)
+def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:
+    """Run main with `args`, or with the flags `argv` (default: of the command line); return the exit status."""
+    args = args or parse_args(argv)
     return processes.run_main('detection.py', main, args, unreadable_status=2 if args.eval else 1)
 
 
 if __name__ == '__main__':
-    sys.exit(cli())
+    sys.exit(cli(args=ARGS))

@@ -8,6 +8,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 say() { echo "$(basename "$0"): $*"; }
 die() { say "$*" >&2; exit 2; }
 
+case " $* " in *' --help '* | *' -h '*)
+    awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
+    exit ;;
+esac
+
 # prepare_environment [PACKAGES in addition to requirements.txt]
 prepare_environment() {
     local maker=${PYTHON:-python3} installed

@@ -19,14 +19,32 @@ import logging
 import warnings
 from collections.abc import Callable
 
+import _path
+from errors import UsageError
+from options import Parser, add_weights_flag, image_size, output_file
+
+
+@_path.parse_first
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__.split('\n', 2)[2], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', metavar='CKPT|MODEL',
+                        help='a checkpoint, a converted folder, or a name with published weights')
+    parser.add_argument('output', metavar='OUT', type=output_file)
+    parser.add_argument('--input-size', type=image_size, nargs='+', metavar='N',
+                        help="one number or height and width, multiples of 32 (default: the checkpoint's)")
+    parser.add_argument('--dynamic-img-size', action='store_true', help='accept images of any size (TorchScript)')
+    add_weights_flag(parser)
+    parser.add_argument('--fuse', action='store_true', help='fold BatchNorm into convolutions before the export')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT')
+    return parser
+
+
 import torch
 import torch.nn as nn
 
-import _path  # noqa: F401, puts the repository on sys.path
 import cmt
-from checkpoints import atomic_write, check_output
-from errors import UsageError
-from options import Parser, add_weights_flag, image_size, output_file
+from checkpoints import check_output
+from system import atomic_write
 from weights import build_model, read_weights
 
 BATCHES = (1, 5)  # batch sizes of the comparison; the exporters' example input has another
@@ -122,21 +140,6 @@ def export(
     if not worst <= allowed:  # NaN is not accepted.
         raise UsageError(f'no file written: its logits differ by {worst:.1e}, more than {allowed:.0e}')
     return content, worst
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__.split('\n', 2)[2],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source', metavar='CKPT|MODEL',
-                        help='a checkpoint, a converted folder, or a name with published weights')
-    parser.add_argument('output', metavar='OUT', type=output_file)
-    parser.add_argument('--input-size', type=image_size, nargs='+', metavar='N',
-                        help="one number or height and width, multiples of 32 (default: the checkpoint's)")
-    parser.add_argument('--dynamic-img-size', action='store_true', help='accept images of any size (TorchScript)')
-    add_weights_flag(parser)
-    parser.add_argument('--fuse', action='store_true', help='fold BatchNorm into convolutions before the export')
-    parser.add_argument('--overwrite', action='store_true', help='replace OUT')
-    return parser
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,19 +9,27 @@ a run, repeat the command:
 import argparse
 from pathlib import Path
 
-import _path  # noqa: F401, puts the repository on sys.path
-from errors import UsageError
+import _path
 from options import Parser, output_file
-from reports import check_extension, draw_curves, read_log, save
 
 
-def main(argv: list[str] | None = None) -> None:
+@_path.parse_first
+def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(prog='plot_log.py', description=__doc__.split('\n', 2)[2],
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run, or its log.txt')
     parser.add_argument('-o', '--output', type=output_file, metavar='FILE',
                         help='the figure (default: curves.png in the folder of the run, or for several runs in the '
                         'current folder)')
+    return parser
+
+
+from errors import UsageError
+from reports import check_extension, draw_curves, read_log, save
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = get_args_parser()
     args = parser.parse_args(argv)
     logs = [path / 'log.txt' if path.is_dir() else path for path in args.runs]
     output = args.output or (logs[0].parent if len(logs) == 1 else Path()) / 'curves.png'

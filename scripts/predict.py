@@ -18,25 +18,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn as nn
-from timm.data import resolve_model_data_config
-from torchvision.transforms.functional import normalize, to_pil_image
-
-import _path  # noqa: F401, puts the repository on sys.path
-from checkpoints import atomic_write
+import _path
 from errors import UsageError, first_line, one_line, printable
-from evaluation import IMAGENET, class_words, grad_cam
 from options import Parser, add_weights_flag, image_size, in_range, output_file, path, positive
-from reports import check_extension, draw_sheet, save, to_csv
-from sources import EXTENSIONS, HEIF, IGNORED, is_image, log_left_out, open_image
-from transforms import build_transform
-from weights import build_model, read_weights
 
 MAX_ON_SHEET = 120  # images
 
 
+@_path.parse_first
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__.split('\n', 2)[2], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', metavar='CKPT|MODEL',
@@ -61,6 +50,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+import numpy as np
+import torch
+import torch.nn as nn
+from timm.data import resolve_model_data_config
+from torchvision.transforms.functional import normalize, to_pil_image
+
+from evaluation import IMAGENET, class_words, grad_cam
+from reports import check_extension, draw_sheet, save, to_csv
+from sources import EXTENSIONS, HEIF, IGNORED, is_image, log_left_out, open_image, walk
+from system import atomic_write
+from transforms import build_transform
+from weights import build_model, read_weights
+
+
 def find_images(arguments: list[str]) -> list[tuple[str, str | bytes, tuple[str, ...]]]:
     """Return (name, path or encoded image, folders below the argument) of each image that `arguments` name.
 
@@ -72,9 +75,9 @@ def find_images(arguments: list[str]) -> list[tuple[str, str | bytes, tuple[str,
         if argument == '-':
             images.append(('-', sys.stdin.buffer.read(), ()))
         elif os.path.isdir(argument):
-            files = [path for path in Path(argument).rglob('*') if not IGNORED.search(str(path.relative_to(argument)))]
+            files = [Path(f, name) for f, names in walk(argument, set()) for name in names if not IGNORED.search(name)]
             paths = sorted(str(path) for path in files if is_image(path.name))
-            log_left_out((path.name for path in files if not is_image(path.name) and path.is_file()), argument)
+            log_left_out((path.name for path in files if not is_image(path.name)), argument)
             if not paths:
                 raise UsageError(f'no images in {argument}')
             images += [(path, path, Path(path).relative_to(argument).parts[:-1]) for path in paths]
@@ -152,7 +155,7 @@ def predict(
         if not batch:
             continue
         with torch.no_grad():
-            top = model(inputs).double().softmax(dim=-1).topk(min(k, len(names)))
+            top = model(inputs).cpu().double().softmax(dim=-1).topk(min(k, len(names)))
         read += batch
         for (name, _, label), *row in zip(batch, top.values.tolist(), top.indices.tolist()):
             predictions = [{'index': index, 'class': names[index], 'probability': p} for p, index in zip(*row)]

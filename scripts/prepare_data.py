@@ -21,20 +21,40 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import _path
+from errors import TrainingFault, UnreadableImage, UsageError, one_line, printable
+from options import Parser, count, in_range, path, positive
+from system import atomic_write, cores, lock_file, remove_temporary_files, sync_folder
+
+
+@_path.parse_first
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(prog='prepare_data.py', description=__doc__.split('\n\n')[1], allow_abbrev=False)
+    parser.add_argument('src', type=path, metavar='SRC', help='folder, tar or shards as --data-path of train.py takes')
+    parser.add_argument('dst', type=path, metavar='DST', help='folder to make, for --data-path')
+    parser.add_argument('--short-side', type=count, default=320, metavar='PIXELS', help='resize images whose short '
+                        'side is longer; others are copied byte for byte (default: 320; 0: all are copied)')
+    parser.add_argument('--quality', type=in_range(int, 1, 100), default=92, help='of the JPEGs (default: 92)')
+    parser.add_argument('--resize-val', action='store_true',
+                        help='resize validation images too; without the flag they are copied byte for byte')
+    parser.add_argument('--skip-damaged', action='store_true', help='leave out images that cannot be decoded')
+    parser.add_argument('--images-per-tar', type=positive, default=5000, help='most images in a tar (default: 5000)')
+    parser.add_argument('--num-workers', type=count, default=cores(), metavar='N',
+                        help='processes that read and encode; 0 for none but the main one (default: the cores here)')
+    return parser
+
+
 import PIL
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-import _path  # noqa: F401, puts the repository on sys.path
 import processes
 import published
 import utils
-from checkpoints import atomic_write, lock_file, remove_temporary_files, sync_folder
 from datasets import PREPARED, has_split, open_split, open_unsplit, prepared_classes
-from errors import TrainingFault, UnreadableImage, UsageError, one_line, printable
 from loader import build_loader
-from options import Parser, count, in_range, path, positive
-from sources import DEVKIT, IGNORED, EncodedImages, TarImages, find_devkit, key_of, open_image, orientation
+from sources import DEVKIT, IGNORED, EncodedImages, TarImages, find_devkit, key_of, open_header, open_image, orientation
 
 
 def stamp(images: EncodedImages, index: int) -> list[int]:
@@ -76,7 +96,7 @@ class Encoder(Dataset):
         image = open_image(data)
         shortest = min(image.size)
         short = min(self.short_side or shortest, shortest)
-        if short == shortest and orientation(Image.open(io.BytesIO(data))) == 1 or max(image.size) > 65500:  # libjpeg
+        if short == shortest and orientation(open_header(data)) == 1 or max(image.size) > 65500:  # libjpeg
             return data
         size = [round(side * short / shortest) for side in image.size]
         image, out = image.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
@@ -189,7 +209,7 @@ def write_split(folder: Path, split: str, images: EncodedImages, names: list[str
             write(place / DEVKIT, find_devkit(Path(images.root(0))).read_bytes())
     tars = divide(images, split, args.images_per_tar)
     for tar in folder.glob(f'{split}-*.tar'):
-        record = json.loads((work / f'{tar.name}.json').read_text())
+        record = json.loads((work / f'{tar.name}.json').read_text('utf-8'))
         sources = [[names[i], *stamp(images, i)] for i in tars.get(tar.name, [])]
         is_same = record['bytes'] == tar.stat().st_size and record['sources'] == sources
         if is_same and (args.skip_damaged or not record['left_out']):
@@ -221,23 +241,6 @@ def write_split(folder: Path, split: str, images: EncodedImages, names: list[str
     return sum(map(len, complete.values()))
 
 
-def build_parser() -> Parser:
-    """Return the parser of the command line."""
-    parser = Parser(prog='prepare_data.py', description=__doc__.split('\n\n')[1], allow_abbrev=False)
-    parser.add_argument('src', type=path, metavar='SRC', help='folder, tar or shards as --data-path of train.py takes')
-    parser.add_argument('dst', type=path, metavar='DST', help='folder to make, for --data-path')
-    parser.add_argument('--short-side', type=count, default=320, metavar='PIXELS', help='resize images whose short '
-                        'side is longer; others are copied byte for byte (default: 320; 0: all are copied)')
-    parser.add_argument('--quality', type=in_range(int, 1, 100), default=92, help='of the JPEGs (default: 92)')
-    parser.add_argument('--resize-val', action='store_true',
-                        help='resize validation images too; without the flag they are copied byte for byte')
-    parser.add_argument('--skip-damaged', action='store_true', help='leave out images that cannot be decoded')
-    parser.add_argument('--images-per-tar', type=positive, default=5000, help='most images in a tar (default: 5000)')
-    parser.add_argument('--num-workers', type=count, default=utils.cores(), metavar='N',
-                        help='processes that read and encode; 0 for none but the main one (default: the cores here)')
-    return parser
-
-
 def main(args: argparse.Namespace) -> None:
     utils.setup_logging()
     began = time.monotonic()
@@ -255,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
         **({'classes': max(classes, key=len)} if classes else {}),
         'source': args.src, 'splits': list(splits), 'Pillow': PIL.__version__, 'short_side': args.short_side,
         'quality': args.quality, 'resize_val': args.resize_val, 'images_per_tar': args.images_per_tar}, indent=1) + '\n'
-    if file.exists() and file.read_text() != settings:
+    if file.exists() and file.read_text('utf-8') != settings:
         raise UsageError(f'{folder} was begun with other settings, see {file.name}: remove {folder} to start over')
     if not file.exists() and any(folder.glob('[!.]*')):
         raise UsageError(f'{folder} is in the way: this command did not make it')
@@ -267,10 +270,10 @@ def main(args: argparse.Namespace) -> None:
             remove_temporary_files(place)
         write(file, settings.encode())
         left_out = sum(write_split(folder, split, images, names[split], args) for split, images in splits.items())
+        lock.close()  # Windows renames no folder with an open file.
         folder.rename(dst)
         shutil.rmtree(dst / '.work')
         sync_folder(dst.parent)
-        lock.close()
     except OSError as error:
         raise TrainingFault(processes.explain(error) or f'{error.filename or folder}: {error.strerror}. Free space or '
                             'repair the disk; the same command then resumes') from None

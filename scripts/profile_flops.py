@@ -7,14 +7,26 @@ every model is profiled at its default input size. For one model at another size
 """
 from typing import Any
 
+import _path
+from options import Parser, image_size
+
+
+@_path.parse_first
+def get_args_parser() -> Parser:
+    parser = Parser(prog='profile_flops.py', description='Print multiply-adds and parameters of the CMT models.')
+    parser.add_argument('--model', choices=[f'cmt_{size}' for size in (
+        'ti', 'xs', 's', 'b', 'tiny', 'xsmall', 'small', 'base')], help='one model (default: all four)')
+    parser.add_argument('--input-size', type=image_size, help="pixels, a multiple of 32 (default: each model's own)")
+    parser.add_argument('--per-stage', action='store_true', help='split the counts: stem, the four stages, head')
+    return parser
+
+
 import timm
 import torch
 import torch.nn as nn
 from torchprofile import profile_macs
 
-import _path  # noqa: F401, puts the repository on sys.path
 import cmt
-from options import Parser, image_size
 
 ROW = '{:<17}{:>7}{:>15}{:>13}{:>15}{:>14}'
 STAGE_ROW = '{:<17}{:>15}{:>8}{:>13}{:>8}'
@@ -61,12 +73,7 @@ def print_tables(results: list[dict[str, Any]], per_stage: bool) -> None:
 
 
 def main() -> None:
-    parser = Parser(prog='profile_flops.py', description='Print multiply-adds and parameters of the CMT models.')
-    parser.add_argument('--model', choices=[*cmt.MODELS, *cmt.ALIASES], metavar='MODEL',
-                        help='one model (default: all four)')
-    parser.add_argument('--input-size', type=image_size, help="pixels, a multiple of 32 (default: each model's own)")
-    parser.add_argument('--per-stage', action='store_true', help='split the counts: stem, the four stages, head')
-    args = parser.parse_args()
+    args = get_args_parser().parse_args()
     names = [cmt.ALIASES.get(args.model, args.model)] if args.model else cmt.MODELS
     print_tables([profile(name, args.input_size) for name in names], args.per_stage)
 

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 import nano
-from checkpoints import BEST, LAST, PREVIOUS, atomic_write, epoch_files, newest_checkpoint, read_checkpoint
+from checkpoints import BEST, LAST, PREVIOUS, epoch_files, newest_checkpoint, read_checkpoint
 from errors import UsageError
 from run import RunWriter
+from system import atomic_write
 
 
 def state(epoch, size=20_000):
@@ -30,7 +31,7 @@ def state(epoch, size=20_000):
 
 def write(folder, *epochs):
     for epoch in epochs:
-        with atomic_write(folder / LAST, keep_previous=True) as file:
+        with atomic_write(folder / LAST, folder / PREVIOUS) as file:
             torch.save(state(epoch), file)
 
 
@@ -191,7 +192,7 @@ def test_a_kill_at_fifty_sizes_leaves_whole_files(tmp_path):
     def write_forever(folder):
         for epoch in itertools.count(1):
             for name in ('checkpoint_best.pth', LAST):
-                with atomic_write(folder / name, keep_previous=name == LAST) as file:
+                with atomic_write(folder / name, folder / PREVIOUS if name == LAST else None) as file:
                     torch.save(state(epoch, 4_000_000), file)
 
     rng, context = random.Random(0), multiprocessing.get_context('fork')

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from timm.utils import distributed
 
+import detection
 import launch
 import options
+import predict
 from options import parse_args
 
 ROOT = Path(options.__file__).parent
@@ -142,6 +144,24 @@ def test_a_run_stays_in_the_folder_of_its_config(tmp_path, mistake):
     (tmp_path / 'checkpoint_last.pth').touch()
     assert parse_args(argv).output_dir == str(tmp_path)
     assert parse_args([*argv, '--output-dir=other']).output_dir == 'other'
+
+
+def test_sweeps_may_give_switches_a_value():
+    for text, value in (('True', True), ('true', True), ('1', True), ('False', False), ('false', False), ('0', False)):
+        args = parse_args([f'--model-ema={text}', f'--repeated_aug={text}', f'--compile={text}', f'--overwrite={text}',
+                           f'--throughput={text}', f'--no-pin-mem={text}'])
+        switches = args.model_ema, args.repeated_aug, args.compile, args.overwrite, args.throughput, not args.pin_mem
+        assert switches == (value,) * 6
+    assert not parse_args(['--eval=0']).eval
+    assert not detection.parse_args(['--eval=false', '--fast-norm=0']).fast_norm
+    assert predict.get_args_parser().parse_args(['a', 'b', '--no-model-ema=0']).model_ema
+    args = parse_args(['--eval=1', '--resume', 'x', '--model-ema=0', '--ignore-exif=false'])
+    assert {'--model-ema', '--ignore-exif'} <= args.given
+
+
+@pytest.mark.parametrize('flag', ['--model-ema=maybe', '--overwrite=2', '--compile=yes!'])
+def test_other_values_of_switches_are_named(mistake, flag):
+    assert flag in mistake(flag)
 
 
 def test_odd_batches_without_mixup():

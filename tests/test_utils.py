@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import nano
+import system
 import utils
 
 
@@ -91,7 +92,7 @@ def test_the_limit_of_open_files_is_raised(monkeypatch, hard, wanted):
     limits = {resource.RLIMIT_NOFILE: (64, hard)}
     monkeypatch.setattr(resource, 'getrlimit', limits.get)
     monkeypatch.setattr(resource, 'setrlimit', limits.__setitem__)
-    utils.raise_file_limit()
+    system.raise_file_limit()
     assert limits[resource.RLIMIT_NOFILE] == (wanted, hard)
 
 

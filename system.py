@@ -1,0 +1,243 @@
+"""What differs between operating systems: signals, locks, folders, limits and cores. Imports no torch."""
+import contextlib
+import errno
+import math
+import multiprocessing
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+from errors import UsageError
+
+# These ask a run to stop. SIGHUP comes from a terminal that closes, SIGUSR1 from SLURM before the time limit.
+STOP_SIGNALS = {name: getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
+                if hasattr(signal, name)}  # Windows has the first two.
+
+
+def missing() -> str:
+    """Say in one line what this system lacks; '' if nothing."""
+    lacks = ['SIGHUP and SIGUSR1 (only Ctrl-C saves and stops)'] * ('SIGUSR1' not in STOP_SIGNALS) + \
+        ['peak memory in log.txt, the limit on open files'] * (resource is None)
+    return f'not on this system: {", ".join(lacks)}' if lacks else ''
+
+
+# Signals
+
+def handle(name: str, handler: Callable | int) -> None:
+    """Set a signal's handler if the system has the signal, in the main thread; leave a SIGHUP that nohup ignores."""
+    number = getattr(signal, name, None)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        return
+    if name != 'SIGHUP' or signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def handlers_restored():
+    """Restore the handlers of the stop signals after the block, for notebooks."""
+    before = {name: signal.getsignal(number) for name, number in STOP_SIGNALS.items()}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            if handler is not None:  # None was not set by Python.
+                handle(name, handler)
+
+
+@contextlib.contextmanager
+def signals_blocked():
+    """Block the stop signals in this thread, and in processes that it starts."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS.values())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Ignore stop signals in a worker, except SIGTERM from the run."""
+    run = multiprocessing.parent_process()  # os.getppid() would be the forkserver.
+    if not run.is_alive():  # torch looks only for a parent that dies later.
+        os._exit(1)
+    if not hasattr(signal, 'sigtimedwait'):  # macOS does not report the sender of a signal.
+        for name in STOP_SIGNALS.keys() - {'SIGTERM'}:
+            handle(name, signal.SIG_IGN)
+        if hasattr(signal, 'pthread_sigmask'):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS.values())
+        return
+    numbers = STOP_SIGNALS.values()
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # A forkserver's processes do not inherit the run's mask.
+
+    def wait() -> None:
+        while True:
+            received = signal.sigtimedwait(numbers, 2)
+            if received is None:
+                if not run.is_alive():  # torch looks too, but then waits for a pipe that nobody empties.
+                    os._exit(1)
+            elif received.si_signo == signal.SIGTERM and received.si_pid == run.pid:
+                os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def end_children(before: set) -> None:
+    """Kill the child processes of multiprocessing that are not in `before`, such as workers that hang."""
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, 'SIGCHLD') else None
+    handle('SIGCHLD', signal.SIG_DFL)  # torch's handler would raise here.
+    for child in set(multiprocessing.active_children()) - before:
+        child.kill()
+        child.join(1)  # The operating system may hold a process that reads from a dead server.
+    if handler is not None:
+        handle('SIGCHLD', handler)
+
+
+# Files
+
+def lock_file(path: Path) -> contextlib.ExitStack:
+    """Lock `path` until this process exits, even by SIGKILL, or until the returned stack is closed.
+
+    Raises:
+        UsageError: another process has locked it.
+    """
+    stack, is_locked = contextlib.ExitStack(), False
+    if fcntl is not None:  # Unlike filelock's, this lock is not inherited by workers, which may outlive the run.
+        file = stack.enter_context(open(path, 'ab', opener=no_follow))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # Any other error: this file system has no locks.
+            is_locked = error.errno in (errno.EACCES, errno.EAGAIN)
+    else:
+        import filelock  # torch requires it.
+        try:
+            stack.enter_context(filelock.FileLock(path).acquire(blocking=False))
+        except filelock.Timeout:
+            is_locked = True
+    if is_locked:
+        raise UsageError(f'another run is writing to {path.parent}: end it first (kill -9 of torchrun leaves its '
+                         f'processes running). If none of them runs on any host, remove {path}')
+    return stack
+
+
+def no_follow(path: str, flags: int) -> int:
+    """Open a file unless it is a symbolic link; an opener for open()."""
+    return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+
+
+def sync_folder(folder: Path) -> None:
+    """Write a folder's entries to disk, where this is possible: not on Windows and on many network file systems."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, getattr(errno, 'EDQUOT', None)):
+            raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, previous: Path | None = None):
+    """Open a temporary file next to `path`, which replaces `path` when the block ends and the file is on disk.
+
+    The file that it replaces is kept as `previous`. At any moment one of the two names is a whole file.
+
+    Raises:
+        OSError: the file cannot be written, such as on a full disk; the error names `path`.
+    """
+    temporary = path.parent / f'.cmt-{secrets.token_hex(8)}.tmp'
+    try:
+        with open(temporary, 'xb') as file:  # 'x' does not follow links.
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            if previous.exists():
+                patiently(os.unlink, previous)
+            try:
+                os.link(path, previous)
+            except OSError:  # This file system has no hard links.
+                patiently(os.replace, path, previous)
+        patiently(os.replace, temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        cause = error.__context__ if type(error) is RuntimeError else error  # torch.save wraps the error.
+        if isinstance(cause, OSError) and cause.errno and cause.filename in (None, str(temporary)):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed processes left in `folder`; call this under a lock."""
+    for path in folder.glob('.cmt-????????????????.tmp'):
+        path.unlink(missing_ok=True)
+
+
+def patiently(function: Callable, *paths: Path) -> None:
+    """Call `function` with paths, for up to 20 s while a program has a file open, which Windows then protects."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return function(*paths)
+        except PermissionError:
+            if time.monotonic() > deadline or not os.access(paths[-1].parent, os.W_OK):
+                raise
+            time.sleep(0.1)
+
+
+# Limits
+
+def raise_file_limit(limit: int = 65536) -> None:
+    """Raise the limit on open files as far as this process may: a worker needs five, a batch two."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = limit if hard == resource.RLIM_INFINITY else min(hard, limit)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def file_limit() -> int | None:
+    """Return the limit on open files, None if unknown."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else None
+
+
+def peak_memory() -> float | None:
+    """Return the peak resident memory of this process in MiB, None if unknown."""
+    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # macOS counts bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else None
+
+
+def cores(root: str = '/') -> int:
+    """Count the cores that affinity and cgroups let this process use.
+
+    joblib.cpu_count reads the limit of the uppermost cgroup alone, which is that of a container with a view of its own.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # not on macOS
+    limits, groups = [], Path(root, 'proc/self/cgroup')
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(':', 2)
+        if controllers and 'cpu' not in controllers.split(','):
+            continue
+        folder = Path(root, 'sys/fs/cgroup', 'cpu' * bool(controllers), path.lstrip('/'))  # no controllers: version 2
+        for group in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or 'max' for no limit
+                quota, period = (group / 'cpu.max').read_text().split() if not controllers else (
+                    (group / f'cpu.cfs_{name}_us').read_text() for name in ('quota', 'period'))
+                limits.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(affinity, *(limit for limit in limits if limit > 0), affinity))
