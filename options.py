@@ -43,6 +43,7 @@ class Parser(argparse.ArgumentParser):
             elif value.lower() not in ('true', 'false', '1', '0'):
                 self.error(f'{arg}: give true or false')
             else:
+                flags = [other for other in flags if other != flag]  # One of the config may be undone.
                 opposite = f'--{flag[5:]}' if flag.startswith('--no-') else f'--no-{flag[2:]}'
                 flags += [flag] if value.lower() in ('true', '1') else [opposite] * (opposite in known)
         return super().parse_known_args(flags, namespace)
@@ -430,7 +431,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
 def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """Turn a YAML file into flags, so that both are checked alike."""
     try:
-        config = read_yaml(path)
+        str(config := read_yaml(path))  # This raises ValueError for integers of more than 4,300 digits.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         recipes = {file.stem: file for file in Path(__file__).with_name('configs').glob('*.yaml')}
         similar = [] if os.path.exists(path) else difflib.get_close_matches(Path(path).stem, recipes, 1)

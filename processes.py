@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from errors import TrainingFault, UnreadableImage, UsageError, first_line, mistake
 from launch import Launch, read_launch, run_name, set_master_address
-from system import end_children, file_limit, handle, handlers_restored
+from system import handle, handlers_restored
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def explain(error: BaseException) -> str | None:
         return ('no shared memory is left for the batches of workers: give docker --shm-size=8g or '
                 '--ipc=host, or use fewer --num-workers (0 needs none)')
     if re.search('Too many open files(?! in system)', text) or 'received 0 items of ancdata' in text:
-        return f'too many open files, the limit is {file_limit()} (ulimit -n): raise it, or use fewer --num-workers'
+        return 'too many open files: raise the limit (ulimit -n), or use fewer --num-workers'
     if 'DataLoader timed out' in text:
         return f'{first_line(error)}: workers hang, or the file system of --data-path does (--dist-timeout)'
     if 'DataLoader worker' in text and ('killed by signal: Killed' in text or 'exited unexpectedly' in text):
@@ -213,10 +213,10 @@ def find_device(device: str | None, launch: Launch) -> torch.device:
     kind = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     has_mps = torch.backends.mps.is_available()
     if kind == 'mps' and (not has_mps or launch.world_size > 1):
-        raise UsageError('--device mps: ' + ('torch trains on it in one process alone' if has_mps else
+        raise UsageError('--device mps: ' + ('torch trains on it in a single process only' if has_mps else
                                              'no Apple GPU here; leave the flag out to run on the CPU'))
     if device is None and kind == 'cpu' and has_mps:
-        logger.info('using the CPU; --device mps uses the Apple GPU, on which nobody has checked the results')
+        logger.info('using the CPU; --device mps uses the Apple GPU, whose results are untested')
     if kind != 'cuda':
         return torch.device(kind)
     if not torch.cuda.is_available():
@@ -264,50 +264,45 @@ def gather_from_ranks(value: Any) -> list[Any]:
     return values
 
 
-def flush_output() -> None:
-    """Flush standard output and error. If their terminal is gone, discard what they get from now on."""
+def finish_output() -> None:
+    """Wait for a checkpoint that is being written, and flush what was printed."""
+    for thread in threading.enumerate():
+        if thread.name == 'checkpoint':
+            thread.join()
     for file in sys.stdout, sys.stderr:
         try:
             file.flush()
-        except OSError:  # Python's exit would fail again, and change the status.
+        except OSError:  # The terminal is gone. Python's exit would fail again, and change the status.
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1) -> int:
+def exit_now(status: int) -> None:
+    """Exit after an error of this rank alone. A normal exit could wait for other ranks, or for a worker that hangs."""
+    finish_output()
+    handle('SIGCHLD', signal.SIG_DFL)  # torch's handler would raise here.
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
+
+
+def print_error(prog: str, error: Any) -> None:
+    with contextlib.suppress(OSError):  # The terminal is gone.
+        sys.stderr.write(f'{prog}: error: ' + str(error).replace('\n', '\\n') + '\n')
+
+
+@handlers_restored()
+def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1, exits: bool = False) -> int:
     """Call `main` with `args`, and return the exit status of the process; report an error in one line.
 
     `main` raises UsageError and TrainingFault on all ranks, anything else on one rank. Statuses: 0 done, or stopped
     under --resume auto; 1 a fault or a bug; 2 a mistake of the user; 128 + n stopped by signal n; `unreadable_status`
-    for an image that cannot be read.
-
-    In one process, such as a notebook's, nothing of the run is left behind. With several ranks, one that fails alone
-    exits here: destroying the process group could wait for the others until --dist-timeout.
+    for an image that cannot be read. After an error of one rank alone the process exits here if there are other ranks,
+    or if `exits`. Otherwise, as in a notebook, signal handlers, workers and locks are as before.
     """
-    children = set(multiprocessing.active_children())
-    with handlers_restored():
-        status, failed_alone = _run(prog, main, args, unreadable_status)
-        for thread in threading.enumerate():
-            if thread.name == 'checkpoint':  # A checkpoint that is being written is finished.
-                thread.join()
-        is_single = not dist.is_initialized()
-        if is_single:
-            gc.collect()  # This ends the workers, and unlocks the folder.
-        if failed_alone:
-            end_children(children)
-        flush_output()
-        if failed_alone and not is_single:
-            os._exit(status)
-        if not is_single:  # All ranks arrive here.
-            dist.destroy_process_group()
-    return status
-
-
-def _run(prog: str, main: Callable, args: Any, unreadable_status: int) -> tuple[int, bool]:
-    """Do the work of run_main; return the status, and whether only this rank failed."""
-    def print_error(error: Any) -> None:
-        line = str(error).replace('\n', '\\n')
-        with contextlib.suppress(OSError):  # The terminal is gone.
-            sys.stderr.write(f'{prog}: error: {line}\n')
+    def failed_alone(status: int) -> int:
+        if exits or dist.is_initialized():
+            exit_now(status)
+        return status
 
     try:
         try:
@@ -315,26 +310,31 @@ def _run(prog: str, main: Callable, args: Any, unreadable_status: int) -> tuple[
         except (ConnectionError, EOFError):
             time.sleep(5)  # A killed worker's pipe closes before SIGCHLD arrives; torch then names the worker.
             raise
-        return 0, False
+        status = 0
     except (UsageError, TrainingFault) as error:
         launch = read_launch()
         # Before the process group exists, only one node knows of the mistake, and rank 0 may be the missing one.
         if launch.rank == 0 if dist.is_initialized() else launch.local_rank == 0 or (
                 launch.rank == 1 and isinstance(error, TrainingFault)):
-            print_error(error)
-        return 2 if isinstance(error, UsageError) else 1, False
+            print_error(prog, error)
+        status = 2 if isinstance(error, UsageError) else 1
     except SystemExit as stopped:
-        return stopped.code, False
+        status = stopped.code
     except KeyboardInterrupt:
-        return 130, True
+        status = failed_alone(130)
     except Exception as error:  # Only this rank failed; the others wait for it.
         unreadable = error.line if isinstance(error, UnreadableImage) else None
         line = unreadable or explain(error)
         if line is None or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             traceback.print_exc()
         if line is not None:
-            print_error(line)
-        return unreadable_status if unreadable else 1, True
+            print_error(prog, line)
+        status = failed_alone(unreadable_status if unreadable else 1)
+    finish_output()
+    gc.collect()  # This ends the workers, and unlocks the folder.
+    if dist.is_initialized():  # All ranks arrive here.
+        dist.destroy_process_group()
+    return status
 
 
 @contextlib.contextmanager

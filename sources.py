@@ -46,6 +46,9 @@ FORMATS = sorted(
     {name for extension, name in Image.registered_extensions().items() if extension in EXTENSIONS} & set(Image.OPEN))
 
 
+MARKER = re.compile(b'\xff[^\0\xd0-\xd7\xff]')  # of a JPEG segment; the others occur within a scan
+
+
 def open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
     """Open an image file without decoding it; for `max_pixels`, see check_pixels."""
     if max_pixels and Image.MAX_IMAGE_PIXELS:  # Pillow has its own limit.
@@ -57,15 +60,24 @@ def open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
 
 def check_pixels(width: int, height: int, data: bytes, max_pixels: int | None) -> None:
     """Raise DecompressionBombError for more than `max_pixels` pixels (None: twice Pillow's MAX_IMAGE_PIXELS)."""
-    start, scans = 2, 0
-    while data[:1] == b'\xff' == data[start:start + 1] and data[start + 1:start + 2] not in (b'\xda', b''):
-        if data[start + 1] in (0xc2, 0xca):  # a progressive JPEG, which takes time for each scan: ten are usual
-            scans = data.count(b'\xff\xda', start)
-        start += 1 if data[start + 1] == 0xff else 2 + int.from_bytes(data[start + 2:start + 4], 'big')
+    scans = jpeg_scans(data)  # Each scan costs decoding time; ten are typical.
     if width * height * max(1, scans / 10) > (max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or math.inf)):
         raise Image.DecompressionBombError(
-            f'{width} x {height} pixels{f" in {scans} scans" * (scans > 10)}, too many to decode: resize the image by '
-            'scripts/prepare_data.py, or raise --max-image-pixels')
+            f'{width} x {height} pixels{f" in {scans} scans" * (scans > 10)}, too many to decode: resize the image, or '
+            'raise --max-image-pixels of train.py')
+
+
+def jpeg_scans(data: bytes) -> int:
+    """Count the scans of a progressive JPEG; 0 for other files. Phones append videos, which do not count."""
+    start, scans, is_progressive = 2, 0, False
+    while data.startswith(b'\xff\xd8') and (match := MARKER.search(data, start)):
+        marker, start = data[match.end() - 1], match.end()
+        if marker == 0xd9 or marker == 0xda and not is_progressive:
+            break
+        is_progressive |= marker in (0xc2, 0xca)
+        scans += marker == 0xda
+        start += int.from_bytes(data[start:start + 2], 'big')  # of the segment, whose data may look like markers
+    return scans
 
 
 def orientation(image: Image.Image) -> int:

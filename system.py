@@ -28,8 +28,8 @@ STOP_SIGNALS = {name: getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'S
 def missing() -> str:
     """Say in one line what this system lacks; '' if nothing."""
     lacks = ['SIGHUP and SIGUSR1 (only Ctrl-C saves and stops)'] * ('SIGUSR1' not in STOP_SIGNALS) + \
-        ['peak memory in log.txt, the limit on open files'] * (resource is None)
-    return f'not on this system: {", ".join(lacks)}' if lacks else ''
+        ['peak memory in log.txt'] * (resource is None)
+    return f'this system does not support {", ".join(lacks)}' if lacks else ''
 
 
 # Signals
@@ -92,17 +92,6 @@ def leave_signals_to_the_run(worker: int) -> None:
                 os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def end_children(before: set) -> None:
-    """Kill the child processes of multiprocessing that are not in `before`, such as workers that hang."""
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, 'SIGCHLD') else None
-    handle('SIGCHLD', signal.SIG_DFL)  # torch's handler would raise here.
-    for child in set(multiprocessing.active_children()) - before:
-        child.kill()
-        child.join(1)  # The operating system may hold a process that reads from a dead server.
-    if handler is not None:
-        handle('SIGCHLD', handler)
 
 
 # Files
@@ -189,8 +178,8 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 def patiently(function: Callable, *paths: Path) -> None:
-    """Call `function` with paths, for up to 20 s while a program has a file open, which Windows then protects."""
-    deadline = time.monotonic() + 20
+    """Call `function` with paths, for up to a minute while a program has a file open, which Windows then protects."""
+    deadline = time.monotonic() + 60
     while True:
         try:
             return function(*paths)
@@ -210,11 +199,6 @@ def raise_file_limit(limit: int = 65536) -> None:
     limit = limit if hard == resource.RLIM_INFINITY else min(hard, limit)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-
-
-def file_limit() -> int | None:
-    """Return the limit on open files, None if unknown."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else None
 
 
 def peak_memory() -> float | None:

@@ -750,8 +750,12 @@ def write_results(run: Run) -> None:
 
 def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:
     """Run main with `args`, or with the flags `argv` (default: of the command line); return the exit status."""
-    args = args or options.parse_args(argv)
-    return processes.run_main('train.py', main, args, unreadable_status=2 if args.eval else 1)
+    exits = args is not None  # Not in a notebook, whose process goes on.
+    try:
+        args = args or options.parse_args(argv)
+    except SystemExit as stopped:
+        return stopped.code
+    return processes.run_main('train.py', main, args, unreadable_status=2 if args.eval else 1, exits=exits)
 
 
 if __name__ == '__main__':

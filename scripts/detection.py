@@ -642,8 +642,8 @@ def end_epoch(
 
 def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:
     """Run main with `args`, or with the flags `argv` (default: of the command line); return the exit status."""
-    args = args or parse_args(argv)
-    return processes.run_main('detection.py', main, args, unreadable_status=2 if args.eval else 1)
+    exits, args = args is not None, args or parse_args(argv)
+    return processes.run_main('detection.py', main, args, unreadable_status=2 if args.eval else 1, exits=exits)
 
 
 if __name__ == '__main__':

@@ -200,7 +200,8 @@ def print_table(rows: list[tuple[str, int, int, str, float]]) -> None:  # image,
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors='backslashreplace')  # no encoding has every file name
+    # JSON and CSV are UTF-8 in a pipe too. File names may have bytes that are not.
+    sys.stdout.reconfigure(encoding='utf-8' if args.json or args.csv else None, errors='backslashreplace')
     logging.basicConfig(format='%(message)s')  # warnings, to standard error
     logging.getLogger('sources').setLevel(logging.INFO)  # which files of a folder are left out
     with parser.usage_errors():

@@ -284,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
 
 def cli(argv: list[str] | None = None) -> int:
     """Run main with the flags `argv` (default: of the command line), and return the exit status."""
-    return processes.run_main('prepare_data.py', main, build_parser().parse_args(argv), unreadable_status=2)
+    return processes.run_main('prepare_data.py', main, build_parser().parse_args(argv), 2, exits=argv is None)
 
 
 if __name__ == '__main__':

@@ -121,8 +121,11 @@ def test_progressive_jpegs_of_many_scans_are_not_decoded():
     photo.save(out := io.BytesIO(), 'JPEG', exif=(exif := Image.Exif()))
     exif[0x10e] = 'x' * 1000
     baseline = out.getvalue() + np.random.default_rng(0).bytes(3_000_000)  # as phones append a film
+    film = data + np.random.default_rng(1).bytes(20_000_000)
+    assert sources.jpeg_scans(film) == sources.jpeg_scans(data) == 10 and sources.jpeg_scans(baseline) == 0
     for read in READERS:
-        assert read(data, max_pixels=LIMIT).size == read(baseline, max_pixels=LIMIT).size == (2000, 1500)
+        for photograph in data, baseline, film:
+            assert read(photograph, max_pixels=LIMIT).size == (2000, 1500)
         for bomb in (rescanned(data, 400), data[:2] + b'\xff\xfe\x00\x04ab\xff' + rescanned(data, 400)[2:]):
             with pytest.raises(Image.DecompressionBombError, match='scans'):
                 read(bomb, max_pixels=LIMIT)
@@ -176,7 +179,8 @@ MERGES = 'a: &a {lr: 1}\n' + ''.join(
     f'{chr(98 + i)}: &{chr(98 + i)}\n  <<: [{", ".join([f"*{chr(97 + i)}"] * 9)}]\n' for i in range(9))
 BOMBS = {'brackets': 'lr: ' + '[' * 20_000, 'braces': '{' * 20_000, 'aliases': ALIASES, 'merges': MERGES,
          'large': '# ' + 'x' * 200_000 + '\nlr: 1\n', 'nested': 'lr: ' + '[1, ' * 300 + ']' * 300,
-         'binary': 'lr: \x00\x01', 'tag': 'lr: !!python/object/apply:os.system [id]', 'date': 'lr: 2001-99-99'}
+         'binary': 'lr: \x00\x01', 'tag': 'lr: !!python/object/apply:os.system [id]', 'date': 'lr: 2001-99-99',
+         'hexadecimal': f'epochs: 0x{"f" * 60_000}', 'sexagesimal': f'epochs: 1:{"59:" * 20_000}1'}
 
 
 @pytest.mark.parametrize('kind', BOMBS)

@@ -1,5 +1,6 @@
 """Several hosts: ranks that meet, and training that survives the loss of a host."""
 import contextlib
+import json
 import os
 import re
 import signal
@@ -118,6 +119,30 @@ def test_a_rank_that_loses_another_ends_with_one_line(flags, tmp_path, number, w
     ranks[1].kill()
     assert re.search(fr'\ntrain\.py: error: rank 0 .*({words}).*\n$', output.read_text())
     assert 'Traceback' not in output.read_text()
+
+
+def listening_ports() -> dict[int, str]:
+    """Map the TCP ports at which this process listens to their addresses, in hexadecimal."""
+    inodes = {os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')
+              if os.path.lexists(f'/proc/self/fd/{fd}')}
+    rows = [line.split() for name in ('tcp', 'tcp6') for line in Path('/proc/net', name).read_text().splitlines()[1:]]
+    return {int(row[1].split(':')[1], 16): row[1].split(':')[0] for row in rows
+            if row[3] == '0A' and f'socket:[{row[9]}]' in inodes}
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_ports_are_as_documented(flags, tmp_path, ranks):
+    """One process listens nowhere, rank 0 of several at MASTER_PORT on all interfaces."""
+    def report(rank):
+        if rank == 0:
+            (tmp_path / 'ports.json').write_text(json.dumps([os.environ.get('MASTER_PORT'), listening_ports()]))
+
+    run = [*flags, '--epochs', 1]
+    nano.finish(nano.start(run, ranks, before=lambda rank: nano.at_step(1, lambda: report(rank))))
+    port, ports = json.loads((tmp_path / 'ports.json').read_text())
+    assert ports == {} if ranks == 1 else set(ports[port]) == {'0'}
+    text = (ROOT / 'docs' / 'training.md').read_text().split('### Ports and networks')[1].split('###')[0]
+    assert 'MASTER_PORT' in text and 'opens no port' in text and '**all** network interfaces' in text
 
 
 # torchrun on one machine

@@ -146,13 +146,17 @@ def test_a_run_stays_in_the_folder_of_its_config(tmp_path, mistake):
     assert parse_args([*argv, '--output-dir=other']).output_dir == 'other'
 
 
-def test_sweeps_may_give_switches_a_value():
+def test_sweeps_may_give_switches_a_value(tmp_path):
     for text, value in (('True', True), ('true', True), ('1', True), ('False', False), ('false', False), ('0', False)):
         args = parse_args([f'--model-ema={text}', f'--repeated_aug={text}', f'--compile={text}', f'--overwrite={text}',
                            f'--throughput={text}', f'--no-pin-mem={text}'])
         switches = args.model_ema, args.repeated_aug, args.compile, args.overwrite, args.throughput, not args.pin_mem
         assert switches == (value,) * 6
     assert not parse_args(['--eval=0']).eval
+    for flag, value in (('overwrite', 'true'), ('throughput', 'true'), ('compile', 'true')):
+        (tmp_path / 'c.yaml').write_text(f'{flag}: {value}\n')
+        args = vars(parse_args(['--config', str(tmp_path / 'c.yaml'), f'--{flag}=1', f'--{flag}=0']))
+        assert not args[flag], flag
     assert not detection.parse_args(['--eval=false', '--fast-norm=0']).fast_norm
     assert predict.get_args_parser().parse_args(['a', 'b', '--no-model-ema=0']).model_ema
     args = parse_args(['--eval=1', '--resume', 'x', '--model-ema=0', '--ignore-exif=false'])

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +86,18 @@ def test_table_and_csv_say_what_json_says(place, capsys):
     assert [line.split() for line in lines] == [
         [image] * (rank == '1') + [name, f'{probability:.2%}'] for image, rank, _, name, probability in rows]
     assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize('encoding', ['cp1252', pytest.param('ascii', marks=pytest.mark.soak)])
+def test_json_and_csv_are_utf8_in_any_pipe(place, encoding):
+    names = ['Bär', '猫', '😀', 'd', 'e', 'f']
+    torch.save({**torch.load('named.pth'), 'classes': names}, 'names.pth')
+    for flag in '--json', '--csv':
+        command = [sys.executable, predict.__file__, 'names.pth', 'photos/a.png', flag, '--top', '6']
+        out = subprocess.run(command, check=True, capture_output=True,
+                             env={**os.environ, 'PYTHONIOENCODING': encoding}).stdout.decode()
+        rows = json.loads(out)[0]['predictions'] if flag == '--json' else list(csv.DictReader(out.splitlines()))
+        assert {row['class'] for row in rows} == set(names)
 
 
 def test_any_file_name_and_unreadable_images(place, capsys):

@@ -211,7 +211,8 @@ def test_best_checkpoints_of_more_than_a_first_save_stay(flags, whole, tmp_path,
 
 # signals
 
-@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('number, status', [
+    (signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_stops_within_a_step(flags, whole, tmp_path, number, status):
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
     nano.finish(nano.start(run, before=stop_at(8, number)), status)

@@ -1,4 +1,5 @@
 """Signals that reach a run from a terminal that closes, and runs in notebooks and threads."""
+import multiprocessing
 import os
 import pty
 import signal
@@ -20,7 +21,8 @@ def start(command, output, pause='0', **options):
 
 
 @pytest.mark.parametrize('pause, phase, steps', [
-    ('1', lambda run, out: 'step 1/3' in out, 1), ('0,9', lambda run, out: 'epoch 0/1  step 3/3' in out, 3),
+    pytest.param('1', lambda run, out: 'step 1/3' in out, 1, marks=pytest.mark.soak),
+    ('0,9', lambda run, out: 'epoch 0/1  step 3/3' in out, 3),
     ('0,0,1', lambda run, out: (run / 'log.txt').exists(), 3)], ids=['training', 'validation', 'save'])
 def test_a_closed_terminal_costs_no_step_under_nohup(flags, pair, tmp_path, pause, phase, steps):
     """torchrun sets its own handler of SIGHUP, although nohup ignores it, and passes the signal on."""
@@ -98,6 +100,19 @@ def test_an_interrupted_cell_saves_and_the_next_resumes(flags, whole, tmp_path):
     with nano.at_step(0, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]):
         assert train.cli([*run[:-2], '--overwrite']) == 130
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_wrong_flags_are_a_status_in_a_notebook(capsys):
+    assert train.cli(['--epoch', '1']) == 2 and '--epochs' in capsys.readouterr().err
+    assert train.cli(['--help']) == 0
+
+
+def test_a_failing_run_spares_other_children(flags):
+    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(100,), daemon=True)
+    with nano.at_step(0, child.start), nano.at_step(1, fail):
+        assert train.cli([*map(str, flags), '--num-workers', '2']) == 1
+    assert child.is_alive()
+    child.kill()
 
 
 def test_a_run_works_in_a_thread(flags, whole, tmp_path):
