@@ -28,7 +28,9 @@ FORMAT = 1  # marks the files of this project
 def is_own(checkpoint: dict[str, Any]) -> bool:
     """Return whether this project wrote a checkpoint, so that nothing in it needs to be inferred."""
     has_parts = all(isinstance(checkpoint.get(key), dict) for key in ('model', 'model_args', 'args'))
-    return has_parts and type(checkpoint.get('format')) is int and checkpoint['format'] == FORMAT
+    has_tensors = all(isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+                      for state in (checkpoint.get('model'), checkpoint.get('model_ema') or {}))
+    return has_parts and has_tensors and type(checkpoint.get('format')) is int and checkpoint['format'] == FORMAT
 
 
 def class_names(checkpoint: dict[str, Any]) -> list[str] | None:

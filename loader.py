@@ -32,10 +32,7 @@ class SeededDataset(Dataset):
 
     timm and torchvision draw from `random`, NumPy and torch, so each sample seeds all three. torch is seeded on the CPU
     alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An unreadable image is logged, and the
-    next image is read instead.
-
-    Raises:
-        UnreadableImage: ten unreadable images in a row.
+    next image is read instead; ten in a row raise UnreadableImage.
     """
 
     def __init__(self, dataset: Dataset):
@@ -61,10 +58,7 @@ class SeededDataset(Dataset):
 
 
 class ValidationDataset(Dataset):
-    """Read validation samples; raise UnreadableImage for an image that cannot be read.
-
-    Leaving the image out would give the score of other images.
-    """
+    """Read validation samples; raise UnreadableImage, since the score without an image would be another."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -130,8 +124,8 @@ def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torc
 def check_shared_memory(size: int, num_workers: int, processes: int, *splits: tuple[int, int]) -> None:
     """Raise UsageError if shared memory is too small for the workers' batches; else SIGBUS may end a worker.
 
-    Each of `processes` on this host has `num_workers`. `splits` are the batch size and length of each data set, only
-    one of which has batches in memory at a time; `size` is the height and width of the images (pixels).
+    Each of `processes` on this host has `num_workers`. `splits` are the batch size and length of each data set, which
+    take turns; `size` is the height and width of the images (pixels).
     """
     if not num_workers or not hasattr(os, 'statvfs') or not SHARED_MEMORY.is_dir():
         return

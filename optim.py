@@ -75,7 +75,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], file
     settings = [{k: v for k, v in group.items() if k not in counts} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
+        for p, moments in optimizer.state.items() if optimizer.defaults.get('fused') else ():
+            if not moments['exp_avg'].shape == moments['exp_avg_sq'].shape == p.shape:  # The kernel does not check.
+                raise ValueError('moments of other shapes')
+    except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
         raise UsageError(f'the optimizer state in {file} belongs to another model or optimizer ({error})') from None
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)

@@ -63,12 +63,7 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
 
 
 class Wait:
-    """Poll for conditions that depend on other processes, and log once what this process waits for, and until when.
-
-    Args:
-        timeout_s: seconds for all conditions together.
-        is_logged: whether this process logs.
-    """
+    """Poll for conditions that depend on other processes, for `timeout_s` seconds in all; log once what is awaited."""
 
     def __init__(self, timeout_s: float, is_logged: bool):
         self.timeout_s = timeout_s

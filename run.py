@@ -131,7 +131,7 @@ def open_run(
     if flags.get('log_tensorboard'):
         writer.trackers.append(utils.tensorboard_tracker(folder, epoch))
     header = '\n# '.join(map(printable, (  # A line break would end the comment.
-        f'{prog} {shlex.join(sys.argv[1:])}', utils.describe_system(device), f'begun on {time.strftime("%F")}')))
+        f'{prog} {shlex.join(sys.argv[1:])}', utils.describe_system(device), f'begun on {time.strftime("%Y-%m-%d")}')))
     with atomic_write(folder / CONFIG) as file:
         file.write(f'# {header}\n{yaml.safe_dump(settings, sort_keys=False)}'.encode())
         file.flush()

@@ -97,11 +97,7 @@ def leave_signals_to_the_run(worker: int) -> None:
 # Files
 
 def lock_file(path: Path) -> contextlib.ExitStack:
-    """Lock `path` until this process exits, even by SIGKILL, or until the returned stack is closed.
-
-    Raises:
-        UsageError: another process has locked it.
-    """
+    """Lock `path` until this process exits, even by SIGKILL, or until the returned stack is closed."""
     stack, is_locked = contextlib.ExitStack(), False
     if fcntl is not None:  # Unlike filelock's, this lock is not inherited by workers, which may outlive the run.
         file = stack.enter_context(open(path, 'ab', opener=no_follow))
@@ -143,10 +139,8 @@ def sync_folder(folder: Path) -> None:
 def atomic_write(path: Path, previous: Path | None = None):
     """Open a temporary file next to `path`, which replaces `path` when the block ends and the file is on disk.
 
-    The file that it replaces is kept as `previous`. At any moment one of the two names is a whole file.
-
-    Raises:
-        OSError: the file cannot be written, such as on a full disk; the error names `path`.
+    The file that it replaces is kept as `previous`. At any moment one of the two names is a whole file. An OSError,
+    such as on a full disk, names `path`.
     """
     temporary = path.parent / f'.cmt-{secrets.token_hex(8)}.tmp'
     try:

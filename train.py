@@ -280,6 +280,10 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: 
     name, (height, width) = checkpoint['args'].get('model'), checkpoint['model_args']['img_size']
     if not checkpoint.get('optimizer'):
         raise UsageError(f'{file} contains only weights: start from them by --finetune, or resume a {LAST}')
+    kinds = {'epoch': int, 'step': int, 'samples_seen': int, 'seconds': (int, float), 'meters': list, 'best': dict}
+    for key, kind in kinds.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise UsageError(f'{file} is damaged ({key} {checkpoint.get(key)!r}): start from its weights by --finetune')
     if args.model and cmt.ALIASES.get(args.model, args.model) != cmt.ALIASES.get(name, name):
         raise UsageError(f'{file} holds {name or "a CMT without a name"}: ' + (
             f'give --model {name}' if name else 'leave --model out'))
@@ -744,13 +748,12 @@ def write_results(run: Run) -> None:
                 ('train.py', '--eval', '--resume', file, '--report', folder / 'report'),
                 ('scripts/predict.py', file, images, '--picture', folder / 'predictions.jpg'),
                 ('scripts/export.py', file, folder / ('model.onnx' if find_spec('onnxscript') else 'model.pt2'))):
-            logger.info('  python %s', shlex.join(
-                [str(here / script).removeprefix(os.getcwd() + os.sep), *map(str, flags)]))
+            words = str(here / script).removeprefix(os.getcwd() + os.sep), *flags
+            logger.info('  python %s', shlex.join(Path(word).as_posix() for word in words))
 
 
-def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:
+def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None, exits: bool = False) -> int:
     """Run main with `args`, or with the flags `argv` (default: of the command line); return the exit status."""
-    exits = args is not None  # Not in a notebook, whose process goes on.
     try:
         args = args or options.parse_args(argv)
     except SystemExit as stopped:
@@ -759,4 +762,4 @@ def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None) -
 
 
 if __name__ == '__main__':
-    sys.exit(cli(args=ARGS))
+    sys.exit(cli(args=ARGS, exits=True))

@@ -106,7 +106,8 @@ class Weights:
         if share > 0.05:
             notes.append(f'{share:.0%} of this EMA is still the initial weights of the run, as its decay is slow; the '
                          "model's own weights, in the same file, may be better (--no-model-ema)")
-        size = model_args.get('img_size', (size,))[0]
+        size = model_args.get('img_size', (size,))
+        size = size[0] if isinstance(size, (list, tuple)) and size else None
         size = size if isinstance(size, int) and size > 0 and size % 32 == 0 else None
         crop = args.get('crop_pct') or args.get('eval_crop_ratio')  # DeiT's name
         if not isinstance(crop, (int, float)) or not 0 < crop <= 1:
@@ -190,7 +191,7 @@ def _initial_share(checkpoint: dict[str, Any], args: dict[str, Any]) -> float:
     try:
         updates = max(float(state['step']) for state in checkpoint['optimizer']['state'].values())
         return 0 if args.get('model_ema_warmup') else args['model_ema_decay'] ** updates
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # The file of another tool.
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # The file of another tool.
         return 0
 
 
@@ -364,7 +365,12 @@ def create_for(weights: Weights, name: str | None = None, **kwargs) -> cmt.CMT:
     weights.check_name(name)
     size = weights.input_size or 224  # for weights that fit any size
     args, name = {'img_size': size, **weights.model_args, **kwargs}, name or weights.name
-    return cmt.CMT(**args) if weights.is_own or name is None else create_cmt(name, **args)
+    if not weights.is_own and name is not None:
+        return create_cmt(name, **args)
+    try:
+        return cmt.CMT(**args)
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        raise UsageError(f'{weights.file} does not describe a CMT ({first_line(error)})') from None
 
 
 # Loading

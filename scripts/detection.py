@@ -640,11 +640,11 @@ def end_epoch(
     return best
 
 
-def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None) -> int:
+def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None, exits: bool = False) -> int:
     """Run main with `args`, or with the flags `argv` (default: of the command line); return the exit status."""
-    exits, args = args is not None, args or parse_args(argv)
+    args = args or parse_args(argv)
     return processes.run_main('detection.py', main, args, unreadable_status=2 if args.eval else 1, exits=exits)
 
 
 if __name__ == '__main__':
-    sys.exit(cli(args=ARGS))
+    sys.exit(cli(args=ARGS, exits=True))
