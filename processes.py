@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from errors import TrainingFault, UnreadableImage, UsageError, first_line, mistake
 from launch import Launch, read_launch, run_name, set_master_address
-from system import handle, handlers_restored
+from system import handle, handlers_restored, resource
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,8 @@ def explain(error: BaseException) -> str | None:
         return ('no shared memory is left for the batches of workers: give docker --shm-size=8g or '
                 '--ipc=host, or use fewer --num-workers (0 needs none)')
     if re.search('Too many open files(?! in system)', text) or 'received 0 items of ancdata' in text:
-        return 'too many open files: raise the limit (ulimit -n), or use fewer --num-workers'
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 'unknown'
+        return f'too many open files, the limit is {limit} (ulimit -n): raise it, or use fewer --num-workers'
     if 'DataLoader timed out' in text:
         return f'{first_line(error)}: workers hang, or the file system of --data-path does (--dist-timeout)'
     if 'DataLoader worker' in text and ('killed by signal: Killed' in text or 'exited unexpectedly' in text):

@@ -27,7 +27,7 @@ def test_mps_is_a_choice_that_a_line_names(monkeypatch, caplog):
     assert not caplog.text
     assert processes.find_device(None, alone).type == ('cuda' if torch.cuda.is_available() else 'cpu')
     assert ('--device mps' in caplog.text) != torch.cuda.is_available()
-    with pytest.raises(errors.UsageError, match='one process'):
+    with pytest.raises(errors.UsageError, match='single process'):
         processes.find_device('mps', two)
 
 
