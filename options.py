@@ -227,7 +227,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--cutmix-minmax', type=fraction, nargs=2, help="range of the CutMix box's sides; turns CutMix on")
     g.add_argument('--mixup-prob', type=fraction, default=1.0, help='probability of mixup or CutMix')
     g.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='probability of CutMix where both are on')
-    g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='unit of a draw')
+    g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a draw')
     g.add_argument('--smoothing', type=fraction, default=0.1, help='label smoothing')
 
     g = parser.add_argument_group('model')
@@ -249,7 +249,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--model-ema-force-cpu', action=toggle, default=False, help='keep the EMA in host memory (slow)')
 
     g = parser.add_argument_group('distillation')
-    g.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'))
+    g.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'), help='target')
     g.add_argument('--teacher-model', help='pretrained model of timm or of the Hugging Face hub')
     g.add_argument('--teacher-path', type=path, metavar='FILE', help="file of the teacher's weights")
     g.add_argument('--distillation-alpha', type=fraction, default=0.5, help='weight of the distillation loss '

@@ -63,7 +63,7 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
 
 
 class Wait:
-    """Poll for conditions that depend on other processes, for `timeout_s` seconds in all; log once what is awaited."""
+    """Poll for conditions that depend on other processes, for `timeout_s` seconds in all; log once what is missing."""
 
     def __init__(self, timeout_s: float, is_logged: bool):
         self.timeout_s = timeout_s
@@ -71,7 +71,7 @@ class Wait:
         self.is_logged = is_logged
 
     def until(self, condition: Callable[[], Any], absent: Callable[[], str]) -> Any:
-        """Return what `condition` returns, once it is true; raise TrainingFault if the time is over (of `absent`)."""
+        """Return the first true value of `condition`; raise TrainingFault, which names `absent()`, after a timeout."""
         while True:
             try:
                 if result := condition():
@@ -105,7 +105,7 @@ def exit_after(seconds: float):
 
 
 def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
-    """Open the store of all ranks, served by rank 0, torchrun or a file system; raise if there is none."""
+    """Open the store of all ranks; raise UsageError for a bad address or a used port, TrainingFault if none answers."""
     try:
         parsed = urllib.parse.urlparse(url)
         address = parsed.hostname, parsed.port

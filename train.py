@@ -236,7 +236,7 @@ def main(args: argparse.Namespace) -> None:
 
 @usage_errors()
 def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, InitialState]:
-    """Check what needs no data, and read the initial weights; return `args` with model and loader, and the weights."""
+    """Check all that needs no data; return `args` with the model and loader filled in, and the initial state."""
     is_training, world_size = not (args.eval or args.throughput), processes.get_world_size()
     if args.world_size not in (None, 1, world_size):  # 1 is the default in DeiT's command lines.
         raise UsageError(f'--world-size {args.world_size}, but the launcher started {world_size}')
@@ -312,7 +312,7 @@ def with_saved_flags(
 
 
 def check_ranks_agree(args: argparse.Namespace, initial: InitialState) -> None:
-    """Raise UsageError on all ranks that begin with different models; one that failed before must not come here."""
+    """Raise UsageError on all ranks if their models or checkpoints differ. A rank that failed must not call this."""
     position = [(initial.checkpoint or {}).get(key) for key in ('epoch', 'step', 'samples_seen')]
     model_args = initial.weights.model_args if initial.weights else (initial.checkpoint or {}).get('model_args')
     state = (args.model, model_args, position)

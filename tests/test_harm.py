@@ -51,7 +51,7 @@ def ghostscript(tmp_path, monkeypatch):
     (tmp_path / 'bin' / 'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/started\nexit 1\n')
     (tmp_path / 'bin' / 'gs').chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}/bin:{os.environ["PATH"]}')
-    monkeypatch.setattr('PIL.EpsImagePlugin.gs_binary', None)  # It is looked for anew.
+    monkeypatch.setattr('PIL.EpsImagePlugin.gs_binary', None)  # Pillow caches the search.
     return tmp_path / 'started'
 
 

@@ -68,7 +68,7 @@ def test_nohup_keeps_a_run_that_gets_sighup(flags, whole, tmp_path):
     nano.assert_same_run(whole, tmp_path / 'run')
 
 
-# Notebooks: the process is not the run's, and goes on.
+# In a notebook, the process outlives the run.
 
 STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP')]
 

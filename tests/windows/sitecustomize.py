@@ -1,4 +1,4 @@
-"""Make Python answer as on Windows, as far as that goes on Linux: put this folder into PYTHONPATH.
+"""Make Python answer as on Windows, as far as Linux allows. Add this folder to PYTHONPATH.
 
 The names that Windows lacks are gone, folders cannot be opened, files that are open in any process can be neither
 renamed nor removed, text files are cp1252, and multiprocessing spawns. Separators of paths stay.
