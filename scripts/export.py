@@ -7,7 +7,10 @@ Export a checkpoint, or a model by its name, for inference elsewhere. The extens
     .ts .torchscript .pt TorchScript: torch.jit.load('digits.ts')
 
 The exported model maps normalized images (B, 3, H, W), float32, to logits. The file's metadata contain name, size,
-mean, std and class names under the key 'cmt', as JSON. The file is written only if its logits equal the model's.
+crop, interpolation, mean, std and class names under the key 'cmt', as JSON. The file is written only if its logits
+equal the model's. --int8 rounds; it prints by how much the logits differ and how many predictions are equal:
+
+    python scripts/export.py output/pets/checkpoint_best.pth pets.onnx --int8 pets/train --eval-data pets/val
 """
 import argparse
 import contextlib
@@ -16,12 +19,17 @@ import importlib.util
 import io
 import json
 import logging
-import warnings
-from collections.abc import Callable
+import os
+import tempfile
+import types
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import _path
-from errors import UsageError
-from options import Parser, add_weights_flag, image_size, output_file
+from errors import UsageError, first_line
+from options import Parser, add_weights_flag, image_size, in_range, output_file, path, positive
+
+CALIBRATION_IMAGES = 256
 
 
 @_path.parse_first
@@ -35,39 +43,89 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--dynamic-img-size', action='store_true', help='accept images of any size (TorchScript)')
     add_weights_flag(parser)
     parser.add_argument('--fuse', action='store_true', help='fold BatchNorm into convolutions before the export')
+    parser.add_argument('--opset', type=positive, metavar='N',
+                        help="ONNX opset, 18 or higher (default: torch's). Opsets below 20 have no Gelu operator")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument('--half', action='store_true',
+                           help='store weights and compute in float16; images and logits stay float32')
+    precision.add_argument('--int8', type=path, metavar='CALIBRATION_FOLDER',
+                           help=f'quantize to 8 bits (.onnx), with up to {CALIBRATION_IMAGES} images of this folder')
+    parser.add_argument('--eval-data', type=path, metavar='FOLDER', help='compare the accuracy of model and file on '
+                        'class folders, or on a val split; images that --int8 was calibrated with are left out')
+    parser.add_argument('--max-accuracy-loss', type=in_range(float, 0, 100), default=1., metavar='POINTS',
+                        help='write no file that loses more on --eval-data (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
 
 
 import torch
 import torch.nn as nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.functional import normalize
+from tqdm import tqdm
 
 import cmt
 from checkpoints import check_output
+from datasets import build_dataset, drop_damaged, has_split
+from evaluation import order_classes
+from sources import EncodedImages, Samples, is_image, walk
 from system import atomic_write
+from transforms import build_transform
 from weights import build_model, read_weights
 
 BATCHES = (1, 5)  # batch sizes of the comparison; the exporters' example input has another
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]  # normalized images (B, 3, H, W), class indices (B,)
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
-def to_onnx(model: nn.Module, images: torch.Tensor, metadata: str) -> tuple[bytes, Function]:
-    missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f'.onnx needs packages that are not installed: pip install {" ".join(missing)}')
+class Half(nn.Module):
+    """Compute in float16. Images and logits are float32."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.half()
+
+    def forward(self, x):
+        return self.model(x.half()).float()
+
+
+def to_onnx(model: nn.Module, images: torch.Tensor, metadata: str, opset: int | None = None,
+            calibration: Batches | None = None) -> tuple[bytes, Function]:
     import onnxruntime
     for module in model.modules():  # Every runtime fuses MatMul and Softmax.
         if hasattr(module, 'fused_attn'):
             module.fused_attn = False
     program = torch.onnx.export(
         model, (images,), dynamo=True, verbose=False, input_names=['images'], output_names=['logits'],
-        dynamic_shapes=({0: torch.export.Dim('batch')},))
+        dynamic_shapes=({0: torch.export.Dim('batch')},), opset_version=opset)
+    if opset not in (None, program.model.opset_imports['']):  # torch logs that it failed, and exports another one.
+        raise UsageError(f'--opset {opset}: torch cannot export it; leave --opset out, or give 18')
     program.model.metadata_props['cmt'] = metadata
     content = program.model_proto.SerializeToString()
+    content = quantize(content, calibration) if calibration else content
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
     return content, lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
+
+
+def quantize(content: bytes, calibration: Batches) -> bytes:
+    """Quantize the convolutions and matrix products of an ONNX model, with one scale for each output channel.
+
+    Activations are uint8, for which x86 has instructions: ONNX Runtime's default, int8, is half as fast. Weights have
+    7 bits, since CPUs without VNNI would saturate at 8.
+    """
+    from onnxruntime import quantization
+    inputs = ({'images': images.numpy()} for images, _ in calibration)
+    reader = types.SimpleNamespace(get_next=lambda: next(inputs, None))
+    with tempfile.TemporaryDirectory() as folder:
+        model, result = Path(folder, 'model.onnx'), Path(folder, 'int8.onnx')
+        model.write_bytes(content)
+        quantization.quant_pre_process(model, model, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            model, result, reader, op_types_to_quantize=['Conv', 'MatMul', 'Gemm'], per_channel=True,
+            reduce_range=True, activation_type=quantization.QuantType.QUInt8)
+        return result.read_bytes()
 
 
 def to_pt2(model: nn.Module, images: torch.Tensor, metadata: str) -> tuple[bytes, Function]:
@@ -80,43 +138,68 @@ def to_pt2(model: nn.Module, images: torch.Tensor, metadata: str) -> tuple[bytes
 
 def to_torchscript(model: nn.Module, images: torch.Tensor, metadata: str) -> tuple[bytes, Function]:
     file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)  # TorchScript is deprecated, but some runtimes need it.
-        torch.jit.save(torch.jit.script(model), file, _extra_files={'cmt': metadata})
-        file.seek(0)
-        return file.getvalue(), torch.jit.load(file)
+    torch.jit.save(torch.jit.script(model), file, _extra_files={'cmt': metadata})
+    file.seek(0)
+    return file.getvalue(), torch.jit.load(file)
 
 
-# extension: (function, largest difference of the logits allowed)
+# extension: (function, largest difference of the logits allowed in float32)
 FORMATS = {'.onnx': (to_onnx, 1e-4), '.pt2': (to_pt2, 1e-5)}
 FORMATS |= dict.fromkeys(('.ts', '.torchscript', '.pt'), (to_torchscript, 1e-5))
 
 
 @torch.no_grad()
-def worst_difference(model: Function, exported: Function, size: tuple[int, ...]) -> float:
-    """Return the largest difference of two models' logits on random images, at several batch sizes.
+def compare(model: Function, exported: Function, batches: Batches) -> tuple[float, float, float, float]:
+    """Return the largest difference of the logits, and in % the equal predictions and the accuracy of both.
 
-    The difference is relative to the largest logit if that is above 1.
+    The difference is relative to an image's largest logit if that is above 1.
     """
-    generator = torch.Generator().manual_seed(0)
-    differences = []
-    for batch in BATCHES:
-        x = torch.randn(batch, *size, generator=generator)
-        expected = model(x)
-        differences.append((expected - exported(x)).abs().max() / expected.abs().max().clamp(min=1))
-    return torch.stack(differences).max().item()
+    logits, others, targets = map(torch.cat, zip(*((model(x), exported(x), y) for x, y in batches)))
+    difference = ((logits - others).abs().amax(1) / logits.abs().amax(1).clamp(min=1)).max()
+    pairs = (logits.argmax(1), others.argmax(1)), (logits.argmax(1), targets), (others.argmax(1), targets)
+    return difference.item(), *(100 * (a == b).double().mean().item() for a, b in pairs)
 
 
-def export(
-        model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fuse: bool = False) -> tuple[bytes, float]:
-    """Return the file of a model, and the largest difference of its logits from the model's.
+def read_batches(dataset: Dataset, model: cmt.CMT, title: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield normalized images and their class indices, with a progress bar on a terminal."""
+    for images, targets in tqdm(DataLoader(dataset, batch_size=16), desc=title, leave=False, disable=None):
+        yield normalize(images.float() / 255, model.pretrained_cfg['mean'], model.pretrained_cfg['std']), targets
 
-    `name` and `classes` go into the metadata, `suffix` is a key of FORMATS; `fuse` folds BatchNorm into convolutions.
 
-    Raises:
-        UsageError: a format that cannot represent the model, or logits that differ.
+def open_calibration(folder: str, transform: Callable) -> EncodedImages:
+    """Open images of a folder, drawn at random: one half for the calibration, one for the comparison."""
+    names = sorted(f'{where}/{file}' for where, files in walk(folder, set()) for file in files if is_image(file))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:2 * CALIBRATION_IMAGES]
+    dataset = EncodedImages(Samples([names[i] for i in order], [-1] * len(order)), transform)
+    dataset.roots = [folder]
+    drop_damaged(dataset)
+    if len(dataset) < 2:
+        raise UsageError(f'--int8 {folder}: one image; give at least 2, better 100')
+    return dataset
+
+
+def open_eval_data(folder: str, transform: Callable, classes: list[str] | None, outputs: int, used: set) -> Dataset:
+    """Open labeled images whose real paths are not in `used`, for a model with `outputs` classes."""
+    dataset = build_dataset('IMNET', False, folder, 0, transform, classes, is_whole=not has_split(folder, 'val'))
+    if classes is None:
+        logging.warning(order_classes(dataset, outputs))
+    others = [i for i, (name, _) in enumerate(dataset.samples) if os.path.realpath(name) not in used]
+    if not others:
+        raise UsageError(f'--eval-data {folder}: --int8 was calibrated with all its images; give others')
+    dataset.select(others)
+    drop_damaged(dataset)
+    return dataset
+
+
+def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fuse: bool = False, half: bool = False,
+           **options) -> tuple[bytes, Function, float]:
+    """Return the file of a model, what it computes, and its largest difference from the model on random images.
+
+    `name` and `classes` go into the metadata, `suffix` is a key of FORMATS, `options` are those of its function. Raises
+    UsageError for a format that cannot represent the model, or logits that differ.
     """
     convert, allowed = FORMATS[suffix]
+    allowed = float('inf') if options.get('calibration') else 2e-2 if half else allowed
     if model.dynamic_img_size and convert is not to_torchscript:
         raise UsageError(f'{suffix} files have one input size: --dynamic-img-size resamples the position bias, which '
                          'cannot be exported; export a file for each size, or .ts')
@@ -125,45 +208,83 @@ def export(
         'model': name, 'input_size': [model.in_chans, *model.img_size], 'crop_pct': cfg['crop_pct'],
         'interpolation': cfg['interpolation'], 'mean': cfg['mean'], 'std': cfg['std'], 'classes': classes})
     images = torch.zeros(2, model.in_chans, *model.img_size)
-    exportable = model.fuse() if fuse else copy.deepcopy(model)
-    noise = io.StringIO()
-    logging.disable(logging.WARNING)  # Exporters log a lot.
+    # ExecuTorch lowers only models without gradients.
+    exportable = model.fuse() if fuse else copy.deepcopy(model).requires_grad_(False)
+    exportable = Half(exportable).eval() if half else exportable
+    logging.disable(logging.WARNING)  # Exporters log a lot, and warn that TorchScript is deprecated.
     try:
-        with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-            content, exported = convert(exportable, images, metadata)
+        with contextlib.redirect_stdout(io.StringIO()) as noise, contextlib.redirect_stderr(noise):
+            content, exported = convert(exportable, images, metadata, **options)
     except (RuntimeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f'this model cannot be exported to {suffix} ({reason})') from None
+        raise UsageError(f'this model cannot be exported to {suffix} ({first_line(error)})') from None
     finally:
         logging.disable(logging.NOTSET)
-    worst = worst_difference(model, exported, images.shape[1:])
-    if not worst <= allowed:  # NaN is not accepted.
-        raise UsageError(f'no file written: its logits differ by {worst:.1e}, more than {allowed:.0e}')
-    return content, worst
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(n, *images.shape[1:], generator=generator), torch.zeros(n)) for n in BATCHES]
+    difference, *_ = compare(model, exported, batches)
+    if not difference <= allowed:  # NaN is not accepted.
+        raise UsageError(f'no file written: its logits differ by {difference:.1e}, more than {allowed:.0e}')
+    return content, exported, difference
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that do not go together, and for packages and folders that are missing."""
+    suffix = args.output.suffix.lower()
+    if suffix not in FORMATS:
+        raise UsageError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
+    missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
+    if suffix == '.onnx' and missing:
+        raise UsageError(f'.onnx needs packages that are not installed: pip install {" ".join(missing)}')
+    if suffix != '.onnx' and (args.int8 or args.opset):
+        raise UsageError('--int8 and --opset are for .onnx')
+    if args.input_size and len(args.input_size) > 2:
+        raise UsageError('--input-size needs one number, or height and width')
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
+    logging.basicConfig(format='%(message)s')  # warnings, to standard error
+    logging.getLogger('datasets').setLevel(logging.INFO)  # which images are damaged
     with parser.usage_errors():
-        if args.output.suffix.lower() not in FORMATS:
-            raise UsageError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
+        check_flags(args)
         check_output(args.output, args.source, args.overwrite)
-        if args.input_size and len(args.input_size) > 2:
-            raise UsageError('--input-size needs one number, or height and width')
-        options = {'dynamic_img_size': True} if args.dynamic_img_size else {}
+        changes = {'dynamic_img_size': True} if args.dynamic_img_size else {}
         if args.input_size:
-            options['img_size'] = tuple(args.input_size * 2)[:2]
+            changes['img_size'] = tuple(args.input_size * 2)[:2]
         weights = read_weights(args.source, use_ema=args.model_ema)
-        model = build_model(weights, **options)
-        name, classes = weights.name or 'CMT', weights.class_names(model)
-        origin = f' ({"; ".join(["EMA", *weights.notes])})' if weights.is_ema else ''
-        content, worst = export(model, name, classes, args.output.suffix.lower(), args.fuse)
+        model = build_model(weights, **changes)
+        name, classes, (height, width) = weights.name or 'CMT', weights.class_names(model), model.img_size
+        if (args.int8 or args.eval_data) and (model.in_chans, height) != (3, width):
+            raise UsageError('--int8 and --eval-data read square RGB images, but the model takes images of '
+                             f'{model.in_chans}x{height}x{width}')
+        transform = build_transform(False, height, crop_pct=model.pretrained_cfg['crop_pct'])
+        options, data, used = {'opset': args.opset} if args.opset else {}, None, set()
+        if args.int8:
+            images = open_calibration(args.int8, transform)
+            half = len(images) // 2
+            used = {os.path.realpath(images.samples[i][0]) for i in range(half)}
+            options['calibration'] = list(read_batches(Subset(images, range(half)), model, 'calibration'))
+            data = Subset(images, range(half, len(images)))
+        if args.eval_data:
+            data = open_eval_data(args.eval_data, transform, classes, model.num_classes, used)
+        suffix = args.output.suffix.lower()
+        content, exported, difference = export(model, name, classes, suffix, args.fuse, args.half, **options)
+        if data:
+            difference, agreement, before, after = compare(model, exported, read_batches(data, model, 'comparison'))
+        if args.eval_data and not before - after <= args.max_accuracy_loss:
+            raise UsageError(f'no file written: its accuracy is {after:.3f} %, that of the model {before:.3f} %: give '
+                             'more calibration images, or a larger --max-accuracy-loss')
         with atomic_write(args.output) as file:
             file.write(content)
-    size = 'any size' if args.dynamic_img_size else '{}x{}'.format(*model.img_size)
+    origin = f' ({"; ".join(["EMA", *weights.notes])})' if weights.is_ema else ''
+    size = 'any size' if args.dynamic_img_size else f'{height}x{width}'
+    where = f'{len(data)} images' if data else f'random batches of {" and ".join(map(str, BATCHES))}'
     print(f'{args.output}: {name}{origin} at {size}, {model.num_classes} classes, {len(content) / 1e6:.1f} MB; largest '
-          f'difference of the logits {worst:.1e} (batches of {" and ".join(map(str, BATCHES))})')
+          f'difference of the logits {difference:.1e} ({where})')
+    if data:
+        print(f'{agreement:.2f} % of the predictions are equal' + (
+            f'; accuracy: model {before:.3f} %, file {after:.3f} %' if args.eval_data else ''))
 
 
 if __name__ == '__main__':

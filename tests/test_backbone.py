@@ -1,8 +1,13 @@
 """docs/backbone.md: each of its snippets runs."""
+import argparse
 import re
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+
+import nano  # noqa: F401, registers cmt_nano
 
 ROOT = Path(__file__).parent.parent
 SNIPPETS = {match[1]: match[2] for match in re.finditer(
@@ -16,6 +21,26 @@ def test_snippet(title):
     if title in HEAVY:
         pytest.importorskip(title)
     exec(SNIPPETS[title], {})
+
+
+def test_attention_maps_by_timms_tool(monkeypatch):
+    monkeypatch.setattr(timm.layers.config, '_USE_FUSED_ATTN', 0)  # what set_fused_attn(False) sets
+    model = timm.create_model('cmt_nano', img_size=64)
+    for settings in ({'method': 'hook'}, {'names': ['*softmax']}):
+        maps = timm.utils.AttentionExtract(model, **settings)(torch.randn(1, 3, 64, 64))
+        assert [tuple(one.shape[1:]) for one in maps.values()] == [(1, 256, 4), (2, 64, 4), (2, 16, 4), (4, 4, 4)]
+
+
+def test_timms_scripts_need_the_size_of_the_model():
+    """timm's scripts pass --img-size to the data alone, and --model-kwargs to the model."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--img-size', type=int)
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=timm.utils.ParseKwargs)
+    for argv in ['--img-size', '64'], ['--img-size', '64', '--model-kwargs', 'img_size=64']:
+        args = vars(parser.parse_args(argv))
+        model = timm.create_model('cmt_nano', **args['model_kwargs'])
+        size = timm.data.resolve_data_config(args, model=model)['input_size']
+        assert size == (3, 64, 64) and (size == (3, *model.img_size)) == bool(args['model_kwargs'])
 
 
 def test_every_snippet_is_tested():

@@ -2,7 +2,6 @@
 import json
 import logging
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -73,21 +72,83 @@ def test_logits_and_metadata(checkpoint, tmp_path, capsys, suffix, allowed, fuse
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_the_snippet_of_the_docs_gives_evaluations_logits(checkpoint, tmp_path, monkeypatch):
-    for package in ('onnx', 'onnxruntime', 'onnxscript'):
-        pytest.importorskip(package)
-    monkeypatch.chdir(tmp_path)
-    export.main([str(checkpoint), 'pets.onnx'])
-    pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 7), size=(211, 150), mode='bicubic').clamp(0, 1)
-    image = to_pil_image(pixels[0])
-    image.save('photo.png')
-    page = Path(__file__).parents[1] / 'docs' / 'weights.md'
-    snippet = re.search(r'^```python\n(import json.*?)^```', page.read_text(), re.DOTALL | re.MULTILINE)[1]
-    names = {}
-    exec(snippet.replace('photo.jpg', 'photo.png'), names)
-    x = Preprocessor(torch.device('cpu'))(build_transform(False, 64)(image)[None], torch.zeros(1))[0]
-    expected = reference(checkpoint, 'model_ema', x)[0]
-    torch.testing.assert_close(torch.from_numpy(names['logits'][0]), expected, rtol=0, atol=1e-4)
+@pytest.fixture(scope='module')
+def labeled(tmp_path_factory):
+    """Write a checkpoint and 24 photographs in class folders, whose classes are its predictions."""
+    folder, generator, model = tmp_path_factory.mktemp('labeled'), torch.Generator().manual_seed(0), nano.warm(
+        num_classes=3)
+    pixels = torch.cat([torch.nn.functional.interpolate(
+        torch.rand(1, 3, 5, 5, generator=generator), size=(80, 90), mode='bicubic').clamp(0, 1) for _ in range(24)])
+    images = [to_pil_image(one) for one in pixels]
+    x = torch.stack([build_transform(False, 64)(image) for image in images])
+    with torch.no_grad():
+        logits = model(Preprocessor(torch.device('cpu'))(x, torch.zeros(24))[0])
+        model.head.bias -= logits.mean(0)
+    for i, label in enumerate((logits - logits.mean(0)).argmax(1).tolist()):
+        (folder / 'photos' / 'abc'[label]).mkdir(parents=True, exist_ok=True)
+        images[i].save(folder / 'photos' / 'abc'[label] / f'{i}.png')
+    torch.save({'format': 1, 'model_args': model.model_args, 'model': model.state_dict(), 'args': {}, 'epoch': 1,
+                'classes': ['a', 'b', 'c']}, folder / 'abc.pth')
+    return folder / 'abc.pth', folder / 'photos'
+
+
+def printed(text):
+    """Return equal predictions, accuracy of the model and of the file (%), and the number of images."""
+    return [float(share) for share in re.findall(r'([\d.]+) %', text)], int(re.search(r'\((\d+) images\)', text)[1])
+
+
+def test_int8_is_compared_on_images_that_were_not_calibrated(labeled, tmp_path, capsys):
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    (checkpoint, photos), sizes = labeled, {}
+    for flags in ([], ['--int8', str(photos)], ['--int8', str(photos), '--eval-data', str(photos)]):
+        export.main([str(checkpoint), str(tmp_path / 'a.onnx'), '--overwrite', '--max-accuracy-loss', '100', *flags])
+        sizes[len(flags)] = (tmp_path / 'a.onnx').stat().st_size
+        text = capsys.readouterr().out
+        if flags:
+            shares, images = printed(text)
+            assert images == 12 and shares[0] > 80
+            assert shares[1:] == ([100, shares[0]] if flags[2:] else [])  # The labels are the model's predictions.
+    assert sizes[2] == sizes[4] < sizes[0]
+    assert run(tmp_path / 'a.onnx')[1]['classes'] == ['a', 'b', 'c']
+    nodes = onnx.load(tmp_path / 'a.onnx').graph.node
+    assert sum(any(a.name == 'axis' for a in node.attribute) for node in nodes) > 20  # a scale for each channel
+
+
+def test_a_file_that_loses_accuracy_is_not_written(labeled, mistake, monkeypatch, tmp_path):
+    pytest.importorskip('onnxscript')
+    (checkpoint, photos), quantize = labeled, export.quantize
+    monkeypatch.setattr(export, 'quantize', lambda content, calibration: quantize(
+        content, [(images / 1000, targets) for images, targets in calibration]))  # ranges of other images
+    flags = ['--int8', str(photos), '--eval-data', str(photos)]
+    assert '--max-accuracy-loss' in mistake(export, checkpoint, 'a.onnx', *flags)
+    export.main([str(checkpoint), str(tmp_path / 'a.onnx'), *flags, '--max-accuracy-loss', '100'])
+
+
+@pytest.mark.parametrize('suffix', ['onnx', 'pt2', 'ts'])
+def test_half_takes_and_returns_float32(labeled, tmp_path, capsys, suffix):
+    if suffix == 'onnx':
+        pytest.importorskip('onnxscript')
+    checkpoint, photos = labeled
+    x, logits = torch.randn(2, 3, 64, 64), []
+    for flags in ([], ['--half', '--eval-data', str(photos)]):
+        export.main([str(checkpoint), str(tmp_path / f'a.{suffix}'), '--overwrite', *flags])
+        logits.append(run(tmp_path / f'a.{suffix}')[0](x))
+    assert printed(capsys.readouterr().out.splitlines()[-2])[1] == 24
+    assert logits[1].dtype == torch.float32
+    assert 0 < (logits[0] - logits[1]).abs().max() < 0.02 * logits[0].abs().max()
+
+
+def test_opset_18_has_no_gelu(checkpoint, tmp_path):
+    pytest.importorskip('onnxscript')
+    import onnx
+    operators = {}
+    for opset in (18, 20):
+        export.main([str(checkpoint), str(tmp_path / 'a.onnx'), '--overwrite', '--opset', str(opset)])
+        model = onnx.load(tmp_path / 'a.onnx')
+        assert {entry.domain: entry.version for entry in model.opset_import}[''] == opset
+        operators[opset] = {node.op_type for node in model.graph.node}
+    assert 'Gelu' in operators[20] - operators[18]
 
 
 def test_log_prediction_and_onnx_count_the_same_right_answers(tmp_path, capsys):
@@ -141,6 +202,15 @@ def test_torchscript_of_other_sizes(checkpoint, tmp_path, flags, kind, sizes):
     (['CKPT', 'a.ts', '--input-size', '32', '64', '96'], '--input-size'),
     (['CKPT', 'nowhere/a.ts'], 'nowhere/a.ts'),
     (['CKPT', '.'], "'.'"),
+    (['CKPT', 'a.pt2', '--int8', '.'], '--int8'),
+    (['CKPT', 'a.ts', '--opset', '18'], '--opset'),
+    (['CKPT', 'a.onnx', '--opset', '12'], '12'),
+    (['CKPT', 'a.onnx', '--half', '--int8', '.'], '--int8'),
+    (['CKPT', 'a.onnx', '--int8', 'nowhere'], 'nowhere'),
+    (['CKPT', 'a.onnx', '--int8', '.'], 'no readable images'),
+    (['CKPT', 'a.onnx', '--eval-data', 'nowhere'], 'nowhere'),
+    (['CKPT', 'a.onnx', '--eval-data', '.'], 'no class folders'),
+    (['CKPT', 'a.onnx', '--input-size', '32', '96', '--eval-data', '.'], '32x96'),
     (['resnet18', 'a.ts'], 'resnet18'),
     (['missing.pth', 'a.ts'], 'missing.pth'),
 ])
