@@ -22,7 +22,7 @@ import logging
 import os
 import tempfile
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import _path
@@ -160,10 +160,10 @@ def compare(model: Function, exported: Function, batches: Batches) -> tuple[floa
     return difference.item(), *(100 * (a == b).double().mean().item() for a, b in pairs)
 
 
-def read_batches(dataset: Dataset, model: cmt.CMT, title: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield normalized images and their class indices, with a progress bar on a terminal."""
-    for images, targets in tqdm(DataLoader(dataset, batch_size=16), desc=title, leave=False, disable=None):
-        yield normalize(images.float() / 255, model.pretrained_cfg['mean'], model.pretrained_cfg['std']), targets
+def read_batches(dataset: Dataset, model: cmt.CMT, title: str) -> Batches:
+    """Read images by batches. The progress bar is made now, since export() silences stderr."""
+    cfg, bar = model.pretrained_cfg, tqdm(DataLoader(dataset, batch_size=16), desc=title, leave=False, disable=None)
+    return ((normalize(images.float() / 255, cfg['mean'], cfg['std']), targets) for images, targets in bar)
 
 
 def open_calibration(folder: str, transform: Callable) -> EncodedImages:
@@ -256,15 +256,14 @@ def main(argv: list[str] | None = None) -> None:
         model = build_model(weights, **changes)
         name, classes, (height, width) = weights.name or 'CMT', weights.class_names(model), model.img_size
         if (args.int8 or args.eval_data) and (model.in_chans, height) != (3, width):
-            raise UsageError('--int8 and --eval-data read square RGB images, but the model takes images of '
-                             f'{model.in_chans}x{height}x{width}')
+            raise UsageError(f'--int8 and --eval-data read square RGB images, not {model.in_chans}x{height}x{width}')
         transform = build_transform(False, height, crop_pct=model.pretrained_cfg['crop_pct'])
         options, data, used = {'opset': args.opset} if args.opset else {}, None, set()
         if args.int8:
             images = open_calibration(args.int8, transform)
             half = len(images) // 2
             used = {os.path.realpath(images.samples[i][0]) for i in range(half)}
-            options['calibration'] = list(read_batches(Subset(images, range(half)), model, 'calibration'))
+            options['calibration'] = read_batches(Subset(images, range(half)), model, 'calibration')
             data = Subset(images, range(half, len(images)))
         if args.eval_data:
             data = open_eval_data(args.eval_data, transform, classes, model.num_classes, used)
