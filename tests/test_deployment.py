@@ -286,8 +286,10 @@ for name in ('7.onnx', '8.onnx'):
 
 
 @pytest.mark.soak
-def test_core_ml_has_an_image_and_class_names(digits):
+@pytest.mark.parametrize('changes', [{}, {'model.fuse()': 'model'}], ids=['fused', 'eager'])
+def test_core_ml_has_an_image_and_class_names(digits, changes):
     pytest.importorskip('coremltools')
-    run(digits, 'Core ML', {}, before=f'import sys; sys.path.insert(0, {str(ROOT)!r})',
-        after='print(package.get_spec().description)')
+    output = run(digits, 'Core ML', changes, before=f'import sys; sys.path.insert(0, {str(ROOT)!r})',
+                 after='print(package.get_spec().description)')
+    assert 'imageType' in output and 'predictedFeatureName: "classLabel"' in output
     assert (digits / 'pets.mlpackage').is_dir()
