@@ -23,7 +23,8 @@ def start(command, output, pause='0', **options):
 @pytest.mark.parametrize('pause, phase, steps', [
     pytest.param('1', lambda run, out: 'step 1/3' in out, 1, marks=pytest.mark.soak),
     ('0,9', lambda run, out: 'epoch 0/1  step 3/3' in out, 3),
-    ('0,0,1', lambda run, out: (run / 'log.txt').exists(), 3)], ids=['training', 'validation', 'save'])
+    pytest.param('0,0,1', lambda run, out: (run / 'log.txt').exists(), 3, marks=pytest.mark.soak),
+], ids=['training', 'validation', 'save'])
 def test_a_closed_terminal_costs_no_step_under_nohup(flags, pair, tmp_path, pause, phase, steps):
     """torchrun sets its own handler of SIGHUP, although nohup ignores it, and passes the signal on."""
     run, output = tmp_path / 'run', tmp_path / 'out.txt'
