@@ -20,6 +20,7 @@ import io
 import json
 import logging
 import os
+import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterable
@@ -49,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     precision.add_argument('--half', action='store_true',
                            help='store weights and compute in float16; images and logits stay float32')
     precision.add_argument('--int8', type=path, metavar='CALIBRATION_FOLDER',
-                           help=f'quantize to 8 bits (.onnx), with up to {CALIBRATION_IMAGES} images of this folder')
+                           help=f'quantize to 8 bits (.onnx), by half of its images, at most {CALIBRATION_IMAGES}')
     parser.add_argument('--eval-data', type=path, metavar='FOLDER', help='compare the accuracy of model and file on '
                         'class folders, or on a val split; images that --int8 was calibrated with are left out')
     parser.add_argument('--max-accuracy-loss', type=in_range(float, 0, 100), default=1., metavar='POINTS',
@@ -67,26 +68,21 @@ from tqdm import tqdm
 import cmt
 from checkpoints import check_output
 from datasets import build_dataset, drop_damaged, has_split
-from evaluation import order_classes
-from sources import EncodedImages, Samples, is_image, walk
+from evaluation import IMAGENET
+from sources import EncodedImages, Samples, is_image, log_left_out, walk
 from system import atomic_write
 from transforms import build_transform
 from weights import build_model, read_weights
 
-BATCHES = (1, 5)  # batch sizes of the comparison; the exporters' example input has another
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]  # normalized images (B, 3, H, W), class indices (B,)
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Half(nn.Module):
-    """Compute in float16. Images and logits are float32."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model.half()
+class Half(nn.Sequential):
+    """Run a float16 model on float32 images, and return float32 logits."""
 
     def forward(self, x):
-        return self.model(x.half()).float()
+        return self[0](x.half()).float()
 
 
 def to_onnx(model: nn.Module, images: torch.Tensor, metadata: str, opset: int | None = None,
@@ -161,13 +157,15 @@ def compare(model: Function, exported: Function, batches: Batches) -> tuple[floa
 
 
 def read_batches(dataset: Dataset, model: cmt.CMT, title: str) -> Batches:
-    """Read images by batches. The progress bar is made now, since export() silences stderr."""
-    cfg, bar = model.pretrained_cfg, tqdm(DataLoader(dataset, batch_size=16), desc=title, leave=False, disable=None)
-    return ((normalize(images.float() / 255, cfg['mean'], cfg['std']), targets) for images, targets in bar)
+    """Read images by batches, with a progress bar on the terminal, although export() replaces sys.stderr."""
+    batches, cfg = DataLoader(dataset, batch_size=16), model.pretrained_cfg
+    for images, targets in tqdm(batches, desc=title, leave=False, disable=None, file=sys.__stderr__):
+        yield normalize(images.float() / 255, cfg['mean'], cfg['std']), targets
 
 
 def open_calibration(folder: str, transform: Callable) -> EncodedImages:
     """Open images of a folder, drawn at random: one half for the calibration, one for the comparison."""
+    log_left_out((file for _, files in walk(folder, set()) for file in files if not is_image(file)), folder)
     names = sorted(f'{where}/{file}' for where, files in walk(folder, set()) for file in files if is_image(file))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:2 * CALIBRATION_IMAGES]
     dataset = EncodedImages(Samples([names[i] for i in order], [-1] * len(order)), transform)
@@ -178,11 +176,13 @@ def open_calibration(folder: str, transform: Callable) -> EncodedImages:
     return dataset
 
 
-def open_eval_data(folder: str, transform: Callable, classes: list[str] | None, outputs: int, used: set) -> Dataset:
-    """Open labeled images whose real paths are not in `used`, for a model with `outputs` classes."""
+def open_eval_data(folder: str, transform: Callable, classes: list[str], used: set[str]) -> EncodedImages:
+    """Open labeled images whose real paths are not in `used`."""
+    if not classes:
+        raise UsageError('--eval-data needs class names, which these weights lack: export the checkpoint of a run')
+    if not os.path.exists(folder):
+        raise UsageError(f'--eval-data {folder}: no such folder or tar')
     dataset = build_dataset('IMNET', False, folder, 0, transform, classes, is_whole=not has_split(folder, 'val'))
-    if classes is None:
-        logging.warning(order_classes(dataset, outputs))
     others = [i for i, (name, _) in enumerate(dataset.samples) if os.path.realpath(name) not in used]
     if not others:
         raise UsageError(f'--eval-data {folder}: --int8 was calibrated with all its images; give others')
@@ -210,7 +210,7 @@ def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fu
     images = torch.zeros(2, model.in_chans, *model.img_size)
     # ExecuTorch lowers only models without gradients.
     exportable = model.fuse() if fuse else copy.deepcopy(model).requires_grad_(False)
-    exportable = Half(exportable).eval() if half else exportable
+    exportable = Half(exportable.half()).eval() if half else exportable
     logging.disable(logging.WARNING)  # Exporters log a lot, and warn that TorchScript is deprecated.
     try:
         with contextlib.redirect_stdout(io.StringIO()) as noise, contextlib.redirect_stderr(noise):
@@ -220,7 +220,7 @@ def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fu
     finally:
         logging.disable(logging.NOTSET)
     generator = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(n, *images.shape[1:], generator=generator), torch.zeros(n)) for n in BATCHES]
+    batches = [(torch.randn(n, *images.shape[1:], generator=generator), torch.zeros(n)) for n in (1, 5)]
     difference, *_ = compare(model, exported, batches)
     if not difference <= allowed:  # NaN is not accepted.
         raise UsageError(f'no file written: its logits differ by {difference:.1e}, more than {allowed:.0e}')
@@ -235,7 +235,7 @@ def check_flags(args: argparse.Namespace) -> None:
     missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
     if suffix == '.onnx' and missing:
         raise UsageError(f'.onnx needs packages that are not installed: pip install {" ".join(missing)}')
-    if suffix != '.onnx' and (args.int8 or args.opset):
+    if suffix != '.onnx' and (args.int8, args.opset) != (None, None):
         raise UsageError('--int8 and --opset are for .onnx')
     if args.input_size and len(args.input_size) > 2:
         raise UsageError('--input-size needs one number, or height and width')
@@ -244,8 +244,8 @@ def check_flags(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    logging.basicConfig(format='%(message)s')  # warnings, to standard error
-    logging.getLogger('datasets').setLevel(logging.INFO)  # which images are damaged
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    logging.getLogger('weights').setLevel(logging.WARNING)
     with parser.usage_errors():
         check_flags(args)
         check_output(args.output, args.source, args.overwrite)
@@ -255,30 +255,30 @@ def main(argv: list[str] | None = None) -> None:
         weights = read_weights(args.source, use_ema=args.model_ema)
         model = build_model(weights, **changes)
         name, classes, (height, width) = weights.name or 'CMT', weights.class_names(model), model.img_size
-        if (args.int8 or args.eval_data) and (model.in_chans, height) != (3, width):
+        if (args.int8, args.eval_data) != (None, None) and (model.in_chans, height) != (3, width):
             raise UsageError(f'--int8 and --eval-data read square RGB images, not {model.in_chans}x{height}x{width}')
         transform = build_transform(False, height, crop_pct=model.pretrained_cfg['crop_pct'])
         options, data, used = {'opset': args.opset} if args.opset else {}, None, set()
-        if args.int8:
+        if args.int8 is not None:
             images = open_calibration(args.int8, transform)
             half = len(images) // 2
             used = {os.path.realpath(images.samples[i][0]) for i in range(half)}
             options['calibration'] = read_batches(Subset(images, range(half)), model, 'calibration')
             data = Subset(images, range(half, len(images)))
-        if args.eval_data:
-            data = open_eval_data(args.eval_data, transform, classes, model.num_classes, used)
+        if args.eval_data is not None:
+            data = open_eval_data(args.eval_data, transform, classes or IMAGENET * (model.num_classes == 1000), used)
         suffix = args.output.suffix.lower()
         content, exported, difference = export(model, name, classes, suffix, args.fuse, args.half, **options)
         if data:
             difference, agreement, before, after = compare(model, exported, read_batches(data, model, 'comparison'))
-        if args.eval_data and not before - after <= args.max_accuracy_loss:
+        if args.eval_data is not None and not before - after <= args.max_accuracy_loss:
             raise UsageError(f'no file written: its accuracy is {after:.3f} %, that of the model {before:.3f} %: give '
                              'more calibration images, or a larger --max-accuracy-loss')
         with atomic_write(args.output) as file:
             file.write(content)
     origin = f' ({"; ".join(["EMA", *weights.notes])})' if weights.is_ema else ''
     size = 'any size' if args.dynamic_img_size else f'{height}x{width}'
-    where = f'{len(data)} images' if data else f'random batches of {" and ".join(map(str, BATCHES))}'
+    where = f'{len(data)} images' if data else 'random images'
     print(f'{args.output}: {name}{origin} at {size}, {model.num_classes} classes, {len(content) / 1e6:.1f} MB; largest '
           f'difference of the logits {difference:.1e} ({where})')
     if data:
