@@ -180,10 +180,9 @@ def open_calibration(folder: str, transform: Callable) -> EncodedImages:
 
 def open_eval_data(folder: str, transform: Callable, classes: list[str], used: set[str]) -> EncodedImages:
     """Open labeled images whose real paths are not in `used`."""
-    if not classes:
-        raise UsageError('--eval-data needs class names, which these weights lack: export the checkpoint of a run')
-    if not os.path.exists(folder):
-        raise UsageError(f'--eval-data {folder}: no such folder or tar')
+    if not classes or not os.path.exists(folder):
+        raise UsageError(f'--eval-data {folder}: no such folder or tar' if classes else
+                         '--eval-data needs class names, which these weights lack: export the checkpoint of a run')
     dataset = build_dataset('IMNET', False, folder, 0, transform, classes, is_whole=not has_split(folder, 'val'))
     others = [i for i, (name, _) in enumerate(dataset.samples) if os.path.realpath(name) not in used]
     if not others:
@@ -245,8 +244,9 @@ def check_flags(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    logging.getLogger('weights').setLevel(logging.WARNING)
+    logging.basicConfig(format='%(message)s')  # warnings, to standard error
+    for name in ('datasets', 'sources'):  # which images are damaged or left out
+        logging.getLogger(name).setLevel(logging.INFO)
     with parser.usage_errors():
         check_flags(args)
         check_output(args.output, args.source, args.overwrite)
