@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     precision.add_argument('--half', action='store_true',
                            help='store weights and compute in float16; images and logits stay float32')
     precision.add_argument('--int8', type=path, metavar='CALIBRATION_FOLDER',
-                           help=f'quantize to 8 bits (.onnx), by half of its images, at most {CALIBRATION_IMAGES}')
+                           help='quantize to 8 bits (.onnx), calibrated on half of the images in this folder')
     parser.add_argument('--eval-data', type=path, metavar='FOLDER', help='compare the accuracy of model and file on '
                         'class folders, or on a val split; images that --int8 was calibrated with are left out')
     parser.add_argument('--max-accuracy-loss', type=in_range(float, 0, 100), default=1., metavar='POINTS',
@@ -159,7 +159,7 @@ def compare(model: Function, exported: Function, batches: Batches) -> tuple[floa
 
 
 def read_batches(dataset: Dataset, model: cmt.CMT, title: str) -> Batches:
-    """Read images by batches, with a progress bar on the terminal, although export() replaces sys.stderr."""
+    """Read images by batches, with a progress bar on the real stderr, which export() replaces."""
     batches, cfg = DataLoader(dataset, batch_size=16), model.pretrained_cfg
     for images, targets in tqdm(batches, desc=title, leave=False, disable=None, file=sys.__stderr__):
         yield normalize(images.float() / 255, cfg['mean'], cfg['std']), targets
@@ -167,8 +167,9 @@ def read_batches(dataset: Dataset, model: cmt.CMT, title: str) -> Batches:
 
 def open_calibration(folder: str, transform: Callable) -> EncodedImages:
     """Open images of a folder, drawn at random: one half for the calibration, one for the comparison."""
-    log_left_out((file for _, files in walk(folder, set()) for file in files if not is_image(file)), folder)
-    names = sorted(f'{where}/{file}' for where, files in walk(folder, set()) for file in files if is_image(file))
+    found = [(where, file) for where, files in walk(folder, set()) for file in files]
+    log_left_out((file for _, file in found if not is_image(file)), folder)
+    names = sorted(f'{where}/{file}' for where, file in found if is_image(file))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:2 * CALIBRATION_IMAGES]
     dataset = EncodedImages(Samples([names[i] for i in order], [-1] * len(order)), transform)
     dataset.roots = [folder]
@@ -209,8 +210,7 @@ def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fu
         'model': name, 'input_size': [model.in_chans, *model.img_size], 'crop_pct': cfg['crop_pct'],
         'interpolation': cfg['interpolation'], 'mean': cfg['mean'], 'std': cfg['std'], 'classes': classes})
     images = torch.zeros(2, model.in_chans, *model.img_size)
-    # ExecuTorch lowers only models without gradients.
-    exportable = model.fuse() if fuse else copy.deepcopy(model).requires_grad_(False)
+    exportable = model.fuse() if fuse else copy.deepcopy(model).requires_grad_(False)  # as ExecuTorch needs
     exportable = Half(exportable.half()).eval() if half else exportable
     logging.disable(logging.WARNING)  # Exporters log a lot, and warn that TorchScript is deprecated.
     try:
@@ -228,7 +228,7 @@ def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fu
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise UsageError for flags that do not go together, and for packages and folders that are missing."""
+    """Raise UsageError for flags that do not go together, and for missing packages."""
     suffix = args.output.suffix.lower()
     if suffix not in FORMATS:
         raise UsageError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
