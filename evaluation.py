@@ -1,4 +1,4 @@
-"""Evaluate a model on a data set: the order of the classes, the classes to score among, and a report on the images."""
+"""Evaluate a model on a data set or on single images: order of the classes, scores, a report, Grad-CAM."""
 import argparse
 import contextlib
 import itertools
@@ -12,17 +12,20 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import ImageNetInfo, RealLabelsImagenet
+from timm.data import ImageNetInfo, RealLabelsImagenet, resolve_model_data_config
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import normalize, to_pil_image
 
 import processes
 import reports
 from engine import Preprocessor, evaluate
-from errors import TrainingFault, UsageError
+from errors import TrainingFault, UsageError, first_line, one_line, printable
 from samplers import eval_indices
+from sources import EXTENSIONS, HEIF, open_image
 from system import atomic_write
+from transforms import build_transform
 from utils import Progress
+from weights import build_model, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +87,73 @@ def class_words(names: list[str]) -> list[str]:
     """Return what a person calls the classes: the words of WordNet ids, other names as they are."""
     words = ImageNetInfo('imagenet-22k-ms').label_descriptions(as_dict=True)
     return [words.get(name, name) for name in names]
+
+
+# Single images
+
+def read_names(file: str) -> list[str]:
+    """Read class names, one a line, in the order of their index."""
+    try:
+        return [line.strip() for line in Path(file).read_text('utf-8-sig').splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f'--class-names {file}: {error}') from None
+
+
+def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, int]]:
+    """Load the model that options.add_classifier_flags describe.
+
+    Returns:
+        The model in eval mode on its device, its classes in words, and their indices by the names of folders.
+
+    Raises:
+        UsageError: the file or a flag does not fit.
+    """
+    weights = read_weights(args.model, use_ema=args.model_ema)
+    model = build_model(weights, **({'img_size': args.input_size} if args.input_size else {}))
+    if weights.is_ema:
+        logger.warning('; '.join(["using the EMA (--no-model-ema uses the model's own weights)", *weights.notes]))
+    if args.crop_pct:
+        model.pretrained_cfg['crop_pct'] = args.crop_pct
+    if model.img_size[0] != model.img_size[1]:
+        raise UsageError(f'{args.model} takes images of {model.img_size}, but crops are square: set --input-size')
+    if model.num_classes == 0:
+        raise UsageError(f'{args.model} has no classifier')
+    saved, indices = weights.class_names(model), [str(i) for i in range(model.num_classes)]
+    folders = saved or (IMAGENET if model.num_classes == 1000 else [f'class {i}' for i in indices])
+    names = read_names(args.class_names) if args.class_names else class_words(folders)
+    if len(names) != model.num_classes:
+        raise UsageError(f'{args.class_names} has {len(names)} names, but the model has {model.num_classes} classes')
+    try:
+        model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f'--device {args.device}: {first_line(error)}') from None
+    return model, names, {name: i for n in (names, folders, () if saved else indices) for i, name in enumerate(n)}
+
+
+def read_images(
+        images: list[tuple[str, str | bytes, int]], model: nn.Module, report: Callable[[str], Any]
+) -> tuple[list, torch.Tensor, torch.Tensor]:
+    """Read (name, path or encoded image, label) of images for `model`; call `report` with a line for unreadable ones.
+
+    Returns:
+        The entries of `images` that were read, their pixels (B, 3, size, size), uint8, and the normalized pixels.
+    """
+    config, read, pixels = resolve_model_data_config(model), [], [torch.empty(0, 3, *model.img_size, dtype=torch.uint8)]
+    transform = build_transform(False, model.img_size[0], crop_pct=config['crop_pct'])
+    for name, content, label in images:
+        try:
+            image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
+        except Exception as error:  # Pillow's plugins raise anything on damaged files
+            reason = getattr(error, 'strerror', None) or one_line(error)
+            if name.lower().endswith(HEIF) and not name.lower().endswith(EXTENSIONS):
+                reason += ': pip install pillow-heif'
+            report(f'cannot read {printable(name)} ({reason})')
+        else:
+            read.append((name, content, label))
+            pixels.append(transform(image)[None])
+    pixels = torch.cat(pixels)
+    inputs = pixels.to(next(model.parameters()).device).float().div_(255)
+    return read, pixels, normalize(inputs, config['mean'], config['std'])
 
 
 # Scores

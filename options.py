@@ -138,6 +138,18 @@ def add_weights_flag(parser: argparse.ArgumentParser) -> None:
                         help="use the model's own weights if the checkpoint also has their EMA")
 
 
+def add_classifier_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the model of predict.py and demo.py, and the flags that evaluation.load_classifier reads."""
+    parser.add_argument('model', metavar='CKPT|MODEL',
+                        help='a checkpoint, a converted folder, or a name with published weights')
+    parser.add_argument('--class-names', type=path, metavar='FILE', help='names of the classes, one a line')
+    parser.add_argument('--input-size', type=image_size, metavar='N', help="pixels (default: the checkpoint's)")
+    parser.add_argument('--crop-pct', type=in_range(float, 0, 1, above=True), metavar='SHARE',
+                        help="share of an image's short side that is kept (default: the checkpoint's)")
+    add_weights_flag(parser)
+    parser.add_argument('--device', help='default: cuda if available')
+
+
 def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) -> None:
     """Add the flags that train.py and detection.py share, in the group 'run'."""
     g = parser.add_argument_group('run')

@@ -30,7 +30,8 @@ from weights import best_of_run, read, read_file
 logger = logging.getLogger(__name__)
 
 LOG, CONFIG = 'log.txt', 'config.yaml'
-DESCRIPTION = 'format', 'model_args', 'detector', 'args', 'classes', 'epoch'  # keys that best checkpoints keep
+# Keys that best checkpoints keep.
+DESCRIPTION = 'format', 'model_args', 'detector', 'args', 'classes', 'training_images', 'epoch'
 METRICS = 'acc1', 'box_ap'  # train.py and detection.py choose the best checkpoint by these scores.
 # Flags of one launch, which config.yaml leaves out. The output folder is the folder of the file.
 UNSAVED_FLAGS = 'config', 'eval', 'local_rank', 'output_dir', 'overwrite', 'resume', 'stopped_file', 'throughput'

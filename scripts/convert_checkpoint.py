@@ -3,7 +3,8 @@
 Convert weights of any origin: .pth of this project or of the authors' release, safetensors, MindSpore's .ckpt, or the
 name of a model with published weights. --format, or else the extension of OUT, chooses the output:
 
-    dir          a folder of safetensors and config.json, for timm.create_model('local-dir:digits_cmt', pretrained=True)
+    dir          a folder of safetensors, config.json, a model card (README.md) and cmt.py, for the Hugging Face Hub
+                 and timm.create_model('local-dir:digits_cmt', pretrained=True)
     safetensors  only the weights, under this project's names
     pth          torch.save of the weights, with class names and epoch, for --eval, --finetune and every script
     released     like pth, under the names of the authors' code
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import _path
-from errors import UsageError
+from errors import UsageError, first_line, printable
 from options import Parser, add_weights_flag
 
 
@@ -33,6 +34,10 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help='default: by the extension of OUT, .pth or .safetensors, else dir')
     add_weights_flag(parser)
     parser.add_argument('--model', help='name of the model, checked against the file')
+    parser.add_argument('--license', metavar='ID', help='license of the weights for the model card, such as mit '
+                        '(default: apache-2.0 if they come from the released weights)')
+    parser.add_argument('--push-to-hub', metavar='USER/NAME',
+                        help='upload the folder to the Hugging Face Hub; a new repository is public')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
 
@@ -40,15 +45,18 @@ def get_args_parser() -> argparse.ArgumentParser:
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from timm.models._hub import save_config_for_hf
 
 import cmt
 import utils
-from checkpoints import FORMAT, check_output
+from checkpoints import FORMAT, check_output, is_own
 from system import atomic_write
-from weights import Weights, build_model, create_cmt, read_weights
+from weights import Weights, best_of_run, build_model, create_cmt, read
 
 logger = logging.getLogger(__name__)
+
+FILES = 'model.safetensors', 'config.json', 'README.md', 'cmt.py'  # of a converted folder
 
 
 def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
@@ -63,7 +71,32 @@ def write_safetensors(path: Path, model: cmt.CMT) -> None:
     write(path, lambda file: file.write(content))
 
 
-def write_folder(folder: Path, model: cmt.CMT, weights: Weights) -> None:
+def model_card(title: str, source: str, model: cmt.CMT, weights: Weights, checkpoint: dict[str, Any],
+               license_id: str | None) -> str:
+    """Return the README.md of a converted folder; `source` is the name by which timm finds the folder."""
+    run = checkpoint if is_own(checkpoint) else {'args': {}}  # Other tools write anything under these keys.
+    args, accuracy, is_published = run['args'], run.get('acc1'), not is_file(weights)
+    origin, names = args.get('finetune') or '', weights.class_names(model)
+    if license_id is None and (is_published or timm.is_model(origin)):
+        license_id = 'apache-2.0'
+    data = 'ImageNet-1k' if is_published else Path(args.get('data_path') or args.get('data_set', '')).name
+    scores = None if accuracy is None else [
+        EvalResult('image-classification', 'imagefolder', data, 'accuracy', round(accuracy / 100, 6))]
+    header = ModelCardData(license=license_id, library_name='timm', pipeline_tag='image-classification',
+                           tags=['timm', 'cmt'], model_name=title, eval_results=scores)
+    return str(ModelCard.from_template(
+        header, template_path=str(_path.ROOT / 'scripts' / 'model_card.md'), title=title, source=source, model=model,
+        name=weights.name, parameters=sum(p.numel() for p in model.parameters()), crop_pct=weights.crop_pct,
+        data=data, images=run.get('training_images'), origin=Path(origin).name, accuracy=accuracy,
+        file=None if is_published else Path(weights.file).name, classes=names and list(map(printable, names))))
+
+
+def is_file(weights: Weights) -> bool:
+    """Return whether weights come from a file or folder, and are not those that timm describes as published."""
+    return Path(weights.file).exists() or ':' in weights.file
+
+
+def write_folder(folder: Path, model: cmt.CMT, weights: Weights, card: str) -> None:
     """Write a folder that timm opens as 'local-dir:FOLDER'."""
     name = weights.name if timm.is_model(weights.name or '') else 'cmt_s'  # The arguments below decide.
     model_args = {key: value for key, value in model.model_args.items() if not key.endswith('_rate')}
@@ -76,10 +109,19 @@ def write_folder(folder: Path, model: cmt.CMT, weights: Weights) -> None:
                            data_config={'crop_pct': weights.crop_pct})
         content = json.loads(config.read_text('utf-8'))
     content['model_args'].pop('num_classes', None)  # transformers passes its own in addition to these.
-    if Path(weights.file).exists() or ':' in weights.file:  # These are not the published weights that timm describes.
+    if is_file(weights):
         for key in ('tag', 'license', 'origin_url'):
             content['pretrained_cfg'].pop(key, None)
     write(folder / 'config.json', lambda file: file.write(json.dumps(content, indent=2).encode()))
+    write(folder / 'README.md', lambda file: file.write(card.encode()))
+    write(folder / 'cmt.py', lambda file: file.write(Path(cmt.__file__).read_bytes()))
+
+
+def call_hub(method: Callable, repo_id: str, **kwargs) -> Any:
+    try:
+        return method(repo_id=repo_id, **kwargs)
+    except Exception as error:  # Hub clients raise anything.
+        raise UsageError(f'--push-to-hub {repo_id}: {first_line(error)} (hf auth login)') from None
 
 
 def write_checkpoint(path: Path, model: cmt.CMT, weights: Weights, is_released: bool) -> None:
@@ -100,14 +142,25 @@ def main(argv: list[str] | None = None) -> None:
     output_format = args.format or {'.pth': 'pth', '.safetensors': 'safetensors'}.get(args.output.suffix, 'dir')
     with parser.usage_errors():
         check_output(args.output, args.source, args.overwrite)
-        weights = read_weights(args.source, args.model_ema)
+        if args.push_to_hub and output_format != 'dir':
+            raise UsageError(f'--push-to-hub uploads a folder, and {args.output} would be a file')
+        checkpoint = read(file := best_of_run(args.source, args.model_ema))
+        weights = Weights.from_checkpoint(checkpoint, file, args.model_ema)
         dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
         model = build_model(weights, args.model, dtype=torch.float64)  # Other precisions pass through it unchanged.
         model.to(max(dtypes, key=lambda dtype: dtype.itemsize))
         if output_format == 'released' and not model.model_args['position_bias']:
             raise UsageError("weights without position bias (MindCV's form) do not fit the authors' code")
         if output_format == 'dir':
-            write_folder(args.output, model, weights)
+            hub = args.push_to_hub and call_hub(HfApi().create_repo, args.push_to_hub, exist_ok=True).repo_id
+            title = args.output.resolve().name
+            card = model_card(title, f'hf-hub:{hub}' if hub else f'local-dir:{title}', model, weights, checkpoint,
+                              args.license)
+            write_folder(args.output, model, weights, card)
+            if hub:
+                logger.info('uploaded to %s', call_hub(
+                    HfApi().upload_folder, hub, folder_path=args.output, allow_patterns=FILES,
+                    commit_message='Upload CMT weights'))
         elif output_format == 'safetensors':
             write_safetensors(args.output, model)
         else:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import _path
-from errors import UsageError, first_line, one_line, printable
-from options import Parser, add_weights_flag, image_size, in_range, output_file, path, positive
+from errors import UsageError, printable
+from options import Parser, add_classifier_flags, output_file, positive
 
 MAX_ON_SHEET = 120  # images
 
@@ -28,40 +28,30 @@ MAX_ON_SHEET = 120  # images
 @_path.parse_first
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__.split('\n', 2)[2], formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('model', metavar='CKPT|MODEL',
-                        help='a checkpoint, a converted folder, or a name with published weights')
+    add_classifier_flags(parser)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder or -')
     parser.add_argument('--top', type=positive, default=5, metavar='K',
                         help='predictions for each image (default: %(default)s)')
     output = parser.add_mutually_exclusive_group()
     output.add_argument('--json', action='store_true', help='print JSON')
     output.add_argument('--csv', action='store_true', help='print CSV')
-    parser.add_argument('--class-names', type=path, metavar='FILE', help='names of the classes, one a line')
     parser.add_argument('--picture', type=output_file, metavar='OUT.png',
                         help=f'draw a sheet of the first {MAX_ON_SHEET} images')
     parser.add_argument('--features', type=output_file, metavar='OUT.npz',
                         help="write the images' names, labels (-1 if unknown) and features before the classifier")
-    parser.add_argument('--input-size', type=image_size, metavar='N', help="pixels (default: the checkpoint's)")
-    parser.add_argument('--crop-pct', type=in_range(float, 0, 1, above=True), metavar='SHARE',
-                        help="share of an image's short side that is kept (default: the checkpoint's)")
-    add_weights_flag(parser)
     parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='default: %(default)s')
-    parser.add_argument('--device', help='default: cuda if available')
     return parser
 
 
 import numpy as np
 import torch
 import torch.nn as nn
-from timm.data import resolve_model_data_config
-from torchvision.transforms.functional import normalize, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
-from evaluation import IMAGENET, class_words, grad_cam
+from evaluation import grad_cam, load_classifier, read_images
 from reports import check_extension, draw_sheet, save, to_csv
-from sources import EXTENSIONS, HEIF, IGNORED, is_image, log_left_out, open_image, walk
+from sources import IGNORED, is_image, log_left_out, walk
 from system import atomic_write
-from transforms import build_transform
-from weights import build_model, read_weights
 
 
 def find_images(arguments: list[str]) -> list[tuple[str, str | bytes, tuple[str, ...]]]:
@@ -86,64 +76,6 @@ def find_images(arguments: list[str]) -> list[tuple[str, str | bytes, tuple[str,
     return images
 
 
-def read_images(
-        images: list[tuple[str, str | bytes, int]], model: nn.Module) -> tuple[list, torch.Tensor, torch.Tensor]:
-    """Read (name, path or encoded image, label) of images for `model`, and report those that cannot be read.
-
-    Returns:
-        The entries of `images` that were read, their pixels (B, 3, size, size), uint8, and the normalized pixels.
-    """
-    config, read, pixels = resolve_model_data_config(model), [], [torch.empty(0, 3, *model.img_size, dtype=torch.uint8)]
-    transform = build_transform(False, model.img_size[0], crop_pct=config['crop_pct'])
-    for name, content, label in images:
-        try:
-            image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
-        except Exception as error:  # Pillow's plugins raise anything on damaged files
-            reason = getattr(error, 'strerror', None) or one_line(error)
-            if name.lower().endswith(HEIF) and not name.lower().endswith(EXTENSIONS):
-                reason += ': pip install pillow-heif'
-            print(f'cannot read {printable(name)} ({reason})', file=sys.stderr)
-        else:
-            read.append((name, content, label))
-            pixels.append(transform(image)[None])
-    pixels = torch.cat(pixels)
-    inputs = pixels.to(next(model.parameters()).device).float().div_(255)
-    return read, pixels, normalize(inputs, config['mean'], config['std'])
-
-
-def read_names(file: str) -> list[str]:
-    """Read class names, one a line, in the order of their index."""
-    try:
-        return [line.strip() for line in Path(file).read_text('utf-8-sig').splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UsageError(f'--class-names {file}: {error}') from None
-
-
-def load(args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, int]]:
-    """Return the model on its device, its classes in words, and their indices by the names that folders may have."""
-    weights = read_weights(args.model, use_ema=args.model_ema)
-    model = build_model(weights, **({'img_size': args.input_size} if args.input_size else {}))
-    if weights.is_ema:
-        print('; '.join(["using the EMA (--no-model-ema uses the model's own weights)", *weights.notes]),
-              file=sys.stderr)
-    if args.crop_pct:
-        model.pretrained_cfg['crop_pct'] = args.crop_pct
-    if model.img_size[0] != model.img_size[1]:
-        raise UsageError(f'{args.model} takes images of {model.img_size}, but crops are square: set --input-size')
-    if model.num_classes == 0:
-        raise UsageError(f'{args.model} has no classifier')
-    saved, indices = weights.class_names(model), [str(i) for i in range(model.num_classes)]
-    folders = saved or (IMAGENET if model.num_classes == 1000 else [f'class {i}' for i in indices])
-    names = read_names(args.class_names) if args.class_names else class_words(folders)
-    if len(names) != model.num_classes:
-        raise UsageError(f'{args.class_names} has {len(names)} names, but the model has {model.num_classes} classes')
-    try:
-        model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f'--device {args.device}: {first_line(error)}') from None
-    return model, names, {name: i for n in (names, folders, () if saved else indices) for i, name in enumerate(n)}
-
-
 def predict(
         model: nn.Module, names: list[str], images: list[tuple[str, str | bytes, int]], k: int, batch_size: int
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str | bytes, int]], np.ndarray]:
@@ -151,7 +83,7 @@ def predict(
     results, read, features = [], [], []
     handle = model.head.register_forward_pre_hook(lambda head, inputs: features.append(inputs[0].float().cpu().numpy()))
     for i in range(0, len(images), batch_size):
-        batch, _, inputs = read_images(images[i:i + batch_size], model)
+        batch, _, inputs = read_images(images[i:i + batch_size], model, print_error)
         if not batch:
             continue
         with torch.no_grad():
@@ -163,6 +95,10 @@ def predict(
             results.append({'image': name, **truth, 'predictions': predictions})
     handle.remove()
     return results, read, np.concatenate(features) if features else np.zeros((0, model.num_features))
+
+
+def print_error(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def is_correct(result: dict[str, Any]) -> bool:
@@ -179,7 +115,7 @@ def write_sheet(
     order = sorted(range(len(images)), key=rank)[:MAX_ON_SHEET]
     entries = []
     for i in range(0, len(order), batch_size):
-        _, pixels, inputs = read_images([images[j] for j in order[i:i + batch_size]], model)
+        _, pixels, inputs = read_images([images[j] for j in order[i:i + batch_size]], model, print_error)
         cams = grad_cam(model, inputs)
         entries += [{**results[j], 'name': results[j]['image'], 'truth': results[j].get('label'),
                      'image': to_pil_image(image), 'cam': cam.cpu().numpy()}
@@ -208,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.picture:
             check_extension(args.picture)
         images = find_images(args.images)
-        model, names, index = load(args)
+        model, names, index = load_classifier(args)
 
     images = [(name, content, next((index[folder] for folder in folders if folder in index), -1))
               for name, content, folders in images]

@@ -12,7 +12,7 @@ MAY_IMPORT = {
     'utils': 'processes launch system', 'loader': 'samplers system', 'datasets': 'published sources system',
     'published': 'sources',
     'engine': 'utils processes precision', 'checkpoints': 'system', 'weights': 'cmt mindspore checkpoints',
-    'evaluation': 'engine processes reports samplers system utils',
+    'evaluation': 'engine processes reports samplers sources system transforms utils weights',
     'run': 'checkpoints weights utils processes system', 'hubconf': 'cmt',
 }
 ROOMS = {path.stem for path in ROOT.glob('*.py')}

@@ -1,0 +1,104 @@
+"""scripts/demo.py: the page in a browser. `pytest -m soak` needs gradio, playwright and a Chromium."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import demo
+import nano
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Lay out a model of three classes, two of one name, photos, and files that are not."""
+    model = nano.warm(num_classes=3)
+    torch.save({'format': 1, 'model': model.state_dict(), 'model_args': model.model_args, 'args': {},
+                'classes': ['cat', 'eel', 'cat']}, tmp_path / 'ckpt.pth')
+    generator = np.random.default_rng(0)
+    for i in range(6):
+        pixels = generator.integers(0, 256, (9, 12, 3), np.uint8)
+        Image.fromarray(pixels).resize((400, 300)).save(tmp_path / f'{i}.jpg')
+    Image.fromarray(generator.integers(0, 2 ** 16, (80, 100), np.uint16)).save(tmp_path / '16bit.png')
+    Image.new('RGB', (1, 1), 'red').save(tmp_path / 'pixel.png')
+    Image.new('RGB', (60, 60)).save(tmp_path / 'file.eps')
+    (tmp_path / 'file.eps').rename(tmp_path / 'eps.jpg')
+    (tmp_path / 'text.txt').write_text('no photo')
+    (tmp_path / 'text.jpg').write_text('no photo')
+    (tmp_path / 'phone.heic').write_bytes(b'\0\0\0\x18ftypheic' + bytes(range(256)))
+    (tmp_path / 'large.jpg').write_bytes(os.urandom(50 * 2 ** 20))
+    return tmp_path
+
+
+def test_mistakes_start_no_server(photos, mistake, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    assert 'pip install gradio' in mistake(demo, 'ckpt.pth')
+
+
+@pytest.mark.soak
+def test_a_browser_sees_the_classes_of_predict(photos):
+    pytest.importorskip('gradio')
+    playwright = pytest.importorskip('playwright.sync_api')
+    browser = shutil.which('chromium') or pytest.skip('needs chromium')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    names = sorted(f'{i}.jpg' for i in range(6))
+    done = subprocess.run([sys.executable, ROOT / 'scripts/predict.py', 'ckpt.pth', *names, '--json'], cwd=photos,
+                          env=environment, capture_output=True, text=True, check=True)
+    tops = {result['image']: result['predictions'][0] for result in json.loads(done.stdout)}
+    expected = {name: f'cat ({top["index"]})' if top['index'] != 1 else 'eel' for name, top in tops.items()}
+    assert len(set(expected.values())) > 1
+
+    server = subprocess.Popen([sys.executable, ROOT / 'scripts/demo.py', 'ckpt.pth', '--examples', '.', '--port',
+                               str(port)], cwd=photos, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert f'127.0.0.1:{port}' in server.stdout.readline()
+        with playwright.sync_playwright() as manager:
+            page = manager.chromium.launch(executable_path=browser, args=['--no-sandbox']).new_page()
+            requests = []
+            page.on('request', lambda request: requests.append(request.url))
+            page.goto(f'http://127.0.0.1:{port}')
+
+            def upload(name, line, shown=None):
+                """Upload a file, and wait for a line with these words and for the first class, None for none."""
+                if page.get_by_label('Clear').count():
+                    page.get_by_label('Clear').first.click()
+                    page.get_by_text('Click to Upload').wait_for()
+                page.set_input_files('input[type=file]', str(photos / name))
+                text = f'() => [document.body.innerText, document.querySelector("textarea").value].join().includes({line!r})'
+                page.wait_for_function(text)
+                if shown is not None:
+                    page.wait_for_function(f'() => document.querySelector("h2")?.innerText.trim() == {shown!r}')
+                    assert page.locator('img').count() > 1
+                else:
+                    assert not page.locator('h2').count()
+
+            for name in names:
+                upload(name, name, expected[name])
+            for name, line in {'text.jpg': 'not an image', 'text.txt': 'Invalid file type', 'eps.jpg': 'not an image',
+                               'phone.heic': 'pillow-heif', 'large.jpg': 'exceed the maximum'}.items():
+                upload(name, line)
+            for name in ('16bit.png', 'pixel.png'):
+                page.get_by_label('Clear').count() and page.get_by_label('Clear').first.click()
+                page.set_input_files('input[type=file]', str(photos / name))
+                page.wait_for_function(f'() => document.querySelector("textarea").value.startsWith({name!r})')
+            upload(names[0], names[0], expected[names[0]])
+            assert all(url.startswith((f'http://127.0.0.1:{port}/', 'data:', 'blob:')) for url in requests)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0
+    finally:
+        server.kill()
+        server.stdout.close()
