@@ -52,7 +52,9 @@ def build_transform(
         input_size, is_training=True, color_jitter=color_jitter, auto_augment=auto_augment,
         interpolation=interpolation, hflip=hflip, scale=scale, ratio=ratio, normalize=False)
     if input_size <= SMALL:
-        transform.transforms[0:1] = [_resize_and_crop(input_size), tv_transforms.RandomCrop(input_size, padding=4)]
+        transform.transforms[0] = tv_transforms.Compose([  # An image of this size is only cropped.
+            tv_transforms.Resize(input_size, tv_transforms.InterpolationMode.BICUBIC),
+            tv_transforms.CenterCrop(input_size), tv_transforms.RandomCrop(input_size, padding=4)])
     return transform
 
 
@@ -67,9 +69,3 @@ def check_policy(name: str) -> None:
         kind(name, {})
     except (AssertionError, ValueError) as error:
         raise UsageError(f'--aa {name}: {first_line(error)}; give one such as rand-m9-mstd0.5-inc1 or none') from None
-
-
-def _resize_and_crop(size: int) -> Callable:
-    """Return a transform to size x size that leaves an image of that size as it is."""
-    return tv_transforms.Compose([
-        tv_transforms.Resize(size, tv_transforms.InterpolationMode.BICUBIC), tv_transforms.CenterCrop(size)])
