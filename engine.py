@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 from errors import TrainingFault
 from precision import ApexScaler, NativeScaler
-from processes import all_reduce_, get_rank, get_world_size
+from processes import all_reduce_, gather_from_ranks, get_rank, get_world_size
 from utils import Progress
 
 MAX_OVERFLOWS = 50  # When so many halvings in a row do not help, the loss is at fault, not its scale.
@@ -113,11 +113,7 @@ class Meters:
 
     def gather(self) -> list[list[float]]:
         """Return the sums of each rank, in the order of ranks; a host sync."""
-        if not dist.is_initialized():
-            return [self.sums.tolist()]
-        ranks = [torch.empty_like(self.sums) for _ in range(dist.get_world_size())]
-        dist.all_gather(ranks, self.sums)
-        return [sums.tolist() for sums in ranks]
+        return gather_from_ranks(self.sums.tolist())
 
 
 @dataclass
