@@ -312,18 +312,12 @@ def evaluate(
 def throughput(model: nn.Module, images: torch.Tensor, autocast: Callable, warmup: int = 50, runs: int = 30) -> float:
     """Return images per second of forward passes over one prepared batch, mean of `runs` after `warmup`."""
     model.eval()
+    synchronize = torch.get_device_module(images.device).synchronize  # torch.cpu's does nothing.
     with torch.inference_mode(), autocast():
         for i in range(warmup + runs):
             if i == warmup:
-                _synchronize(images.device)
+                synchronize()
                 began = time.monotonic()
             model(images)
-        _synchronize(images.device)
+        synchronize()
     return runs * len(images) / (time.monotonic() - began)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    elif device.type == 'mps':
-        torch.mps.synchronize()
