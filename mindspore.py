@@ -47,17 +47,11 @@ def _fields(data: int | memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 def _tensor(message: memoryview) -> tuple[list[int], str, memoryview]:
     """Return (dims, type, content) of a Tensor message. In proto2, dims are not packed."""
-    dims, kind, content = [], b'Float32', memoryview(b'')
-    for number, item in _fields(message):
-        if isinstance(item, int) != (number == 1):
-            raise _Damaged
-        if number == 1:
-            dims.append(item)
-        elif number == 2:
-            kind = item
-        elif number == 3:
-            content = item
-    return dims, bytes(kind).decode(errors='replace'), content
+    fields = list(_fields(message))
+    if any(isinstance(item, int) != (number == 1) for number, item in fields):
+        raise _Damaged
+    last = {2: b'Float32', 3: b'', **dict(fields)}
+    return [item for number, item in fields if number == 1], bytes(last[2]).decode(errors='replace'), last[3]
 
 
 def to_torch(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
