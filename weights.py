@@ -323,14 +323,9 @@ def _ratio(dim: int, hidden: int) -> float:
 
 def variant_of(model_args: dict[str, Any]) -> str | None:
     """Return the name of the published model that these arguments make, if any."""
-    def is_equal(values: dict[str, Any], key: str) -> bool:
-        return _as_tuple(model_args.get(key)) == values[key]
-
-    if not all(is_equal(SHARED, key) for key in SHARED):
-        return None
-    keys = 'stem_chs', 'embed_dims', 'depths'
-    return next((name for name, variant in cmt.MODELS.items()
-                 if all(is_equal(variant.model_args, key) for key in keys)), None)
+    keys = *SHARED, 'stem_chs', 'embed_dims', 'depths'
+    return next((name for name, variant in cmt.MODELS.items() if all(
+        _as_tuple(model_args.get(key)) == {**SHARED, **variant.model_args}[key] for key in keys)), None)
 
 
 def _as_tuple(value: Any) -> Any:
