@@ -55,27 +55,23 @@ def profile(name: str, input_size: int | None = None) -> dict[str, Any]:
             'params': sum(row['params'] for row in rows), 'stages': rows}
 
 
-def print_tables(results: list[dict[str, Any]], per_stage: bool) -> None:
-    """Print a row for each model, and with `per_stage` a table of each model's stages."""
+def main() -> None:
+    args = get_args_parser().parse_args()
+    names = [cmt.ALIASES.get(args.model, args.model)] if args.model else cmt.MODELS
+    results = [profile(name, args.input_size) for name in names]
     print(ROW.format('model', 'input', 'multiply-adds', 'parameters', 'paper: FLOPs', 'paper: top-1'))
     for r in results:
         variant = cmt.MODELS[r['model']]
         paper = (f'{variant.paper_gmacs} G', f'{variant.paper_top1} %')
         print(ROW.format(r['model'], r['input_size'], f"{r['macs'] / 1e9:.3f} G", f"{r['params']:,}",
                          *paper if r['input_size'] == variant.img_size else '--'))
-    for r in results if per_stage else []:
+    for r in results if args.per_stage else []:
         title = f"{r['model']} at {r['input_size']}"
         print('\n' + STAGE_ROW.format(title, 'multiply-adds', 'share', 'parameters', 'share'))
         for stage in r['stages']:
             print(STAGE_ROW.format(
                 stage['name'], f"{stage['macs'] / 1e9:.3f} G", f"{stage['macs'] / r['macs']:.1%}",
                 f"{stage['params']:,}", f"{stage['params'] / r['params']:.1%}"))
-
-
-def main() -> None:
-    args = get_args_parser().parse_args()
-    names = [cmt.ALIASES.get(args.model, args.model)] if args.model else cmt.MODELS
-    print_tables([profile(name, args.input_size) for name in names], args.per_stage)
 
 
 if __name__ == '__main__':
