@@ -515,7 +515,9 @@ def open_output(run: Run, initial: InitialState) -> None:
     if run.writer is not None and initial.checkpoint is None:
         run.train_step.preprocess.on_first_batch = functools.partial(save_first_batch, run)
     if run.writer is not None and run.args.profile:
-        run.profiler = utils.build_profiler(run.args.profile, run.writer.folder / 'trace.json')
+        run.profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(skip_first=2, wait=0, warmup=2, active=run.args.profile, repeat=1),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(run.writer.folder / 'trace.json')))
         run.profiler.start()
 
 

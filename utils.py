@@ -128,13 +128,6 @@ def wandb_tracker(folder: Path, settings: dict[str, Any], run_id: str) -> Callab
     return lambda record: run.log(record, step=record['epoch'])
 
 
-def build_profiler(steps: int, path: Path) -> torch.profiler.profile:
-    """Build a profiler that writes a Chrome trace of `steps` steps to `path`, after four steps that warm up."""
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(skip_first=2, wait=0, warmup=2, active=steps, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
-
-
 class Progress:
     """Show the progress of an epoch: a live bar on a terminal, else a line every `every` steps.
 
