@@ -475,8 +475,14 @@ def build_run(
     if args.compile:
         model = torch.compile(model)
 
+    mixup = Mixup(
+        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+        num_classes=len(val_set.classes)) if has_mixup else None
+    erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) \
+        if args.reprob > 0 else None
     train_step = TrainStep(
-        model, criterion, optimizer, build_preprocessor(args, has_mixup, len(val_set.classes), device), scaler,
+        model, criterion, optimizer, Preprocessor(device, mixup, erasing), scaler,
         autocast_to(dtype, device), ema=(ema, core) if ema else None, clip_grad=args.clip_grad,
         clip_mode=args.clip_mode, skip_nonfinite=args.on_nonfinite == 'skip', seed=args.seed, rank=rank,
         teacher=teacher, frozen=frozen_modules(core, args.freeze_stages), updates_per_epoch=sampler.updates)
@@ -493,18 +499,6 @@ def build_run(
 def learning_rate(args: argparse.Namespace, sampler: TrainSampler) -> float:
     """Return the learning rate for the global batch; --lr is for 512 images."""
     return args.lr * sampler.samples_per_update / 512
-
-
-def build_preprocessor(
-        args: argparse.Namespace, has_mixup: bool, num_classes: int, device: torch.device) -> Preprocessor:
-    """Build the preprocessing of a training batch on the device: normalize, erase, mix."""
-    mixup = Mixup(
-        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
-        num_classes=num_classes) if has_mixup else None
-    erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device) \
-        if args.reprob > 0 else None
-    return Preprocessor(device, mixup, erasing)
 
 
 # Output
