@@ -22,7 +22,7 @@ from engine import Preprocessor, evaluate
 from errors import TrainingFault, UsageError, first_line, one_line, printable
 from samplers import eval_indices
 from sources import EXTENSIONS, HEIF, open_image
-from system import atomic_write
+from system import write_file
 from transforms import build_transform
 from utils import Progress
 from weights import build_model, read_weights
@@ -231,8 +231,7 @@ def write_report(folder: Path, dataset: Dataset, columns: list[np.ndarray], vali
         logger.info(line)
     rows = reports.per_class(predictions, valid, matrix)
     for name, table in (('predictions.csv', predictions.rows()), ('per_class.csv', rows)):
-        with atomic_write(folder / name) as file:
-            file.write(reports.to_csv(table).encode('utf-8', 'surrogateescape'))
+        write_file(folder / name, reports.to_csv(table).encode('utf-8', 'surrogateescape'))
     reports.save(reports.draw_confusion(matrix, words), folder / 'confusion.png')
     mistakes = predictions.mistakes()
     (folder / 'mistakes.jpg').unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from errors import UsageError, printable
-from system import atomic_write
+from system import write_file
 
 # Class names and file names may have characters that the font lacks; the figure shows boxes for them.
 warnings.filterwarnings('ignore', 'Glyph .* missing')
@@ -67,8 +67,7 @@ def save(figure: Figure, path: Path) -> None:
     # Level 4 takes half the time of the default, 6, for files 2 % larger.
     options = {'pil_kwargs': {'compress_level': 4}} if extension == 'png' else {}
     figure.savefig(content := io.BytesIO(), format=extension, dpi='figure', **options)
-    with atomic_write(path) as file:
-        file.write(content.getvalue())  # Pillow would write a JPEG itself, and ignore a full disk.
+    write_file(path, content.getvalue())  # Pillow would write a JPEG itself, and ignore a full disk.
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

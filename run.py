@@ -24,7 +24,7 @@ import utils
 from checkpoints import BEST, LAST, PREVIOUS, epoch_files
 from errors import TrainingFault, UsageError, printable
 from processes import usage_errors
-from system import atomic_write
+from system import atomic_write, write_file
 from weights import best_of_run, read, read_file
 
 logger = logging.getLogger(__name__)
@@ -146,8 +146,7 @@ def open_run(
         checkpoints.copy(source, folder / LAST)
     rewind(folder, epoch)
     if wandb_id is not None:
-        with atomic_write(wandb_file) as file:
-            file.write(wandb_id.encode())
+        write_file(wandb_file, wandb_id.encode())
     for name, prefix in BEST.items() if not is_in_folder(source, folder) else ():
         if f'{prefix}epoch' in best:
             checkpoints.copy(source.resolve().parent / name, folder / name)
@@ -173,8 +172,7 @@ def rewind(folder: Path, epoch: int) -> None:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             if json.loads(line)['epoch'] < epoch:
                 lines.append(line + '\n')
-    with atomic_write(path) as file:
-        file.write(''.join(lines).encode())
+    write_file(path, ''.join(lines).encode())
 
 
 # Writing

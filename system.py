@@ -165,6 +165,12 @@ def atomic_write(path: Path, previous: Path | None = None):
         raise
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a whole file by atomic_write."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
 def remove_temporary_files(folder: Path) -> None:
     """Remove what killed processes left in `folder`; call this under a lock."""
     for path in folder.glob('.cmt-????????????????.tmp'):

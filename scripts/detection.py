@@ -130,7 +130,7 @@ from processes import usage_errors
 from run import RunWriter, check_written, find_checkpoint, open_run, setup_process
 from samplers import TrainSampler
 from sources import open_image
-from system import atomic_write
+from system import atomic_write, write_file
 from utils import Progress
 from weights import build_model, create_cmt, read_weights
 
@@ -313,8 +313,7 @@ def write_shapes(folder: Path, train: int = 320, val: int = 64, size: int = 128,
                 annotations.append({'id': len(annotations) + 1, 'image_id': i, 'iscrowd': 0, **shape})
         content = {'images': images, 'annotations': annotations, 'categories': categories}
         (folder / 'annotations').mkdir(exist_ok=True)
-        with atomic_write(folder / 'annotations' / f'instances_{split}.json') as out:
-            out.write(json.dumps(content).encode())
+        write_file(folder / 'annotations' / f'instances_{split}.json', json.dumps(content).encode())
 
 
 def draw_shapes(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[dict[str, Any]]]:
@@ -538,8 +537,7 @@ def evaluate(
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             for kind, detections in results.items():
-                with atomic_write(folder / f'detections_{kind}.json') as file:
-                    file.write(json.dumps(detections).encode())
+                write_file(folder / f'detections_{kind}.json', json.dumps(detections).encode())
             with atomic_write(folder / 'detections.png') as file:
                 draw(core, val, device).save(file, 'PNG')
     return processes.gather_from_ranks(scores)[0]

@@ -70,7 +70,7 @@ from checkpoints import check_output
 from datasets import build_dataset, drop_damaged, has_split
 from evaluation import IMAGENET
 from sources import EncodedImages, Samples, is_image, log_left_out, walk
-from system import atomic_write
+from system import write_file
 from transforms import build_transform
 from weights import build_model, read_weights
 
@@ -275,8 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.eval_data is not None and not before - after <= args.max_accuracy_loss:
             raise UsageError(f'no file written: its accuracy is {after:.3f} %, that of the model {before:.3f} %: give '
                              'more calibration images, or a larger --max-accuracy-loss')
-        with atomic_write(args.output) as file:
-            file.write(content)
+        write_file(args.output, content)
     origin = f' ({"; ".join(["EMA", *weights.notes])})' if weights.is_ema else ''
     size = 'any size' if args.dynamic_img_size else f'{height}x{width}'
     print(f'{args.output}: {name}{origin} at {size}, {model.num_classes} classes, {len(content) / 1e6:.1f} MB; largest '

@@ -24,7 +24,7 @@ from pathlib import Path
 import _path
 from errors import TrainingFault, UnreadableImage, UsageError, one_line, printable
 from options import Parser, count, in_range, path, positive
-from system import atomic_write, cores, lock_file, remove_temporary_files, sync_folder
+from system import atomic_write, cores, lock_file, remove_temporary_files, sync_folder, write_file
 
 
 @_path.parse_first
@@ -161,11 +161,6 @@ def divide(images: EncodedImages, split: str, most: int) -> dict[str, list[int]]
     return {f'{split}-{i:06d}.tar': indices for i, indices in enumerate(tars)}
 
 
-def write(path: Path, data: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(data)
-
-
 def write_tar(tar: Path, split: str, images: EncodedImages, names: list[str], samples: Iterable,
               progress: utils.Progress) -> dict:
     """Write a tar of (index, sample of the Encoder) pairs, read it back as training does, and return a record of it.
@@ -206,7 +201,7 @@ def write_split(folder: Path, split: str, images: EncodedImages, names: list[str
                       f'most {short_side} pixels' if short_side else 'copied byte for byte (see --resize-val)')
     if names[0].count('/') == 1 and not images.has_labels:  # published validation images, without class folders
         for place in work, folder:
-            write(place / DEVKIT, find_devkit(Path(images.root(0))).read_bytes())
+            write_file(place / DEVKIT, find_devkit(Path(images.root(0))).read_bytes())
     tars = divide(images, split, args.images_per_tar)
     for tar in folder.glob(f'{split}-*.tar'):
         record = json.loads((work / f'{tar.name}.json').read_text('utf-8'))
@@ -225,7 +220,7 @@ def write_split(folder: Path, split: str, images: EncodedImages, names: list[str
     for tar, indices in tars.items():
         if tar not in complete:
             record = write_tar(work / tar, split, images, names, zip(indices, encoded), progress)
-            write(work / f'{tar}.json', json.dumps(record).encode())
+            write_file(work / f'{tar}.json', json.dumps(record).encode())
             for file in [*work.glob(f'.{tar}.index.npz'), work / tar]:  # training reads the index too
                 os.replace(file, folder / file.name)
             sync_folder(folder)
@@ -268,7 +263,7 @@ def main(args: argparse.Namespace) -> None:
             lock = lock_file(folder / '.work' / 'lock')
         for place in folder, folder / '.work':
             remove_temporary_files(place)
-        write(file, settings.encode())
+        write_file(file, settings.encode())
         left_out = sum(write_split(folder, split, images, names[split], args) for split, images in splits.items())
         lock.close()  # Windows renames no folder with an open file.
         folder.rename(dst)
