@@ -47,7 +47,13 @@ def build_transform(
     for name in ('Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'):
         augment.NAME_TO_OP[name] = _posterize
     if auto_augment:
-        check_policy(auto_augment)
+        kinds = {'rand': augment.rand_augment_transform, 'augmix': augment.augment_and_mix_transform}
+        kind = next((kinds[name] for name in kinds if auto_augment.startswith(name)), augment.auto_augment_transform)
+        try:  # create_transform raises the same errors, but this would also hide bugs in other transforms.
+            kind(auto_augment, {})
+        except (AssertionError, ValueError) as error:
+            raise UsageError(f'--aa {auto_augment}: {first_line(error)}; give one such as rand-m9-mstd0.5-inc1 or '
+                             'none') from None
     transform = create_transform(
         input_size, is_training=True, color_jitter=color_jitter, auto_augment=auto_augment,
         interpolation=interpolation, hflip=hflip, scale=scale, ratio=ratio, normalize=False)
@@ -56,16 +62,3 @@ def build_transform(
             tv_transforms.Resize(input_size, tv_transforms.InterpolationMode.BICUBIC),
             tv_transforms.CenterCrop(input_size), tv_transforms.RandomCrop(input_size, padding=4)])
     return transform
-
-
-def check_policy(name: str) -> None:
-    """Raise UsageError if timm has no augmentation policy of this name.
-
-    create_transform raises the same errors, but would also hide bugs in the constructors of transforms.
-    """
-    kinds = {'rand': augment.rand_augment_transform, 'augmix': augment.augment_and_mix_transform}
-    kind = next((kinds[prefix] for prefix in kinds if name.startswith(prefix)), augment.auto_augment_transform)
-    try:
-        kind(name, {})
-    except (AssertionError, ValueError) as error:
-        raise UsageError(f'--aa {name}: {first_line(error)}; give one such as rand-m9-mstd0.5-inc1 or none') from None
