@@ -222,10 +222,11 @@ def write_report(folder: Path, dataset: Dataset, columns: list[np.ndarray], vali
 
     `columns` are score's for `model` and the uint8 images (3, H, W) of `dataset`; `valid` lists the scored classes.
     """
+    from sklearn.metrics import confusion_matrix  # takes a second to import
     samples, names = getattr(dataset, 'samples', None), list(map(str, dataset.classes))
     paths = [samples[i][0] if samples else f'image {i}' for i in range(len(dataset))]
     predictions = reports.Predictions(paths, names, class_words(names), *columns)
-    matrix = reports.count_confusions(predictions, valid)
+    matrix = confusion_matrix(predictions.targets, predictions.classes[:, 0], labels=valid)
     words = [predictions.words[i] for i in valid]
     for line in reports.summarize(matrix, words):
         logger.info(line)

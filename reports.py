@@ -275,14 +275,8 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def count_confusions(predictions: Predictions, valid: list[int]) -> np.ndarray:
-    """Count the images of each class (row) that are predicted as each class (column), among the classes `valid`."""
-    from sklearn.metrics import confusion_matrix  # takes a second to import
-    return confusion_matrix(predictions.targets, predictions.classes[:, 0], labels=valid)
-
-
 def per_class(predictions: Predictions, valid: list[int], matrix: np.ndarray) -> list[dict[str, Any]]:
-    """Return the rows of per_class.csv, one for each class in `valid`; `matrix` is their count_confusions.
+    """Return the rows of per_class.csv, one for each class in `valid`; `matrix` is their confusion matrix.
 
     Precision, recall and F1 are scikit-learn's, 0 where they are not defined. The accuracy of a class is its recall.
     """
