@@ -27,19 +27,22 @@ PREFETCH = 2  # batches that each worker keeps ready, torch's default
 SHARED_MEMORY = Path('/dev/shm')  # Linux
 
 
-class SeededDataset(Dataset):
-    """Read training samples by (index, seed): a sample's augmentation depends only on the seed.
-
-    timm and torchvision draw from `random`, NumPy and torch, so each sample seeds all three. torch is seeded on the CPU
-    alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An unreadable image is logged, and the
-    next image is read instead; ten in a row raise UnreadableImage.
-    """
+class _Wrapper(Dataset):
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+class SeededDataset(_Wrapper):
+    """Read training samples by (index, seed): a sample's augmentation depends only on the seed.
+
+    timm and torchvision draw from `random`, NumPy and torch, so each sample seeds all three. torch is seeded on the CPU
+    alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An unreadable image is logged, and the
+    next image is read instead; ten in a row raise UnreadableImage.
+    """
 
     def __getitem__(self, key: tuple[int, int]):
         index, seed = key
@@ -57,14 +60,8 @@ class SeededDataset(Dataset):
             f'{BAD_IMAGES_IN_A_ROW} images in a row could not be read, the last one {name}: check the training data')
 
 
-class ValidationDataset(Dataset):
+class ValidationDataset(_Wrapper):
     """Read validation samples; raise UnreadableImage, since the score without an image would be another."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int):
         try:
