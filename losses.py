@@ -63,12 +63,7 @@ class Teacher(nn.Module):
             IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, config['mean'], config['std']))
         self.register_buffer('scale', std / its_std)
         self.register_buffer('shift', (mean - its_mean) / its_std)
-        self.model = model.requires_grad_(False)
-        self.train(False)
-
-    def train(self, mode: bool = True) -> 'Teacher':
-        """Stay in eval mode."""
-        return super().train(False)
+        self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

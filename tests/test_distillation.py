@@ -52,7 +52,7 @@ class Recorder(nn.Module):
 
 def test_the_teacher_gets_its_normalisation_and_size():
     model = Recorder()
-    teacher = Teacher(model).train()
+    teacher = Teacher(model.train())
     pixels = torch.tensor([0.2, 0.6, 0.9]).view(1, 3, 1, 1).expand(2, 3, 16, 24)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     logits = teacher((pixels - mean) / std)
