@@ -30,24 +30,20 @@ def read_launch() -> Launch:
             sys.stderr.write(f'error: {name} is {value!r} in the environment, not a whole number: unset it\n')
             raise SystemExit(2) from None
 
-    def by_environment() -> Launch:
-        return Launch('torchrun', integer('LOCAL_RANK'), integer('RANK'), integer('WORLD_SIZE', 1),
-                      integer('LOCAL_WORLD_SIZE'))
-
-    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
-        return by_environment()
-    if 'OMPI_COMM_WORLD_SIZE' in os.environ:  # Open MPI
-        return Launch('mpirun', integer('OMPI_COMM_WORLD_LOCAL_RANK'), integer('OMPI_COMM_WORLD_RANK'),
-                      integer('OMPI_COMM_WORLD_SIZE'), integer('OMPI_COMM_WORLD_LOCAL_SIZE'))
-    if 'MPI_LOCALRANKID' in os.environ:  # MPICH, and Intel MPI, which is based on it
-        return Launch('mpirun', integer('MPI_LOCALRANKID'), integer('PMI_RANK'), integer('PMI_SIZE', 1),
-                      integer('MPI_LOCALNRANKS'))
-    if 'SLURM_STEP_ID' in os.environ:  # Batch scripts and shells of salloc have SLURM's other variables too.
-        # The shell of an interactive step has the job's SLURM_NTASKS.
-        return Launch('srun', integer('SLURM_LOCALID'), integer('SLURM_PROCID'),
-                      integer('SLURM_STEP_NUM_TASKS', integer('SLURM_NTASKS', 1)))
-    # Scripts set some of torchrun's variables for srun and mpirun, which know the rest.
-    return by_environment() if {'LOCAL_RANK', 'RANK', 'WORLD_SIZE'} & set(os.environ) else Launch()
+    torchrun = {'LOCAL_RANK', 'RANK', 'WORLD_SIZE'} & set(os.environ)
+    if not {'RANK', 'WORLD_SIZE'} <= torchrun:  # Scripts set some of these for srun and mpirun, which know the rest.
+        if 'OMPI_COMM_WORLD_SIZE' in os.environ:  # Open MPI
+            return Launch('mpirun', integer('OMPI_COMM_WORLD_LOCAL_RANK'), integer('OMPI_COMM_WORLD_RANK'),
+                          integer('OMPI_COMM_WORLD_SIZE'), integer('OMPI_COMM_WORLD_LOCAL_SIZE'))
+        if 'MPI_LOCALRANKID' in os.environ:  # MPICH, and Intel MPI, which is based on it
+            return Launch('mpirun', integer('MPI_LOCALRANKID'), integer('PMI_RANK'), integer('PMI_SIZE', 1),
+                          integer('MPI_LOCALNRANKS'))
+        if 'SLURM_STEP_ID' in os.environ:  # Batch scripts and shells of salloc have SLURM's other variables too.
+            # The shell of an interactive step has the job's SLURM_NTASKS.
+            return Launch('srun', integer('SLURM_LOCALID'), integer('SLURM_PROCID'),
+                          integer('SLURM_STEP_NUM_TASKS', integer('SLURM_NTASKS', 1)))
+    return Launch('torchrun', integer('LOCAL_RANK'), integer('RANK'), integer('WORLD_SIZE', 1),
+                  integer('LOCAL_WORLD_SIZE')) if torchrun else Launch()
 
 
 def run_name() -> str:
