@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +77,8 @@ def test_a_browser_sees_the_classes_of_predict(photos):
                     page.get_by_label('Clear').first.click()
                     page.get_by_text('Click to Upload').wait_for()
                 page.set_input_files('input[type=file]', str(photos / name))
-                text = f'() => [document.body.innerText, document.querySelector("textarea").value].join().includes({line!r})'
-                page.wait_for_function(text)
+                page.wait_for_function(
+                    f'() => (document.body.innerText + document.querySelector("textarea").value).includes({line!r})')
                 if shown is not None:
                     page.wait_for_function(f'() => document.querySelector("h2")?.innerText.trim() == {shown!r}')
                     assert page.locator('img').count() > 1

@@ -212,7 +212,7 @@ def test_best_checkpoints_hold_the_scored_weights_alone(flags, images, tmp_path,
     nano.train([*run, '--output-dir', tmp_path / 'run'])
     path = tmp_path / 'run' / f'checkpoint_{prefix}best.pth'
     best, key = nano.read(path.parent, path.name), f'{prefix}test_acc1'
-    assert set(best) == {'format', 'model_args', 'model', 'args', 'classes', 'epoch', 'acc1'}
+    assert set(best) == {'format', 'model_args', 'model', 'args', 'classes', 'training_images', 'epoch', 'acc1'}
     line = max(nano.log(path.parent), key=lambda line: line[key])
     assert (best['acc1'], best['epoch']) == (line[key], line['epoch'])
     assert best['acc1'] == nano.read(path.parent)['best'][f'{prefix}acc1']
