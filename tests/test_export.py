@@ -157,7 +157,7 @@ def test_log_prediction_and_onnx_count_the_same_right_answers(tmp_path, capsys):
         image.save(tmp_path / 'png' / f'{i:03d}.png')
     pixels = torch.stack([build_transform(False, 64)(image) for image in digits.images])
     x = Preprocessor(torch.device('cpu'))(pixels, torch.zeros(1))[0]
-    right = []
+    right, predictions = [], []
     for name in ('checkpoint_best.pth', 'checkpoint_ema_best.pth'):
         path = tmp_path / 'run' / name
         capsys.readouterr()
@@ -169,7 +169,8 @@ def test_log_prediction_and_onnx_count_the_same_right_answers(tmp_path, capsys):
         right.append(round(nano.read(path.parent, name)['acc1'] * 3.6))
         for answers in (predicted, exported):
             assert sum(map(int.__eq__, answers, digits.targets)) == right[-1]
-    assert right[0] != right[1] and min(right) > 50
+        predictions.append(predicted)
+    assert predictions[0] != predictions[1] and min(right) > 50
 
 
 @pytest.mark.parametrize('flags, kind, sizes', [
