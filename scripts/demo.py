@@ -53,7 +53,7 @@ def build_page(model: nn.Module, names: list[str], examples: list[str]):
             probabilities = model(inputs)[0].cpu().double().softmax(dim=0).tolist()
         image = to_pil_image(pixels[0]).resize((448, 448), Image.Resampling.BICUBIC)
         cam = torch.nn.functional.interpolate(grad_cam(model, inputs)[None], image.size, mode='bilinear')[0, 0]
-        line = f'{read[0][0]}, as the model sees it: {model.img_size[1]} x {model.img_size[0]} pixels'
+        line = f'{read[0][0]}: classified at {model.img_size[1]} x {model.img_size[0]} pixels'
         return line, dict(zip(labels, probabilities)), overlay(image, cam.cpu().numpy())
 
     title = f'CMT: {len(names)} classes'
