@@ -53,8 +53,8 @@ def setup_process(args: argparse.Namespace) -> torch.device:
 def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, dict[str, Any]] | tuple[None, None]:
     """Check --output-dir, and return the file of the checkpoint to resume, with its contents.
 
-    --resume is a file or an address; 'auto' for the newest readable checkpoint in --output-dir; '' for none. In
-    training, the previous checkpoint replaces a damaged checkpoint_last.pth.
+    --resume is a file, an address or, for --eval, a name; 'auto' for the newest readable checkpoint in --output-dir; ''
+    for none. In training, the previous checkpoint replaces a damaged checkpoint_last.pth.
     """
     folder = Path(args.output_dir) if args.output_dir else None
     if is_training and folder:
@@ -67,7 +67,7 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
         file, checkpoint = checkpoints.newest_checkpoint(Path(args.resume).parent)
     elif args.resume:
         file = best_of_run(args.resume, use_ema=getattr(args, 'model_ema', True) and not is_training)
-        checkpoint = read(file) if os.path.isdir(file) else read_file(file)
+        checkpoint = read_file(file) if is_training and not os.path.isdir(file) else read(file)
     if args.eval and checkpoint is None:
         raise UsageError(f'no checkpoint in {folder}: --eval needs one')
     is_writer = is_training and processes.get_rank() == 0  # Only this rank uses the best scores.

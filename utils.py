@@ -33,6 +33,8 @@ def setup_logging() -> None:
         level=logging.INFO if rank == 0 else logging.WARNING,
         format='%(message)s' if rank == 0 else f'rank {rank}: %(message)s',
         stream=sys.stdout, force=True)
+    for client in ('httpx', 'httpx2'):  # Those of the Hub log each request.
+        logging.getLogger(client).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')  # File names may have bytes that no encoding has.

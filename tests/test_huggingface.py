@@ -132,6 +132,10 @@ def checkpoint(tmp_path):
                 'args': {'model': 'cmt_nano', 'data_path': '/home/me/pets', 'data_set': 'IMNET', 'finetune': 'cmt_s'}},
                tmp_path / 'checkpoint_best.pth')
     Image.effect_noise((90, 70), 90).convert('RGB').save(tmp_path / 'photo.jpg')
+    for i in range(6):
+        folder = tmp_path / 'photos' / ('cat|*dog*', 'eel')[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / 'photo.jpg', folder / f'{i}.jpg')
     return model
 
 
@@ -156,6 +160,8 @@ def test_a_folder_goes_to_the_hub_and_comes_back(checkpoint, hub, run, tmp_path)
     assert expected['predictions'][0]['class'] == name
     again, = json.loads(run('python', ROOT / 'scripts/predict.py', 'hf-hub:me/copy', 'photo.jpg', '--json'))
     assert again == expected
+    assert 'Accuracy of the network on the 6 test images' in run(
+        'python', ROOT / 'train.py', '--eval', '--resume', 'hf-hub:me/pets', '--data-path', 'photos')
 
 
 @pytest.mark.parametrize('changes', [{'HF_TOKEN': ''}, {'HF_TOKEN': 'wrong'}, {'HF_ENDPOINT': 'http://127.0.0.1:9'}])
