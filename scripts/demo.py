@@ -42,7 +42,8 @@ from sources import is_image, walk
 def build_page(model: nn.Module, names: list[str], examples: list[str]):
     """Return the page, a gradio.Blocks, for a model and the names of its classes."""
     import gradio
-    labels = [name if names.count(name) == 1 else f'{name} ({i})' for i, name in enumerate(names)]  # ImageNet's cranes
+    # Labels are keys of a dict, and ImageNet has two cranes.
+    labels = [name if names.count(name) == 1 else f'{name} ({i})' for i, name in enumerate(names)]
 
     def classify(file: str | None):
         lines: list[str] = []
