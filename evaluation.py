@@ -143,6 +143,8 @@ def read_images(
     for name, content, label in images:
         try:
             image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
+            if max(image.size) > 200 * min(image.size):  # Resizing the short side would take gigabytes.
+                raise ValueError('one side is more than 200 times the other')
         except Exception as error:  # Pillow's plugins raise anything on damaged files
             reason = getattr(error, 'strerror', None) or one_line(error)
             if name.lower().endswith(HEIF) and not name.lower().endswith(EXTENSIONS):

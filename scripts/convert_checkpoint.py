@@ -13,15 +13,16 @@ From a checkpoint with model and EMA, the EMA is converted; --no-model-ema conve
 """
 import argparse
 import hashlib
+import html
 import json
 import logging
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO
 
 import _path
-from errors import UsageError, first_line, printable
+from errors import UsageError, one_line, printable
 from options import Parser, add_weights_flag
 
 
@@ -34,8 +35,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help='default: by the extension of OUT, .pth or .safetensors, else dir')
     add_weights_flag(parser)
     parser.add_argument('--model', help='name of the model, checked against the file')
-    parser.add_argument('--license', metavar='ID', help='license of the weights for the model card, such as mit '
-                        '(default: apache-2.0 if they come from the released weights)')
+    parser.add_argument('--license', metavar='ID', type=str.lower, help='license of the weights for the model card, '
+                        'such as mit (default: apache-2.0 if they come from the released weights)')
     parser.add_argument('--push-to-hub', metavar='USER/NAME',
                         help='upload the folder to the Hugging Face Hub; a new repository is public')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
@@ -76,19 +77,27 @@ def model_card(title: str, source: str, model: cmt.CMT, weights: Weights, checkp
     """Return the README.md of a converted folder; `source` is the name by which timm finds the folder."""
     run = checkpoint if is_own(checkpoint) else {'args': {}}  # Other tools write anything under these keys.
     args, accuracy, is_published = run['args'], run.get('acc1'), not is_file(weights)
-    origin, names = args.get('finetune') or '', weights.class_names(model)
+    origin, names, data = args.get('finetune') or '', weights.class_names(model), args.get('data_set') or ''
     if license_id is None and (is_published or timm.is_model(origin)):
         license_id = 'apache-2.0'
-    data = 'ImageNet-1k' if is_published else Path(args.get('data_path') or args.get('data_set', '')).name
-    scores = None if accuracy is None else [
+    if is_published or args.get('data_path') and data.startswith(('IMNET', 'INAT', 'wds/')):
+        data = 'ImageNet-1k' if is_published else public_name(args['data_path'])
+    scores = None if accuracy is None or not data else [
         EvalResult('image-classification', 'imagefolder', data, 'accuracy', round(accuracy / 100, 6))]
     header = ModelCardData(license=license_id, library_name='timm', pipeline_tag='image-classification',
                            tags=['timm', 'cmt'], model_name=title, eval_results=scores)
     return str(ModelCard.from_template(
-        header, template_path=str(_path.ROOT / 'scripts' / 'model_card.md'), title=title, source=source, model=model,
+        header, template_path=str(_path.ROOT / 'scripts' / 'model_card.md'), title=html.escape(title), source=source,
+        model=model,
         name=weights.name, parameters=sum(p.numel() for p in model.parameters()), crop_pct=weights.crop_pct,
-        data=data, images=run.get('training_images'), origin=Path(origin).name, accuracy=accuracy,
+        data=data, images=run.get('training_images'), origin=public_name(origin), accuracy=accuracy,
         file=None if is_published else Path(weights.file).name, classes=names and list(map(printable, names))))
+
+
+def public_name(path: str) -> str:
+    """Return the last part of a path or address, without folders, hosts and tokens; names of the Hub as they are."""
+    is_hub = path.startswith(('hf-hub:', 'hf_hub:'))
+    return (path if is_hub else PureWindowsPath(path.split('?')[0]).name).replace('`', "'")  # for POSIX paths too
 
 
 def is_file(weights: Weights) -> bool:
@@ -121,7 +130,8 @@ def call_hub(method: Callable, repo_id: str, **kwargs) -> Any:
     try:
         return method(repo_id=repo_id, **kwargs)
     except Exception as error:  # Hub clients raise anything.
-        raise UsageError(f'--push-to-hub {repo_id}: {first_line(error)} (hf auth login)') from None
+        line = one_line(error)
+        raise UsageError(f'--push-to-hub {repo_id}: {line}{": hf auth login" * ("401" in line)}') from None
 
 
 def write_checkpoint(path: Path, model: cmt.CMT, weights: Weights, is_released: bool) -> None:
@@ -141,8 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     utils.setup_logging()
     output_format = args.format or {'.pth': 'pth', '.safetensors': 'safetensors'}.get(args.output.suffix, 'dir')
     with parser.usage_errors():
-        check_output(args.output, args.source, args.overwrite)
-        if args.push_to_hub and output_format != 'dir':
+        check_output(args.output, args.source.removeprefix('local-dir:'), args.overwrite)
+        if args.push_to_hub is not None and output_format != 'dir':
             raise UsageError(f'--push-to-hub uploads a folder, and {args.output} would be a file')
         checkpoint = read(file := best_of_run(args.source, args.model_ema))
         weights = Weights.from_checkpoint(checkpoint, file, args.model_ema)
@@ -152,7 +162,8 @@ def main(argv: list[str] | None = None) -> None:
         if output_format == 'released' and not model.model_args['position_bias']:
             raise UsageError("weights without position bias (MindCV's form) do not fit the authors' code")
         if output_format == 'dir':
-            hub = args.push_to_hub and call_hub(HfApi().create_repo, args.push_to_hub, exist_ok=True).repo_id
+            hub = None if args.push_to_hub is None else call_hub(
+                HfApi().create_repo, args.push_to_hub, exist_ok=True).repo_id
             title = args.output.resolve().name
             card = model_card(title, f'hf-hub:{hub}' if hub else f'local-dir:{title}', model, weights, checkpoint,
                               args.license)
@@ -168,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.info('%s at %dx%d, %d classes, as %s', weights.name or 'CMT', *model.img_size, model.num_classes,
                 output_format)
     if output_format == 'dir':
-        logger.info("import cmt, timm; timm.create_model('local-dir:%s', pretrained=True)", args.output)
+        logger.info('import cmt, timm; timm.create_model(%r, pretrained=True)', f'local-dir:{args.output}')
 
 
 if __name__ == '__main__':

@@ -42,6 +42,8 @@ from sources import is_image, walk
 def build_page(model: nn.Module, names: list[str], examples: list[str]):
     """Return the page, a gradio.Blocks, for a model and the names of its classes."""
     import gradio
+    # gradio would decode files itself, and open more formats. It replaces components, so an instance is not enough.
+    gradio.Image.preprocess = lambda self, file: file and file.path
     # Labels are keys of a dict, and ImageNet has two cranes.
     labels = [name if names.count(name) == 1 else f'{name} ({i})' for i, name in enumerate(names)]
 
@@ -62,13 +64,12 @@ def build_page(model: nn.Module, names: list[str], examples: list[str]):
         gradio.Markdown(f'# {title}')
         with gradio.Row():
             photo = gradio.Image(label='Photo', sources=['upload', 'clipboard'], height=360, buttons=[])
-            photo.preprocess = lambda file: file and file.path  # gradio would decode it, and open more formats
-            cam = gradio.Image(label='Grad-CAM: what the first class rests on', interactive=False, height=360,
+            cam = gradio.Image(label='Grad-CAM of the top prediction', interactive=False, height=360,
                                format='png', buttons=[])
             classes = gradio.Label(label='Classes', num_top_classes=5)
         line = gradio.Textbox(show_label=False, interactive=False)
         if examples:
-            gradio.Examples(examples, photo)
+            gradio.Examples(examples, photo, examples_per_page=MAX_EXAMPLES)
         photo.change(classify, photo, [line, classes, cam])
     return page
 
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             page.launch(server_name=args.host, server_port=args.port, max_file_size=MAX_FILE_SIZE, footer_links=[])
         except OSError:
-            raise UsageError(f'--port {args.port} cannot be opened: give another --port or --host') from None
+            raise UsageError(f'cannot listen on --host {args.host or ""} --port {args.port}: choose others') from None
 
 
 if __name__ == '__main__':
