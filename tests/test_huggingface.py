@@ -189,6 +189,14 @@ def test_the_card_of_a_run(checkpoint, tmp_path, monkeypatch):
     convert_checkpoint.main(['checkpoint_best.pth', 'pets', '--overwrite', '--license', 'mit'])
     assert ModelCard.load(tmp_path / 'pets' / 'README.md').data.license == 'mit'
 
+    state = torch.load('checkpoint_best.pth', weights_only=True)
+    state['args'].update(data_set='CIFAR10', data_path='C:\\Users\\me\\data', finetune='https://me:pass@host/a.pth?key=1')
+    torch.save(state, 'checkpoint_best.pth')
+    convert()
+    card = ModelCard.load(tmp_path / 'pets' / 'README.md')
+    assert '`CIFAR10`' in card.content and '`a.pth`' in card.content and card.data.license is None
+    assert not any(private in card.content for private in ('Users', 'pass', 'key=1'))
+
     torch.save(checkpoint.state_dict(), 'bare.pth')  # nothing is known about these weights
     convert_checkpoint.main(['bare.pth', 'bare'])
     card = ModelCard.load(tmp_path / 'bare' / 'README.md')

@@ -247,3 +247,10 @@ def test_files_of_a_folder_that_are_left_out_are_counted(place):
     assert run.returncode == 1 and str(file) in run.stderr and 'pip install pillow-heif' in run.stderr
     run = run_without_heif('scripts/predict.py', place / 'named.pth', place / 'phone', '--json')
     assert run.returncode == 2 and run.stderr.count('pip install pillow-heif') == 1
+
+
+def test_a_thin_image_is_not_resized(place, capsys):
+    Image.new('RGB', (3000, 1)).save('thin.png')
+    with pytest.raises(SystemExit, match='1'):
+        predict.main(['named.pth', 'thin.png'])
+    assert 'thin.png' in capsys.readouterr().err
