@@ -88,10 +88,10 @@ def model_card(title: str, source: str, model: cmt.CMT, weights: Weights, checkp
                            tags=['timm', 'cmt'], model_name=title, eval_results=scores)
     return str(ModelCard.from_template(
         header, template_path=str(_path.ROOT / 'scripts' / 'model_card.md'), title=html.escape(title), source=source,
-        model=model,
-        name=weights.name, parameters=sum(p.numel() for p in model.parameters()), crop_pct=weights.crop_pct,
-        data=data, images=run.get('training_images'), origin=public_name(origin), accuracy=accuracy,
-        file=None if is_published else Path(weights.file).name, classes=names and list(map(printable, names))))
+        model=model, name=weights.name, parameters=sum(p.numel() for p in model.parameters()),
+        crop_pct=weights.crop_pct, data=data, images=run.get('training_images'), origin=public_name(origin),
+        accuracy=accuracy, file=None if is_published else public_name(weights.file),
+        classes=names and list(map(printable, names))))
 
 
 def public_name(path: str) -> str:
