@@ -74,14 +74,16 @@ def write_safetensors(path: Path, model: cmt.CMT) -> None:
 
 def model_card(title: str, source: str, model: cmt.CMT, weights: Weights, checkpoint: dict[str, Any],
                license_id: str | None) -> str:
-    """Return the README.md of a converted folder; `source` is the name by which timm finds the folder."""
+    """Return the README.md of a converted folder; `source` is its name for timm.create_model."""
     run = checkpoint if is_own(checkpoint) else {'args': {}}  # Other tools write anything under these keys.
-    args, accuracy, is_published = run['args'], run.get('acc1'), not is_file(weights)
+    args, accuracy, published = run['args'], run.get('acc1'), is_published(weights)
     origin, names, data = args.get('finetune') or '', weights.class_names(model), args.get('data_set') or ''
-    if license_id is None and (is_published or timm.is_model(origin)):
+    if license_id is None and (published or timm.is_model(origin)):
         license_id = 'apache-2.0'
-    if is_published or args.get('data_path') and data.startswith(('IMNET', 'INAT', 'wds/')):
-        data = 'ImageNet-1k' if is_published else public_name(args['data_path'])
+    if published:
+        data = 'ImageNet-1k'
+    elif args.get('data_path') and data.startswith(('IMNET', 'INAT', 'wds/')):
+        data = public_name(args['data_path'])
     scores = None if accuracy is None or not data else [
         EvalResult('image-classification', 'imagefolder', data, 'accuracy', round(accuracy / 100, 6))]
     header = ModelCardData(license=license_id, library_name='timm', pipeline_tag='image-classification',
@@ -90,7 +92,7 @@ def model_card(title: str, source: str, model: cmt.CMT, weights: Weights, checkp
         header, template_path=str(_path.ROOT / 'scripts' / 'model_card.md'), title=html.escape(title), source=source,
         model=model, name=weights.name, parameters=sum(p.numel() for p in model.parameters()),
         crop_pct=weights.crop_pct, data=data, images=run.get('training_images'), origin=public_name(origin),
-        accuracy=accuracy, file=None if is_published else public_name(weights.file),
+        accuracy=accuracy, file=None if published else public_name(weights.file),
         classes=names and list(map(printable, names))))
 
 
@@ -100,9 +102,9 @@ def public_name(path: str) -> str:
     return (path if is_hub else PureWindowsPath(path.split('?')[0]).name).replace('`', "'")  # for POSIX paths too
 
 
-def is_file(weights: Weights) -> bool:
-    """Return whether weights come from a file or folder, and are not those that timm describes as published."""
-    return Path(weights.file).exists() or ':' in weights.file
+def is_published(weights: Weights) -> bool:
+    """Return whether weights are published ones, given by their name in timm."""
+    return not Path(weights.file).exists() and ':' not in weights.file
 
 
 def write_folder(folder: Path, model: cmt.CMT, weights: Weights, card: str) -> None:
@@ -118,7 +120,7 @@ def write_folder(folder: Path, model: cmt.CMT, weights: Weights, card: str) -> N
                            data_config={'crop_pct': weights.crop_pct})
         content = json.loads(config.read_text('utf-8'))
     content['model_args'].pop('num_classes', None)  # transformers passes its own in addition to these.
-    if is_file(weights):
+    if not is_published(weights):
         for key in ('tag', 'license', 'origin_url'):
             content['pretrained_cfg'].pop(key, None)
     write(folder / 'config.json', lambda file: file.write(json.dumps(content, indent=2).encode()))
