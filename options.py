@@ -252,6 +252,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--compile', action=toggle, default=False, help='run the training step through torch.compile')
     g.add_argument('--sync-bn', action=toggle, default=False,
                    help='compute BatchNorm statistics over the batches of all ranks (CUDA only)')
+    g.add_argument('--bn-momentum', type=in_range(float, 0, 1, above=True),
+                   help="momentum of BatchNorm's running statistics (default: the model's, 0.1)")
     g.add_argument('--dist-bn', default='broadcast', choices=('broadcast', 'reduce'),
                    help="BatchNorm statistics before evaluation: rank 0's, or the mean of all ranks")
     g.add_argument('--model-ema', action=toggle, default=True, help='keep an EMA of the weights, or evaluate it')

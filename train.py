@@ -405,6 +405,10 @@ def load_model(args: argparse.Namespace, initial: InitialState, classes: list[st
             load_weights(model, weights.drop_other_head(classes), new_head=True)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
+    if args.bn_momentum is not None:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = args.bn_momentum
     model.to(device)
     for module in frozen_modules(model, args.freeze_stages):
         module.requires_grad_(False)

@@ -158,6 +158,14 @@ def test_ema_averages_from_the_first_step(flags, tmp_path):
             assert torch.allclose(last['model_ema'][name], expected, rtol=1e-5, atol=1e-7), name
 
 
+def test_bn_momentum_weights_the_new_batch(flags, tmp_path):
+    moved = []
+    for more in ([], ['--bn-momentum', 0.01]):
+        nano.train([*flags, *ONE_STEP, '--accum-steps', 1, '--batch-size', 96, *more, '--output-dir', tmp_path / f'run{len(more)}'])
+        moved.append(1 - nano.read(tmp_path / f'run{len(more)}')['model']['stem.norm1.running_var'])  # starts at 1
+    torch.testing.assert_close(moved[0], 10 * moved[1], rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize('flag, rate', [([], 0.1), (['--head-drop', 0.4], 0.4)])
 def test_head_drop_is_the_models_unless_given(flags, flag, rate):
     def check(model, _):
