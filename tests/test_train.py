@@ -161,7 +161,8 @@ def test_ema_averages_from_the_first_step(flags, tmp_path):
 def test_bn_momentum_weights_the_new_batch(flags, tmp_path):
     moved = []
     for more in ([], ['--bn-momentum', 0.01]):
-        nano.train([*flags, *ONE_STEP, '--accum-steps', 1, '--batch-size', 96, *more, '--output-dir', tmp_path / f'run{len(more)}'])
+        nano.train([*flags, *ONE_STEP, '--accum-steps', 1, '--batch-size', 96, *more,
+                    '--output-dir', tmp_path / f'run{len(more)}'])
         moved.append(1 - nano.read(tmp_path / f'run{len(more)}')['model']['stem.norm1.running_var'])  # starts at 1
     torch.testing.assert_close(moved[0], 10 * moved[1], rtol=1e-3, atol=0)
 
