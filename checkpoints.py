@@ -21,8 +21,8 @@ from system import atomic_write
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = 'checkpoint_last.pth', 'checkpoint_prev.pth'
-BEST = {'checkpoint_best.pth': '', 'checkpoint_ema_best.pth': 'ema_'}  # prefixes of their scores
-FORMAT = 1  # marks the files of this project
+BEST = {'checkpoint_best.pth': '', 'checkpoint_ema_best.pth': 'ema_'}  # file: prefix of its scores' keys
+FORMAT = 1  # marks this project's checkpoints
 
 
 def is_own(checkpoint: dict[str, Any]) -> bool:
@@ -34,20 +34,20 @@ def is_own(checkpoint: dict[str, Any]) -> bool:
 
 
 def class_names(checkpoint: dict[str, Any]) -> list[str] | None:
-    """Return the class names in a checkpoint; other tools write their number or anything else under this key."""
+    """Return the class names in a checkpoint, or None. Other tools may store something else under this key."""
     names = checkpoint.get('classes')
     is_list = isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names)
     return list(names) if is_list else None
 
 
 def epoch_files(folder: Path) -> list[Path]:
-    """List a run's checkpoint_EEEE.pth by epoch. Files of similar names are the user's."""
+    """List a run's checkpoint_EEEE.pth files by epoch. Files with similar names are the user's."""
     matches = [re.fullmatch(r'checkpoint_([0-9]{4}|[1-9][0-9]{4,})\.pth', path.name) for path in folder.glob('*.pth')]
     return [folder / match[0] for match in sorted(filter(None, matches), key=lambda match: int(match[1]))]
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], file: str) -> None:
-    """Load a state dict; raise UsageError if its names or shapes differ from those of `module`."""
+    """Load a state dict; raise UsageError if its keys or shapes do not match `module`."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -66,22 +66,22 @@ def to_cpu(state: Any) -> Any:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file. At any moment `target` is whole."""
+    """Copy a file atomically: `target` is never half-written."""
     with open(source, 'rb') as original, atomic_write(target) as file:
         shutil.copyfileobj(original, file, 1 << 20)
 
 
 def check_output(output: Path, source: str, overwrite: bool) -> None:
-    """Raise UsageError if a file or folder made from `source` must not replace `output`."""
+    """Raise UsageError if `output` is `source`, or exists without `overwrite`; an empty folder does not count."""
     exists = any(output.iterdir()) if output.is_dir() else output.exists()
     if exists and output.resolve() == Path(source).resolve():
-        raise UsageError(f'{output} is the file to read: give another name')
+        raise UsageError(f'{output} is the input: choose another output name')
     if exists and not overwrite:
-        raise UsageError(f'{output} exists: --overwrite replaces it')
+        raise UsageError(f'{output} already exists: use --overwrite to replace it')
 
 
 def no_checkpoint(name: str) -> str:
-    """Return an error message about a missing file, with the checkpoints in its folder; `name` may be the folder."""
+    """Return an error message for a missing checkpoint that lists those in its folder; `name` may be the folder."""
     folder = Path(name) if os.path.isdir(name) else Path(name).parent
     others = ', '.join(sorted(file.name for file in folder.glob('checkpoint_*.pth'))[:8])
     return f'no checkpoint at {name}' + (f' ({folder} contains {others})' if others else '')
@@ -90,7 +90,7 @@ def no_checkpoint(name: str) -> str:
 def download(url: str) -> Path:
     """Download `url` unless it is cached, and return the file.
 
-    torch.hub names its files by the last part of the URL, so the checkpoints of two runs would collide.
+    torch.hub names files after the last part of the URL, so the checkpoints of two runs would collide.
     """
     file = Path(torch.hub.get_dir(), 'checkpoints', f'{hashlib.sha256(url.encode()).hexdigest()}.pth')
     if file.exists():
@@ -105,13 +105,13 @@ def download(url: str) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a file of torch.save without running code that it might contain.
+    """Read a torch.save file without running any code in it.
 
     Args:
-        path: a file, or an http(s) address.
+        path: a file, or an http(s) URL.
 
     Returns:
-        Tensors on the CPU, in the nesting of the file.
+        The contents of the file, with tensors on the CPU.
 
     Raises:
         UsageError: no such file, a damaged file, not a checkpoint, or one that would run code when loaded.
@@ -126,8 +126,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise UsageError(f'{name}: {error} (the cached copy was removed)') from None
     if not os.path.isfile(name):
         raise UsageError(no_checkpoint(name))
-    # Released checkpoints contain their training arguments; unpickling a Namespace runs nothing. Repeat this at each
-    # call, since timm's load_checkpoint removes the type.
+    # Released checkpoints contain a Namespace of training arguments. Unpickling it runs no code. Register the type on
+    # every call, since timm's load_checkpoint removes it.
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         damaged = None
@@ -135,15 +135,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(name) as archive:
                 damaged = archive.testzip()
         state = None if damaged else torch.load(name, map_location='cpu', weights_only=True)
-    except Exception as error:  # Parsers fail anywhere on a damaged file.
+    except Exception as error:  # A damaged file can raise anything.
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
-            # The file may be good, so do not fall back to an older one.
+            # The file may be intact, so do not fall back to an older one.
             raise OSError(error.errno, error.strerror, error.filename or name) from None
         code = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if code:
-            reason = f'{name} was not loaded: it would run {code[1]}'
+            reason = f'{name} would run {code[1]} when loaded: save only its state dict'
         elif name.endswith(('.onnx', '.pt2', '.ts', '.torchscript')) or 'TorchScript' in str(error):
-            reason = f'{name} is an exported model: give the checkpoint it was exported from'
+            reason = f'{name} is an exported model: use the checkpoint it was exported from'
         else:
             reason = f'{name} is truncated, damaged, or not a checkpoint'
         raise UsageError(reason) from None
@@ -155,10 +155,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, None]:
-    """Return the name and the contents of the newest good checkpoint in a folder, or None if it has no checkpoint.
+    """Return the name and contents of the newest intact checkpoint in a folder, or (None, None) if it has none.
 
     Raises:
-        UsageError: every checkpoint is damaged, or none is named checkpoint_last.pth.
+        UsageError: every checkpoint is damaged, or the folder has only checkpoints that cannot be resumed.
     """
     faults = []
     for path in (folder / LAST, folder / PREVIOUS, *reversed(epoch_files(folder))):
@@ -169,7 +169,7 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, 
                 faults.append(str(error))
                 logger.warning('%s: trying the next older checkpoint', error)
     if faults:
-        raise UsageError(f'no good checkpoint in {folder}: {faults[0]}')
+        raise UsageError(f'no readable checkpoint in {folder}: {faults[0]}')
     others, log = {path.name for path in folder.glob('checkpoint_*.pth')}, folder / 'log.txt'
     # A run that is killed in its first save leaves best checkpoints and one line in its log. It starts over.
     is_first_save = others <= set(BEST) and log.is_file() and log.read_text('utf-8', 'replace').count('\n') == 1

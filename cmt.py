@@ -33,8 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ['CMT', 'MODELS', 'checkpoint_filter_fn', 'to_released']
 
-# Released checkpoints hold their training arguments. This lets torch.load(weights_only=True), and with it timm's
-# pretrained=True, read them. Unpickling a Namespace runs nothing.
+# Released checkpoints contain a Namespace of training arguments. This lets torch.load(weights_only=True), and so timm's
+# pretrained=True, read them. Unpickling a Namespace runs no code.
 torch.serialization.add_safe_globals([argparse.Namespace])
 
 
@@ -52,11 +52,12 @@ def check_image_size(x: torch.Tensor, img_size: Tuple[int, int], dynamic: bool, 
     """Check the size of images (B, in_chans, H, W) and return them unchanged; the convolution checks `in_chans`.
 
     Raises:
-        ValueError: not four dimensions, channels last, or not `img_size` (if `dynamic`, multiples of 32).
+        ValueError: the images are not four-dimensional, have channels last, or have the wrong size: not `img_size`, or
+            if `dynamic`, not multiples of 32.
     """
     if x.dim() != 4 or x.shape[1] != in_chans and x.shape[3] == in_chans:
         shape = ', '.join([str(size) for size in x.shape])
-        raise ValueError(f'images must be (B, {in_chans}, H, W), not ({shape}): move the channels by permute')
+        raise ValueError(f'images must be (B, {in_chans}, H, W), not ({shape}): unsqueeze or permute them')
     height, width = check_multiples(x.shape[2], x.shape[3])
     if not dynamic and (height != img_size[0] or width != img_size[1]):
         raise ValueError(f'image size {height}x{width}: this model was built for {img_size[0]}x{img_size[1]}; build it '
@@ -67,7 +68,7 @@ def check_image_size(x: torch.Tensor, img_size: Tuple[int, int], dynamic: bool, 
 @register_notrace_function
 @torch.fx.wrap
 def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio: int) -> torch.Tensor:
-    """Resample a position bias, bicubic, over its query grid and then over its key grid (paper section 3.2).
+    """Resample a position bias bicubically over its query grid, then over its key grid (paper section 3.2).
 
     Args:
         bias: (heads, H, W, H / sr_ratio, W / sr_ratio).
@@ -90,14 +91,14 @@ def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio
     return x.reshape(heads, height, width, kh, kw).to(bias.dtype).contiguous()
 
 
-@register_notrace_function  # A traced model must decide at each call.
+@register_notrace_function  # A traced model must check the grad mode on each call.
 @torch.fx.wrap
 def attention_bias(position_bias: torch.Tensor) -> torch.Tensor:
-    """Return a position bias (heads, H, W, H / k, W / k) as (1, heads, N, N_kv + padding), a multiple of 8 keys.
+    """Reshape a position bias (heads, H, W, H / k, W / k) to (1, heads, N, N_kv), padded to a multiple of 8 keys.
 
-    CUDA's fused attention needs aligned rows; torch itself would pad in each block. The result is detached while
-    gradients are off: hooks on a block's inputs (torch's FLOP counter) fail on a view that requires grad, and in
-    inference mode on a Parameter. Traced and exported models, which may be trained later, get neither.
+    CUDA's fused attention needs aligned rows, and torch would otherwise pad them in every block. The result is detached
+    when gradients are disabled: hooks on a block's inputs (such as torch's FLOP counter) fail on a view that requires
+    grad, and in inference mode on a Parameter. Traced and exported models, which may be trained later, get neither.
     """
     bias = position_bias.flatten(3).flatten(1, 2).unsqueeze(0)
     if torch.jit.is_tracing():
@@ -216,7 +217,7 @@ class LMHSA(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.head_pad = -self.head_dim % 8  # CUDA's fused kernels for 16 bits need a multiple of 8.
+        self.head_pad = -self.head_dim % 8  # CUDA's fused 16-bit kernels need a multiple of 8.
         self.scale = self.head_dim ** -0.5
         self.fused_attn = use_fused_attn()
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
@@ -237,7 +238,7 @@ class LMHSA(nn.Module):
             if self.head_pad > 0:
                 q, k, v = [F.pad(t, (0, self.head_pad)) for t in [q, k, v]]
             if bias is not None:
-                # Each block casts, so that gradients are summed in float32. Casting a slice would lose the alignment.
+                # Cast in each block, so that gradients are summed in float32. Slice last, to keep the rows aligned.
                 bias = bias.to(q.dtype)[..., :k.shape[2]]
             x = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0., scale=self.scale)
@@ -277,7 +278,7 @@ class IRFFN(nn.Module):
     def reparameterize(self) -> None:
         """Fold BatchNorm 2 and 3 into the projection, for inference.
 
-        BatchNorm 1 stays: the 3x3 convolution pads its output with zeros, so its shift has no single bias.
+        BatchNorm 1 stays: the 3x3 convolution pads its output with zeros, so no single bias can absorb its shift.
         """
         if isinstance(self.norm2, _BatchNorm) and isinstance(self.norm3, _BatchNorm):
             merge_pre_bn(self.project, self.norm2)
@@ -309,7 +310,7 @@ class CMTBlock(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Fold the LPU's residual into the centre tap of its convolution, for inference."""
+        """Fold the LPU's residual into the center tap of its convolution, for inference."""
         if isinstance(self.lpu, LocalPerceptionUnit):
             self.lpu = self.lpu.dw
             self.lpu.weight[:, :, 1, 1] += 1
@@ -341,7 +342,7 @@ class CMTStage(nn.Module):
             for rate in drop_path])
 
     def _apply(self, fn, recurse=True):
-        # Module.to(memory_format=torch.channels_last) fails on tensors of five dimensions: pass the bias as a matrix.
+        # Module.to(memory_format=torch.channels_last) fails on five-dimensional tensors, so pass the bias as a matrix.
         return super()._apply(lambda t: fn(t.flatten(1)).view(t.shape) if t.ndim == 5 else fn(t), recurse)
 
     def forward(self, x):
@@ -361,14 +362,14 @@ class CMTStage(nn.Module):
     @torch.jit.ignore
     def _checkpointed(self, block: CMTBlock, x: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
         # timm's checkpoint() would count a batch twice in BatchNorm.
-        # Under torch.compile, torch's own takes no context_fn, and updates buffers only once.
+        # Under torch.compile, torch's checkpoint() takes no context_fn, and updates buffers only once.
         context = {} if torch.compiler.is_compiling() else dict(
             context_fn=lambda: (contextlib.nullcontext(), _copied_buffers(block)))
         return checkpoint(block, x, bias, use_reentrant=False, **context)
 
 
 class HeadProjection(nn.Module):
-    """1x1 convolution to the width of the classifier, BatchNorm, SiLU; before the pooling, as released."""
+    """1x1 convolution to the classifier's width, BatchNorm and SiLU. As in the released weights, pooling follows."""
 
     def __init__(self, dim: int, num_features: int, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
@@ -400,14 +401,14 @@ class CMT(nn.Module):
         num_features: width of the head.
         qkv_bias: biases on Q, K and V.
         position_bias: learn a position bias in each stage; MindCV's CMT has none.
-        act_layer: 'gelu', the erf form, or 'gelu_tanh', MindCV's.
-        norm_eps: eps of every LayerNorm, MindCV's is 1e-7; None for the released weights' (patch aggregation 1e-5,
-            blocks 1e-6).
+        act_layer: 'gelu' (erf) or 'gelu_tanh' (MindCV).
+        norm_eps: eps of every LayerNorm (MindCV: 1e-7); None for the released weights' 1e-5 in patch aggregation and
+            1e-6 in blocks.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout in LMHSA's projection and in the IRFFN.
         attn_drop_rate: dropout on attention.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
-        dynamic_img_size: accept any multiples of 32 call by call, resampling the position bias.
+        drop_path_rate: stochastic depth rate of the last block, rising linearly from 0 at the first.
+        dynamic_img_size: accept any multiples of 32, which may change on each call, by resampling the position bias.
 
     Raises:
         ValueError: a size that is not a multiple of 32 or that the model was not built for, or an unknown `act_layer`.
@@ -440,7 +441,7 @@ class CMT(nn.Module):
         self.dynamic_img_size = dynamic_img_size
         self.feature_info = []
         if act_layer not in ('gelu', 'gelu_tanh'):
-            raise ValueError(f"act_layer {act_layer!r}: 'gelu' or 'gelu_tanh'")
+            raise ValueError(f"act_layer {act_layer!r}: use 'gelu' or 'gelu_tanh'")
         gelu = 'tanh' if act_layer == 'gelu_tanh' else 'none'  # nn.GELU's `approximate`
 
         self.stem = Stem(in_chans, stem_chs, self.img_size, dynamic_img_size, gelu, **dd)
@@ -500,7 +501,7 @@ class CMT(nn.Module):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        """Set another input size, resampling the position bias of each stage."""
+        """Change the input size, resampling the position bias of each stage."""
         self.img_size = self.stem.img_size = self.model_args['img_size'] = check_multiples(*to_2tuple(img_size))
         for stage, info in zip(self.stages, self.feature_info):
             bias = stage.position_bias
@@ -513,11 +514,11 @@ class CMT(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> 'CMT':
-        """Return a copy for inference, in eval mode, with a state dict of fewer names.
+        """Return a copy for inference, in eval mode. Its state dict has fewer keys.
 
         This folds BatchNorm after the spatial reduction, around the IRFFN's projection and in the head, and the LPU's
-        residual. BatchNorm before padded convolutions stays, and so does FrozenBatchNorm2d. The work is done by the
-        children's `reparameterize`, as timm's tools expect.
+        residual. BatchNorm before padded convolutions stays, and so does FrozenBatchNorm2d. Each child folds itself in
+        `reparameterize`, as timm's tools expect.
         """
         return reparameterize_model(self).eval().requires_grad_(False)
 
@@ -526,7 +527,7 @@ class CMT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier by a new one; keep the pooling if `global_pool` is None."""
+        """Replace the classifier with a new one; keep the pooling if `global_pool` is None."""
         self.num_classes = num_classes
         if global_pool is None:
             global_pool = self.global_pool.pool_type
@@ -542,15 +543,15 @@ class CMT(nn.Module):
             self, x: torch.Tensor, indices: Optional[Union[int, List[int]]] = None, norm: bool = False,
             stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Return the features and the maps of stages.
+        """Return the final features and the stages' feature maps.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: number of last stages, indices of stages, or None for all.
+            indices: number of last stages, list of stage indices, or None for all.
             norm: ignored, since the stages end without a norm.
             stop_early: stop after the last of `indices`.
             output_fmt: 'NCHW'.
-            intermediates_only: return the maps alone.
+            intermediates_only: return only the maps.
 
         Returns:
             The final features (B, num_features, H / 32, W / 32), and a list of maps (B, C, h, w).
@@ -596,7 +597,7 @@ class CMT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-# (pattern of a name in this file, released name), where <i> is the letter of stage i.
+# (pattern for a name in this file, released name), where <i> becomes the letter of stage i.
 _RELEASED_NAMES = (
     (r'^stem\.(conv|norm)(\d)\.', r'stem_\1\2.'),
     (r'^stages\.(\d)\.aggregation\.', r'patch_embed_<\1>.'),
@@ -618,14 +619,14 @@ def released_name(name: str) -> str:
 
 
 def _with_grids(table: torch.Tensor, stage: CMTStage) -> torch.Tensor:
-    """Spell out the grids of a released table (heads, N, N_kv): the model's if N is the same, else squares."""
+    """Reshape a released table (heads, N, N_kv) to query and key grids: the model's if N matches, else squares."""
     height, width = stage.position_bias.shape[1:3]
     if height * width != table.shape[1]:
         height = width = math.isqrt(table.shape[1])
     if height * width != table.shape[1] or table.shape[2] * stage.sr_ratio ** 2 != table.shape[1]:
         raise ValueError(
-            f'a position bias of {table.shape[1]} x {table.shape[2]} entries does not belong to a square input: build '
-            'the model at its training size (img_size=), load it, then call set_input_size')
+            f'a position bias of {table.shape[1]} x {table.shape[2]} entries is not from a square input: build the '
+            'model at its training size (img_size=), load it, then call set_input_size')
     return table.reshape(-1, height, width, height // stage.sr_ratio, width // stage.sr_ratio)
 
 
@@ -634,14 +635,14 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
 
     Args:
         state_dict: tensors under released or this project's names, or a checkpoint with them under 'model'.
-        model: the model to load them into; position biases of another size are resampled to its own.
+        model: the model to load them into; position biases of another size are resampled to fit it.
 
     Returns:
-        A state dict for `model.load_state_dict`. The classifier may be missing, and so may stages that `model` lacks.
+        A state dict for `model.load_state_dict`. It may lack the classifier, and may have stages that `model` lacks.
 
     Raises:
-        ValueError: tensors are missing or left over, the grid of a position bias does not follow from its shape, or
-            a local file has another size or number of classes than `model.pretrained_cfg`.
+        ValueError: tensors are missing or unexpected, the grid of a position bias does not follow from its shape, or
+            the size or number of classes of a local file differs from `model.pretrained_cfg`.
     """
     state_dict = state_dict.get('model', state_dict)
     bias = state_dict.get('stages.0.position_bias', state_dict.get('relative_pos_a'))
@@ -650,7 +651,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
     errors = [f'{name} missing' for name in names
               if name not in state_dict and not name.startswith('head.') and not name.endswith('.num_batches_tracked')]
     modules = {tuple(name.split('.')[:2]) for name in names}
-    errors += [f'{name} left over' for name in state_dict
+    errors += [f'{name} unexpected' for name in state_dict
                if name not in names and tuple(name.split('.')[:2]) in modules]
     if errors:
         raise ValueError(f'the weights do not fit the model: {len(errors)} tensors differ ({"; ".join(errors[:8])})')
@@ -660,12 +661,13 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
     wrong = [f'input_size=(3, {side}, {side})'] * (model.img_size[0] == cfg.get('input_size', (0, 0))[1] != side != 0)
     wrong += [f'num_classes={classes}'] * (0 < classes == model.num_classes != cfg.get('num_classes'))
     if cfg.get('file') and wrong:
-        raise ValueError(f'add {" and ".join(wrong)} to pretrained_cfg_overlay, or use weights.load_model')
+        raise ValueError(f'the file has {" and ".join(wrong)}: add this to pretrained_cfg_overlay, or use '
+                         'weights.load_model')
     return state_dict
 
 
 def to_model(state_dict: Dict[str, torch.Tensor], model: CMT) -> Dict[str, torch.Tensor]:
-    """Map weights to the names and sizes of `model`, contiguous; unknown names are kept.
+    """Map weights to the names and sizes of `model`, as contiguous tensors; keep unknown names.
 
     Raises:
         ValueError: the grid of a position bias does not follow from its shape.
@@ -713,7 +715,7 @@ class Variant(NamedTuple):
     img_size: int  # pixels
     model_args: Dict[str, Any]  # arguments of CMT that the variants do not share (paper table 1)
     released_file: str
-    paper_gmacs: float  # 1e9 multiply-adds an image, called FLOPs in the paper (table 2)
+    paper_gmacs: float  # 1e9 multiply-adds per image, called FLOPs in the paper (table 2)
     paper_top1: float  # on ImageNet-1k, %
 
 

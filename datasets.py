@@ -24,20 +24,20 @@ from system import cores
 
 logger = logging.getLogger(__name__)
 
-PREPARED = 'prepared.json'  # in the folders of scripts/prepare_data.py; it may list the classes in order
+PREPARED = 'prepared.json'  # written by scripts/prepare_data.py; it may list the classes in order
 
 # A tar whose file name has one of these words between non-letters belongs to that split.
 SPLIT = re.compile(r'(?<![A-Za-z])(train|val)(?:ing|idation)?(?![A-Za-z])')
 
 
 class INaturalist(EncodedImages):
-    """Read iNaturalist 2018, 2019 or 2021 by its JSON files. torchvision's class has no validation split.
+    """Read iNaturalist 2018, 2019 or 2021 from its JSON files. torchvision's class has no validation split.
 
     Args:
         root: folder with train2018.json and val2018.json (2021 also: train.json, val.json), the images under the
             names in these files, and categories.json if these files do not name the species.
         year, train: year of the competition; training or validation split.
-        category: rank of the classes, one of options.INAT_CATEGORIES.
+        category: taxonomic rank of the classes, one of options.INAT_CATEGORIES.
         transform: as in EncodedImages.
 
     Raises:
@@ -57,7 +57,7 @@ class INaturalist(EncodedImages):
             files = {image['id']: str(root / image['file_name']) for image in split['images']}
             samples = [(files[a['image_id']], index[names[a['category_id']]]) for a in split['annotations']]
         except (KeyError, TypeError) as error:
-            raise UsageError(f'the JSON files of iNaturalist {year} in {root} lack {error}, or have another form: '
+            raise UsageError(f'the iNaturalist {year} JSON files in {root} lack {error}, or have another structure: '
                              'copy them again') from None
         if not samples:
             raise UsageError(f'{root} has no annotated images for {word}{year}')
@@ -109,18 +109,18 @@ def build_dataset(
         is_whole: bool = False, **reading) -> Dataset:
     """Build a data set of (image, class index) samples.
 
-    Its `classes` are the class names in the order of their index.
+    Its attribute `classes` lists the class names in index order.
 
     Args:
         name: one of options.DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, or 'wds/NAME'.
         is_train: True for the training split, False for the validation split.
         data_path: for IMNET the folder or tar that contains both splits (open_split), else the folder of the data set.
-        input_size: height and width of the images of DIGITS, in pixels.
+        input_size: height and width of DIGITS images, in pixels.
         transform: applied to each image, as in sources.EncodedImages.
-        classes: class names in the order of their index, for a validation folder; None for those of the folder.
-        val_split: share of each class of an IMNET folder without val/ that is held out for validation.
-        class_map: file with the class folders of IMNET in the order of their index, one on each line.
-        category: rank of INAT's classes.
+        classes: class names in index order, from the training set or a checkpoint; None to use those in the data.
+        val_split: fraction of each class to hold out for validation, for IMNET data without val/.
+        class_map: file with the IMNET class folders in index order, one per line.
+        category: taxonomic rank of INAT's classes.
         is_whole: use all images of unsplit IMNET data, for evaluation.
         reading: keyword arguments of sources.open_image.
 
@@ -137,15 +137,15 @@ def build_dataset(
         dataset = _torchvision(name, data_path or 'data', is_train, tv_transforms.Compose(  # MNIST is gray.
             [functools.partial(open_image, **reading), *([transform] if transform else [])]))
     elif not data_path:
-        raise UsageError('--data-path is missing: the folder that contains train/ and val/ '
-                         '(--data-set DIGITS needs none and no network)')
+        raise UsageError('--data-path is missing: give the folder that contains train/ and val/ '
+                         '(--data-set DIGITS needs no data and no network)')
     elif name.startswith('INAT'):
         dataset = INaturalist(data_path, 2000 + int(name[4:]), is_train, category, transform)
     else:
         if published.needs_preparing(Path(data_path)):
             source, target = shlex.quote(str(data_path)), shlex.quote(f'{str(data_path).rstrip("/")}-tars')
             raise UsageError(f'{data_path} must be prepared: run python scripts/prepare_data.py {source} {target} '
-                             'and give the new folder as --data-path')
+                             'and use the new folder as --data-path')
         if class_map:
             classes = _read_class_map(class_map)
         names = prepared_classes(data_path)
@@ -162,7 +162,7 @@ def build_dataset(
 
 
 def prepared_classes(data_path: str) -> list[str] | None:
-    """Return the classes in the order of the labels, if scripts/prepare_data.py saved them in a folder."""
+    """Return the classes in label order if scripts/prepare_data.py saved them in `data_path`, else None."""
     file = Path(data_path, PREPARED)
     return json.loads(file.read_text('utf-8')).get('classes') if file.is_file() else None
 
@@ -173,20 +173,20 @@ def _read_class_map(file: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f'--class-map {file}: {error}') from None
     if len(set(classes)) != len(classes) or not classes:
-        raise UsageError(f'--class-map {file}: {"a class is there twice" if classes else "no classes in it"}')
+        raise UsageError(f'--class-map {file} {"lists a class twice" if classes else "lists no classes"}')
     return classes
 
 
 def open_split(data_path: str, split: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
     """Open the split 'train' or 'val' of the images at `data_path`.
 
-    `data_path` is a folder or a tar. A folder contains train/ and val/ (of class folders, or of tars), or tars of each
-    split. A tar belongs to a split if its name has the word train (training) or val (validation) between non-letters,
-    as imagenet-val-000.tar does. If `data_path` is a tar, the other split is in tars next to it, or both are folders
-    in it. A tar of another name contains training images, or both splits.
+    `data_path` is a folder or a tar. A folder contains train/ and val/, which hold class folders or tars, or it
+    contains tars of each split. A tar belongs to a split if its name has the word train (training) or val (validation)
+    between non-letters, such as imagenet-val-000.tar. If `data_path` is a tar, the other split is in tars next to it,
+    or the tar contains both splits as folders. A tar with any other name contains training images, or both splits.
 
     Raises:
-        UsageError: no images of that split; a tar that is damaged.
+        UsageError: there are no images of that split, or a tar is damaged.
     """
     path = Path(data_path)
     tars = _tars(path, split)
@@ -194,8 +194,8 @@ def open_split(data_path: str, split: str, transform: Callable | None, classes: 
         return TarImages(tars, split, transform, classes)
     if not path.is_file():
         return ImageFolder(path / split, transform, classes)
-    raise UsageError(f'{path} has no {"training" if split == "train" else "validation"} images by its name: put '
-                     'train.tar and val.tar next to each other, or hold out a share by --val-split 0.1')
+    raise UsageError(f'{path} has no {"training" if split == "train" else "validation"} images according to its name: '
+                     'put train.tar and val.tar in one folder, or use --val-split 0.1')
 
 
 def has_split(data_path: str, split: str) -> bool:
@@ -212,7 +212,7 @@ def is_unsplit(data_path: str) -> bool:
 
 
 def _tars(path: Path, split: str) -> list[Path]:
-    """List the tars of a split by the rule of `open_split`."""
+    """List the tars of a split, following the rules of `open_split`."""
     if path.is_file():
         named = _split_of(path)
         if split == (named or 'train'):
@@ -226,18 +226,18 @@ def _tars(path: Path, split: str) -> list[Path]:
     folders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not IGNORED.search(entry.name)]
     if tars and folders:
         raise UsageError(f'{folder} holds both tars ({tars[0].name}) and folders ({min(folders)}): '
-                         'move away what is not to be read')
+                         'move the tars or the folders elsewhere')
     return tars
 
 
 def _named_tars(folder: Path, split: str) -> list[Path]:
-    """List the tars of a split in a folder; a tar and a link to it are one."""
+    """List the tars of a split in a folder; a tar and a link to it count once."""
     tars = [tar for tar in sorted(folder.glob('[!.]*.tar')) if _split_of(tar) == split]
     return list({tar.resolve(): tar for tar in tars}.values())
 
 
 def _split_of(tar: Path) -> str | None:
-    """Return the split that a tar's file name names; None if it names none or both."""
+    """Return the split in a tar's file name; None if the name contains neither or both."""
     words = set(SPLIT.findall(tar.name))
     return words.pop() if len(words) == 1 else None
 
@@ -249,15 +249,15 @@ def open_unsplit(data_path: str, transform: Callable | None, classes: list[str] 
         raise UsageError(f'{root} has a validation split: leave --val-split out')
     folders = {path.name for path in root.glob('[!.]*') if path.is_dir()}
     if len(folders) > 1 and all(re.fullmatch('(train|test|val)(ing|id|idation)?', name.lower()) for name in folders):
-        raise UsageError(f'{root} contains {" and ".join(sorted(folders))}: splits, not classes. Name them train and '
-                         'val; --val-split is for folders of classes')
+        raise UsageError(f'{root} contains {" and ".join(sorted(folders))}, which are splits, not classes: rename them '
+                         'to train and val (--val-split is for folders of classes)')
     if 'train' in folders or not folders and has_split(data_path, 'train'):
         return open_split(data_path, 'train', transform, classes)
     return ImageFolder(root, transform, classes)
 
 
 def _split(dataset: EncodedImages, val_split: float, is_train: bool) -> EncodedImages:
-    """Select the training or the validation split of a folder: the same images for every seed of the run."""
+    """Select the training or validation split of a folder. The split does not depend on the run's seed."""
     targets, selected = np.array(dataset.targets), []
     for label in np.unique(targets):
         order = np.random.RandomState(0).permutation(np.flatnonzero(targets == label))
@@ -270,14 +270,14 @@ def _split(dataset: EncodedImages, val_split: float, is_train: bool) -> EncodedI
 
 
 def limit(dataset: Dataset, number: int) -> Dataset:
-    """Keep `number` images: the first of each class, balanced over the classes."""
+    """Keep `number` images: the first ones of each class, balanced over the classes."""
     if np.ndim(getattr(dataset, 'targets', None)) != 1:
-        raise UsageError('--max-train-images: this data set does not list the classes of its images; leave it out')
+        raise UsageError('--max-train-images: this data set does not list the classes of its images; omit the flag')
     targets = np.array(dataset.targets)
     order = np.argsort(targets, kind='stable')
-    position = np.argsort(order) - np.searchsorted(targets[order], targets)  # of an image within its class
+    position = np.argsort(order) - np.searchsorted(targets[order], targets)  # each image's rank within its class
     if number < np.sum(position == 0):
-        raise UsageError(f'--max-train-images {number}: give at least {np.sum(position == 0)}, one for each class')
+        raise UsageError(f'--max-train-images {number}: use at least {np.sum(position == 0)}, one for each class')
     indices = np.sort(np.lexsort((targets, position))[:number]).tolist()
     if isinstance(dataset, EncodedImages):
         dataset.select(indices)
@@ -288,7 +288,7 @@ def limit(dataset: Dataset, number: int) -> Dataset:
 
 
 def drop_damaged(dataset: EncodedImages) -> None:
-    """Leave out the images that cannot be read, and log their names."""
+    """Drop unreadable images, and log their names."""
     def fault(index: int) -> str | None:
         try:
             open_image(dataset.read(index), max_pixels=dataset.reading.get('max_pixels'))
@@ -310,7 +310,7 @@ def check_two_classes(dataset: Dataset, data_path: str) -> None:
     if len(present) == 1:
         folders = {Path(name).parent.name for name, _ in getattr(dataset, 'samples', ())} - set(dataset.classes)
         folders = sorted(folder for folder in folders if not folder.endswith('.tar'))
-        hint = f', which contains the folders {", ".join(folders[:5])}: are these the classes?' if folders else ''
+        hint = f', which contains the folders {", ".join(folders[:5])} (are these the classes?)' if folders else ''
         raise UsageError(f'{data_path} has one class, {dataset.classes[present.pop()]}{hint}; training needs two')
 
 
@@ -322,7 +322,7 @@ def _holds_images(root: str) -> bool:
 
 def _torchvision(name: str, root: str, is_train: bool, transform: Callable | None) -> Dataset:
     splits, settings = [{'train': is_train}], {'download': not _holds_images(root)}
-    if name == 'CARS':  # The address to download from no longer exists.
+    if name == 'CARS':  # Its download URL no longer exists.
         dataset_class, splits, settings = tv_datasets.StanfordCars, [{'split': 'train' if is_train else 'test'}], {}
     elif name == 'PETS':
         dataset_class, splits = tv_datasets.OxfordIIITPet, [{'split': 'trainval' if is_train else 'test'}]
@@ -337,7 +337,7 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
         loaded = [dataset_class(root=root, transform=transform, **split, **settings) for split in splits]
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
         if _holds_images(root):
-            raise UsageError(f'{root} contains folders of images, not {name}: give --data-set IMNET, or another '
+            raise UsageError(f'{root} contains folders of images, not {name}: use --data-set IMNET or another '
                              '--data-path') from None
         raise UsageError(f'{name} is not in {root} and could not be downloaded ({first_line(error)})') from error
     dataset = loaded[0] if len(loaded) == 1 else ConcatDataset(loaded)

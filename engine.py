@@ -1,4 +1,4 @@
-"""What happens to a batch: preprocess it, train on it, evaluate on it."""
+"""Preprocess a batch, train on it, and evaluate on it."""
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ from precision import ApexScaler, NativeScaler
 from processes import all_reduce_, gather_from_ranks, get_rank, get_world_size
 from utils import Progress
 
-MAX_OVERFLOWS = 50  # When so many halvings in a row do not help, the loss is at fault, not its scale.
+MAX_OVERFLOWS = 50  # If this many halvings in a row do not help, the loss is at fault, not its scale.
 
 
 class Preprocessor:
@@ -47,7 +47,7 @@ class Preprocessor:
         Returns:
             Images (B, 3, H, W), float32, in channels-last memory; targets (B,), or (B, classes) after mixup.
         """
-        is_cuda = self.device.type == 'cuda'  # On mps, the host's memory may be reused before it is copied.
+        is_cuda = self.device.type == 'cuda'  # On mps, host memory may be reused before the copy is done.
         images, targets = (tensor.to(self.device, non_blocking=is_cuda) for tensor in (images, targets))
         images = self.normalize(images)
         if self.erasing is not None:
@@ -62,11 +62,11 @@ class Preprocessor:
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Return (image - mean) / std of uint8 images on the device, as float32."""
         B, C, H, W = images.shape
-        # Normalize rows of W pixels. Over the channels of a pixel, the innermost loop would have three steps.
+        # Normalize rows of W * C values. Broadcasting over channels would leave an innermost loop of three steps.
         rows = images.permute(0, 2, 3, 1).reshape(B, H, W * C)
         mean, std = self.mean.repeat(W), self.std.repeat(W)
         out = torch.empty_like(rows, dtype=torch.float32)
-        # On a CPU, one image fits the cache.
+        # On a CPU, go image by image: one image fits in the cache.
         for uint8, result in zip(rows, out) if images.device.type == 'cpu' else [(rows, out)]:
             result.copy_(uint8).sub_(mean).div_(std)
         return out.view(B, H, W, C).permute(0, 3, 1, 2)
@@ -80,7 +80,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 class Meters:
     """Keep the running sums of an epoch on the device, so that only reading them is a host sync."""
     NAMES = ('loss', 'samples', 'skipped', 'skipped_in_a_row', 'overflows', 'overflows_in_a_row')
-    PER_RANK = 2  # The first two differ between ranks, the others are equal.
+    PER_RANK = 2  # The first two differ between ranks; the others are equal.
 
     def __init__(self, device: torch.device, saved: list[list[float]] | None = None):
         """Start at 0, or from an earlier result of gather(), even if the number of ranks has changed."""
@@ -94,7 +94,7 @@ class Meters:
             self.sums.copy_(torch.tensor(sums, dtype=self.sums.dtype))
 
     def add(self, loss: torch.Tensor, samples: int, skipped: torch.Tensor, overflowed: torch.Tensor) -> None:
-        """Add an optimizer step: mean loss over `samples`, and 1. or 0. for a skip and an overflow."""
+        """Add an optimizer step: its mean loss over `samples`, and 1. if it was skipped or overflowed, else 0."""
         self.sums[0] += torch.where(skipped > 0, 0., loss.to(self.sums.dtype) * samples)
         self.sums[1] += samples * (1 - skipped)
         for i, flag in ((2, skipped), (4, overflowed)):
@@ -118,23 +118,23 @@ class Meters:
 
 @dataclass
 class TrainStep:
-    """Do one optimizer step, with one or several batches.
+    """Run one optimizer step on one or more batches.
 
     The order: preprocess the batch on the device, forward under autocast, loss, backward, unscale, agree on finiteness
     over all ranks, clip, optimizer, EMA. Nothing here waits for the device.
 
     Attributes:
-        model: with or without DistributedDataParallel or compilation around it.
+        model: model, which may be compiled or wrapped in DistributedDataParallel.
         criterion: loss of outputs and targets, and of the teacher's logits (B, classes) if there is a teacher.
         optimizer: a fused one can skip a step without a host sync.
         preprocess: moves, normalizes, erases and mixes a batch.
         scaler: NativeScaler or ApexScaler.
-        autocast: makes the context of the forward pass.
-        ema: timm's ModelEmaV3 and the module with the weights to average.
+        autocast: returns the context manager of the forward pass.
+        ema: timm's ModelEmaV3, and the module that it averages.
         clip_grad, clip_mode: arguments of timm's dispatch_clip_grad.
         skip_nonfinite: skip steps with a loss or gradient that is not finite, and their BatchNorm statistics.
-        seed, rank: the draws of a step follow from (seed, epoch, step, rank).
-        teacher: model that gives `criterion` its logits.
+        seed, rank: the random draws of a step depend only on (seed, epoch, step, rank).
+        teacher: model whose logits `criterion` gets.
         frozen: modules that stay in eval mode.
     """
     model: nn.Module
@@ -151,7 +151,7 @@ class TrainStep:
     rank: int = 0
     teacher: nn.Module | None = None
     frozen: list[nn.Module] = field(default_factory=list)
-    updates_per_epoch: int = 0  # for the warm-up of the EMA's decay
+    updates_per_epoch: int = 0  # for the EMA decay warm-up
 
     def __post_init__(self):
         self.statistics = [b for b in self.model.buffers() if b.is_floating_point()] if self.skip_nonfinite else []
@@ -168,7 +168,7 @@ class TrainStep:
             with contextlib.nullcontext() if last or not hasattr(self.model, 'no_sync') else self.model.no_sync():
                 with self.autocast():
                     teacher_logits = [] if self.teacher is None else [self.teacher(images).float()]
-                    # float: F.cross_entropy would round the log-probabilities to 16 bits.
+                    # Convert to float32, since F.cross_entropy would round the log-probabilities to 16 bits.
                     batch_loss = self.criterion(self.model(images).float(), targets, *teacher_logits) / len(batches)
                 self.scaler.backward(batch_loss, self.optimizer, last)
             loss = loss + batch_loss.detach()
@@ -176,7 +176,7 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        # Gradients are equal on all ranks here, losses are not.
+        # Gradients are equal on all ranks here, but losses are not.
         bad_loss = all_reduce_((~torch.isfinite(loss)).float(), dist.ReduceOp.MAX)
         bad_norm = (~torch.isfinite(norm)).float()
         skips_overflows = self.scaler.skips_overflows
@@ -197,7 +197,7 @@ class TrainStep:
         if self.ema is not None:
             average, module = self.ema
             done = epoch * self.updates_per_epoch + step + 1
-            average.update(module, done if average.use_warmup else None)  # Given a step, timm starts at decay 0.
+            average.update(module, done if average.use_warmup else None)  # With a step, timm starts at decay 0.
         samples = sum(len(targets) for _, targets in batches)
         meters.add(loss, samples, bad, bad_norm * (1 - bad_loss) if skips_overflows else torch.zeros_like(bad))
 
@@ -216,17 +216,17 @@ class TrainStep:
 def train_one_epoch(
         train_step: TrainStep, loader: Iterable, epoch: int, first_step: int, updates: int, accum_steps: int,
         meters: Meters, progress: Progress, check_every: int = 1, max_skips: int = 0) -> Iterator[int]:
-    """Train for the rest of an epoch, and yield the number of steps done in the epoch after each optimizer step.
+    """Train for the rest of an epoch. After each optimizer step, yield the number of steps done in the epoch.
 
     Args:
         train_step: the optimizer step.
-        loader: batches from the epoch's position on.
+        loader: the epoch's remaining batches.
         epoch: index of the epoch.
         first_step: steps of the epoch that are already done.
-        updates: steps to do.
-        accum_steps: batches of a step.
-        meters, progress: running sums to add to, and the bar or lines for a person.
-        check_every: steps between two readings of the meters, each a host sync.
+        updates: steps to run.
+        accum_steps: batches per step.
+        meters, progress: running sums to add to, and the progress display.
+        check_every: steps between reads of the meters, each a host sync.
         max_skips: consecutive steps that may be skipped because a loss or gradient is not finite.
 
     Raises:
@@ -240,7 +240,7 @@ def train_one_epoch(
     for step in range(first_step, first_step + updates):
         asked = time.monotonic()
         group = list(islice(batches, accum_steps))
-        if step > first_step:  # Before the first step, workers start.
+        if step > first_step:  # The first wait includes starting the workers.
             progress.waited += time.monotonic() - asked
         train_step(group, epoch, step, meters)
         images += sum(len(targets) for _, targets in group)
@@ -271,20 +271,21 @@ def check_faults(sums: dict[str, float], epoch: int, step: int, max_skips: int) 
             + (f', {sums["skipped_in_a_row"]:.0f} steps in a row' if max_skips else
                '; a lower --lr, --clip-grad 1 or --on-nonfinite skip may help'))
     if sums['overflows_in_a_row'] > MAX_OVERFLOWS:
-        raise TrainingFault(f'{where}: gradients overflowed {MAX_OVERFLOWS} times in a row under loss scaling')
+        raise TrainingFault(f'{where}: gradients overflowed {MAX_OVERFLOWS} times in a row under loss scaling; '
+                            'a lower --lr may help')
 
 
 @torch.inference_mode()
 def evaluate(
         model: nn.Module, loader: Iterable, preprocess: Preprocessor, autocast: Callable,
         progress: Progress | None = None, predictions: list | None = None) -> dict[str, float]:
-    """Evaluate `model` on the shares of all ranks.
+    """Evaluate `model` on all ranks, each with its share of the data.
 
-    timm's accuracy() returns percentages of a batch. These are counts, exact over batches and ranks. Each batch
-    of this rank appends to `predictions` its targets (B,), and the top k <= 5 classes and probabilities, both (B, k).
+    timm's accuracy() returns percentages per batch. The counts here are exact over batches and ranks. Each batch of
+    this rank appends its targets (B,) and its top k <= 5 classes and probabilities, both (B, k), to `predictions`.
 
     Returns:
-        acc1, acc5 (%; top-5 counts all classes where there are fewer), loss (mean cross-entropy), count (images).
+        acc1, acc5 (%; acc5 counts all classes if there are fewer), loss (mean cross-entropy), count (images).
     """
     model.eval()
     device = preprocess.device
@@ -310,7 +311,7 @@ def evaluate(
 
 
 def throughput(model: nn.Module, images: torch.Tensor, autocast: Callable, warmup: int = 50, runs: int = 30) -> float:
-    """Return images per second of forward passes over one prepared batch, mean of `runs` after `warmup`."""
+    """Return the images per second of forward passes on one batch: the mean of `runs` passes after `warmup`."""
     model.eval()
     synchronize = torch.get_device_module(images.device).synchronize  # torch.cpu's does nothing.
     with torch.inference_mode(), autocast():

@@ -1,21 +1,21 @@
-"""Errors that reach the user as one line instead of a traceback, and how an exception becomes one line."""
+"""Define errors that the user sees as one line instead of a traceback, and turn exceptions into one line."""
 
 
 class UsageError(ValueError):
-    """Report a mistake in flags, data or files, found by a check; processes.usage_errors brings it to all ranks.
+    """Report a mistake in flags, data or files that a check found; processes.usage_errors raises it on all ranks.
 
-    One line, exit status 2.
+    The user sees one line, and the exit status is 2.
     """
 
 
 def mistake(error: BaseException) -> str | None:
-    """Return the line about a mistake of the user: a UsageError, or an OSError that names a file. None for a bug."""
+    """Return the message of a user's mistake (a UsageError, or an OSError that names a file), or None for a bug."""
     is_mistake = isinstance(error, UsageError) or isinstance(error, OSError) and error.filename is not None
     return (str(error) or type(error).__name__) if is_mistake else None
 
 
 class TrainingFault(RuntimeError):
-    """Report on all ranks that training cannot continue. The last checkpoint is good. One line, exit status 1."""
+    """Report on all ranks that training cannot continue; the last checkpoint is intact. One line, exit status 1."""
 
 
 class UnreadableImage(RuntimeError):
@@ -40,5 +40,5 @@ def one_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape characters of a file name that would break a line or that no encoding has."""
+    """Escape characters in a file name that would break a line or cannot be encoded."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)

@@ -1,4 +1,4 @@
-"""Evaluate a model on a data set or on single images: order of the classes, scores, a report, Grad-CAM."""
+"""Evaluate a model on a data set or on single images: class order, scores, report, Grad-CAM."""
 import argparse
 import contextlib
 import itertools
@@ -29,14 +29,14 @@ from weights import build_model, read_weights
 
 logger = logging.getLogger(__name__)
 
-IMAGENET = ImageNetInfo('imagenet-1k').label_names()  # WordNet ids in the order of the outputs
+IMAGENET = ImageNetInfo('imagenet-1k').label_names()  # WordNet ids in output order
 MAX_MISTAKES = 24  # images on the sheet of mistakes
 
 
 # Classes
 
 def order_classes(dataset: Dataset, num_classes: int) -> str:
-    """Map a data set's classes to the outputs of weights without class names; return a log line that says how."""
+    """Map a data set's classes to the outputs of a model without class names; return a log line about the mapping."""
     names = dataset.classes
     by_index = {int(name): name for name in names} if all(map(str.isdecimal, names)) else {}
     if by_index and len(by_index) == len(names) and max(by_index) < num_classes:
@@ -46,7 +46,7 @@ def order_classes(dataset: Dataset, num_classes: int) -> str:
     elif len(names) == num_classes:
         order, line = names, 'classes in the order of the data, alphabetical for folders'
     else:
-        raise UsageError(f'the weights have {num_classes} unnamed classes, the data {len(names)} '
+        raise UsageError(f'the weights have {num_classes} unnamed classes, but the data has {len(names)} '
                          f'({", ".join(names[:3])}, ...): list all {num_classes} in order in --class-map')
     lookup = np.array([order.index(name) for name in names])
     dataset.samples.targets, dataset.classes = lookup[dataset.samples.targets], list(order)
@@ -54,7 +54,7 @@ def order_classes(dataset: Dataset, num_classes: int) -> str:
 
 
 def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
-    """Return the indices of the classes to score among, as --valid-labels asks."""
+    """Return the indices of the classes to score among, as selected by --valid-labels."""
     count, used = len(dataset.classes), set(getattr(dataset, 'targets', ()))
     if labels is None and list(dataset.classes) == IMAGENET:
         return sorted(used)
@@ -72,11 +72,11 @@ def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
 
 
 def real_labels(dataset: Dataset, indices: Iterable[int], file: str) -> RealLabelsImagenet:
-    """Build timm's ReaL evaluation (arXiv 2006.07159) for the images `indices`; '' means timm's file."""
+    """Build timm's ReaL evaluation (arXiv 2006.07159) for the images at `indices`; file '' means timm's copy."""
     try:
         real = RealLabelsImagenet(range(50_000), file or None)  # timm requires all images here.
     except (ValueError, AssertionError, TypeError):
-        raise UsageError(f'--real-labels {file} is not real.json, the labels of 50,000 images') from None
+        raise UsageError(f'--real-labels {file} is not a real.json with labels of 50,000 images') from None
     real.filenames = [Path(dataset.samples[i][0]).name for i in indices] if hasattr(dataset, 'samples') else ['']
     if not real.real_labels.keys() >= set(real.filenames) or list(dataset.classes) != IMAGENET:
         raise UsageError('--real-labels needs the images ILSVRC2012_val_*.JPEG in folders of WordNet ids')
@@ -84,7 +84,7 @@ def real_labels(dataset: Dataset, indices: Iterable[int], file: str) -> RealLabe
 
 
 def class_words(names: list[str]) -> list[str]:
-    """Return what a person calls the classes: the words of WordNet ids, other names as they are."""
+    """Return readable class names: words for WordNet ids, other names unchanged."""
     words = ImageNetInfo('imagenet-22k-ms').label_descriptions(as_dict=True)
     return [words.get(name, name) for name in names]
 
@@ -92,7 +92,7 @@ def class_words(names: list[str]) -> list[str]:
 # Single images
 
 def read_names(file: str) -> list[str]:
-    """Read class names, one a line, in the order of their index."""
+    """Read class names in index order, one per line."""
     try:
         return [line.strip() for line in Path(file).read_text('utf-8-sig').splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -100,13 +100,13 @@ def read_names(file: str) -> list[str]:
 
 
 def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, int]]:
-    """Load the model that options.add_classifier_flags describe.
+    """Load the model that the flags of options.add_classifier_flags describe.
 
     Returns:
-        The model in eval mode on its device, its classes in words, and their indices by the names of folders.
+        The model in eval mode on its device, readable class names, and a map from folder names to class indices.
 
     Raises:
-        UsageError: the file or a flag does not fit.
+        UsageError: the model cannot be read, or does not match a flag.
     """
     weights = read_weights(args.model, use_ema=args.model_ema)
     model = build_model(weights, **({'img_size': args.input_size} if args.input_size else {}))
@@ -117,7 +117,7 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, list[str], dic
     if model.img_size[0] != model.img_size[1]:
         raise UsageError(f'{args.model} takes images of {model.img_size}, but crops are square: set --input-size')
     if model.num_classes == 0:
-        raise UsageError(f'{args.model} has no classifier')
+        raise UsageError(f'{args.model} has no classifier: use weights that have one')
     saved, indices = weights.class_names(model), [str(i) for i in range(model.num_classes)]
     folders = saved or (IMAGENET if model.num_classes == 1000 else [f'class {i}' for i in indices])
     names = read_names(args.class_names) if args.class_names else class_words(folders)
@@ -133,10 +133,10 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, list[str], dic
 def read_images(
         images: list[tuple[str, str | bytes, int]], model: nn.Module, report: Callable[[str], Any]
 ) -> tuple[list, torch.Tensor, torch.Tensor]:
-    """Read (name, path or encoded image, label) of images for `model`; call `report` with a line for unreadable ones.
+    """Read (name, path or encoded image, label) entries for `model`; call `report` with a line for unreadable ones.
 
     Returns:
-        The entries of `images` that were read, their pixels (B, 3, size, size), uint8, and the normalized pixels.
+        The entries of `images` that were read, their uint8 pixels (B, 3, size, size), and the normalized pixels.
     """
     config, read, pixels = resolve_model_data_config(model), [], [torch.empty(0, 3, *model.img_size, dtype=torch.uint8)]
     transform = build_transform(False, model.img_size[0], crop_pct=config['crop_pct'])
@@ -145,7 +145,7 @@ def read_images(
             image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
             if max(image.size) > 200 * min(image.size):  # Resizing the short side would take gigabytes.
                 raise ValueError('one side is more than 200 times the other')
-        except Exception as error:  # Pillow's plugins raise anything on damaged files
+        except Exception as error:  # Pillow's plugins raise anything on damaged files.
             reason = getattr(error, 'strerror', None) or one_line(error)
             if name.lower().endswith(HEIF) and not name.lower().endswith(EXTENSIONS):
                 reason += ': pip install pillow-heif'
@@ -163,11 +163,11 @@ def read_images(
 def score(
         model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable,
         is_stopped: Callable[[], Any] = lambda: False) -> tuple[dict[str, float], list[np.ndarray]]:
-    """Evaluate `model` on the shares of all ranks, with a progress bar on rank 0.
+    """Evaluate `model` on all ranks, each with its share of the data, with a progress bar on rank 0.
 
     Returns:
-        The scores of engine.evaluate, and on all ranks the targets, classes and probabilities of reports.Predictions,
-        which are empty if `is_stopped` became true on a rank before its last batch.
+        The scores of engine.evaluate, and the targets, classes and probabilities of all images for reports.Predictions,
+        or [] if `is_stopped` became true on a rank before its last batch.
     """
     batches: list[tuple] = []
     shown = itertools.takewhile(lambda batch: not is_stopped(), loader)
@@ -178,7 +178,7 @@ def score(
     order = np.argsort(np.concatenate(indices))
     if sum(len(share[0]) for share in shares if share) < len(order):
         return scores, []
-    return scores, [np.concatenate(column)[order] for column in zip(*filter(None, shares))]  # Ranks may lack images.
+    return scores, [np.concatenate(column)[order] for column in zip(*filter(None, shares))]  # Ranks may have no images.
 
 
 def score_checkpoint(
@@ -195,19 +195,19 @@ def score_checkpoint(
             tempfile.TemporaryFile(dir=args.report).close()  # Fail before the evaluation, not after it.
     if len(valid) < model.num_classes:
         logger.info('scoring among %d of %d classes%s', len(valid), model.num_classes,
-                    '' if args.valid_labels else ' (--valid-labels all: all)')
+                    '' if args.valid_labels else ' (use --valid-labels all for all)')
         others = torch.ones(model.num_classes, dtype=torch.bool, device=device)
         others[valid] = False
         model.register_forward_hook(lambda module, images, logits: logits.masked_fill(others, -torch.inf))
     if real is not None:
         model.register_forward_hook(lambda module, images, logits: real.add_result(logits))
     scores, columns = score(model, loader, device, autocast)
-    # These two lines have the format of DeiT's code.
+    # DeiT's code logs these two lines in the same format.
     logger.info('* Acc@1 %.3f Acc@5 %.3f loss %.3f', scores['acc1'], scores['acc5'], scores['loss'])
     logger.info('Accuracy of the network on the %d test images: %.3f%%', scores['count'], scores['acc1'])
     rotated = sum(processes.gather_from_ranks(sum(getattr(data, 'reading', {}).get('rotated', ()))))
     if rotated:
-        logger.info('applied the EXIF orientation of %d images (published ImageNet scores do not: --ignore-exif)',
+        logger.info('applied the EXIF orientation of %d images (use --ignore-exif to match published ImageNet scores)',
                     rotated)
     if real is not None:
         hits = [sum(processes.gather_from_ranks(real.is_correct[k]), []) for k in (1, 5)]
@@ -222,7 +222,8 @@ def write_report(folder: Path, dataset: Dataset, columns: list[np.ndarray], vali
                  device: torch.device) -> None:
     """Write predictions.csv, per_class.csv, confusion.png and mistakes.jpg into `folder`, and log a summary.
 
-    `columns` are score's for `model` and the uint8 images (3, H, W) of `dataset`; `valid` lists the scored classes.
+    `columns` come from score() for `model` and `dataset`, whose images are uint8 (3, H, W). `valid` lists the scored
+    classes.
     """
     from sklearn.metrics import confusion_matrix  # takes a second to import
     samples, names = getattr(dataset, 'samples', None), list(map(str, dataset.classes))
@@ -264,9 +265,9 @@ def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor | Non
         classes: indices (B,); None for the top predictions.
 
     Returns:
-        Maps (B, H, W) in [0, 1]: the ReLU of the sum of a stage's channels, each weighted by
-        the mean gradient of the class's logit. The stage is the last that has 4 x 4 positions or more: the fourth from
-        128 px on, the second at 32 px, where the fourth has one position.
+        Maps (B, H, W) in [0, 1]: the ReLU of the sum of a stage's channels, each weighted by the mean gradient of the
+        class's logit. The stage is the last one with at least 4 x 4 positions: the fourth from 128 px on, but the
+        second at 32 px, where the fourth has one position.
     """
     depth = max(n for n in (2, 3, 4) if min(images.shape[2:]) >= 4 * 2 ** (n + 1))
     with torch.enable_grad():

@@ -1,6 +1,6 @@
-"""Transform training images by libjpeg-turbo, torch and OpenCV.
+"""Transform training images with libjpeg-turbo, torch and OpenCV.
 
-The draws are those of transforms.build_transform: under the same seed both loaders crop, flip and augment alike.
+The random draws are those of transforms.build_transform: with the same seed, both loaders crop, flip and augment alike.
 """
 import copy
 import functools
@@ -45,8 +45,8 @@ class Jpeg:
     def decode(self, scale: int = 1) -> np.ndarray:
         """Return the pixels at 1 / scale of the size: (ceil(H / scale), ceil(W / scale), 3) uint8.
 
-        If libjpeg-turbo fails or warns, Pillow decodes the file: a damaged one then gives the pixels or the error of
-        the reference loader.
+        If libjpeg-turbo fails or warns, Pillow decodes the file, so that a damaged file gives the same pixels or error
+        as in the reference loader.
 
         Raises:
             OSError: Pillow cannot read the file either.
@@ -54,8 +54,8 @@ class Jpeg:
         if self.scale != scale:
             width, height = (-(-side // scale) for side in self.stored_size)
             try:
-                # Not used: the fast inverse DCT darkens images by 0.8 gray levels for 4 % of the decoder's time, and
-                # the fast upsampling of colors changes pixels by a gray level and saves nothing.
+                # Two options stay off. The fast inverse DCT darkens images by 0.8 gray levels and saves 4 % of the
+                # decoding time. Fast chroma upsampling changes pixels by a gray level and saves nothing.
                 pixels = simplejpeg.decode_jpeg(self.data, 'RGB', min_height=height, min_width=width)
             except ValueError:
                 image = open_image(self.data, ignore_exif=True)
@@ -67,7 +67,7 @@ class Jpeg:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """Return EXIF's orientation; only headers with EXIF or XMP (0xe1), or malformed ones, go to Pillow: it is slow."""
+    """Return the EXIF orientation. Pillow is slow, so it reads only headers with EXIF or XMP (0xe1) or damage."""
     start = 2
     while b'\xff\xc0' <= data[start:start + 2] < b'\xff\xff' and data[start + 1] not in (0xda, 0xe1):
         start += 2 + int.from_bytes(data[start + 2:start + 4], 'big')
@@ -75,7 +75,7 @@ def _jpeg_orientation(data: bytes) -> int:
 
 
 def open_jpeg(data: bytes, ignore_exif: bool = False, max_pixels: int | None = None) -> Jpeg | Image.Image:
-    """Open an image file: as Jpeg if libjpeg-turbo may decode it, else as sources.open_image does."""
+    """Open an image file: as a Jpeg if libjpeg-turbo can decode it, else with sources.open_image."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:  # not a JPEG, a damaged header, or sampling factors that libjpeg-turbo's API refuses
@@ -123,10 +123,10 @@ class FastTransform:
         box = top, left, height, width = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
         modes = self.crop.interpolation
         mode = (random.choice(modes) if isinstance(modes, (list, tuple)) else modes).value
-        # Below 1.5x the target size the difference is visible (1.5 gray levels).
+        # Decoding to less than 1.5x the target size makes a visible difference (1.5 gray levels).
         least = 1.5 * max(self.crop.size)
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(height, width) >= s * least)
-        if scale > 1 and isinstance(image, Jpeg):  # Only Pillow crops within a pixel.
+        if scale > 1 and isinstance(image, Jpeg):  # Only Pillow crops at fractions of a pixel.
             top, left, height, width = (value / scale for value in box)
             pixels = image.decode(scale)  # In a flipped image the incomplete block comes first.
             left += (image.orientation in (2, 3, 6, 7)) * (pixels.shape[1] - image.size[0] / scale)
@@ -135,7 +135,7 @@ class FastTransform:
                 self.crop.size[::-1], str_to_pil_interp(mode), box=(left, top, left + width, top + height)))
         if not (height and width):  # an image of one or two pixels; Pillow returns black
             return np.zeros((*self.crop.size, 3), np.uint8)
-        # This equals Pillow to 0.005 gray levels, in a quarter of its time if the memory is channels-last.
+        # This matches Pillow to 0.005 gray levels, and takes a quarter of the time if the memory is channels-last.
         x = torch.from_numpy(_decode(image)[top:top + height, left:left + width])[None].permute(0, 3, 1, 2)
         x = F.interpolate(x, size=self.crop.size, mode=mode, antialias=True, align_corners=False)  # (1, 3, H, W)
         return x.permute(0, 2, 3, 1)[0].numpy()
@@ -146,7 +146,7 @@ def _decode(image: Jpeg | Image.Image) -> np.ndarray:
 
 
 def _fast_step(step: Callable) -> Callable:
-    """Return timm's `step` on arrays, in a form that can be sent to a worker."""
+    """Return timm's `step` for arrays, in a form that can be pickled for a worker."""
     if isinstance(step, tv_transforms.RandomHorizontalFlip):
         return functools.partial(_flip, step.p)
     if isinstance(step, auto_augment.RandAugment):
@@ -168,13 +168,13 @@ def _flip(probability: float, image: np.ndarray) -> np.ndarray:
     return cv2.flip(image, 1) if torch.rand(1).item() < probability else image
 
 
-# timm's operations under the names of its functions. The arithmetic is that of Pillow's C code, truncation included.
+# timm's operations, under timm's function names. The arithmetic is that of Pillow's C code, including truncation.
 
 LEVELS = np.arange(256)
 
 
 def _apply_table(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Map gray levels by a table (256,) or (256, 3), truncated to whole levels."""
+    """Map gray levels with a table (256,) or (256, 3), truncated to integers."""
     table = np.clip(table, 0, 255).astype(np.uint8)
     return cv2.LUT(image, table if table.ndim == 1 else table[None])
 
@@ -228,7 +228,7 @@ def brightness(image, factor, **_):
     return _apply_table(image, np.float32(factor) * LEVELS.astype(np.float32))
 
 
-TRUNCATE = -0.499  # turns OpenCV's rounding into Pillow's truncation when it is added to a result
+TRUNCATE = -0.499  # when added to a result, turns OpenCV's rounding into Pillow's truncation
 
 
 def color(image, factor, **_):
@@ -240,7 +240,7 @@ def sharpness(image, factor, **_):
     kernel = np.full((3, 3), (1 - factor) / 13)  # Pillow's SMOOTH, 5 / 13 in the middle
     kernel[1, 1] = 5 * (1 - factor) / 13 + factor
     out = cv2.filter2D(image, -1, kernel, delta=TRUNCATE)
-    for border in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):  # Pillow leaves the border as it is
+    for border in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):  # Pillow leaves the border unchanged.
         out[border] = image[border]
     return out
 
@@ -267,11 +267,11 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray, fillcolor: tuple[int, ...
     else:
         rows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=1)[np.arange(height), starts]
         rows, weights = torch.from_numpy(rows).float(), torch.from_numpy(np.stack(weights))[:, :, None]
-        out = torch.full((height, width * channels), 1e-3)  # weights that sum to 1 - 1e-7 must not cost a gray level
+        out = torch.full((height, width * channels), 1e-3)  # Weights that sum to 1 - 1e-7 must not lose a gray level.
         for i, weight in enumerate(weights):
             out.addcmul_(rows[:, i * channels:(width + i) * channels], weight)
         out = out.clamp_(0, 255).to(torch.uint8).numpy().reshape(height, width, channels)
-    # Pillow fills every column whose source lies outside the image; here those next to the border are still mixed.
+    # Pillow fills every column that comes from outside the image. Here, columns next to the border are still mixed.
     mixed = np.arange(2 * edge + 1)
     left, right = np.ceil(-0.5 - shifts).astype(int), np.ceil(width - 0.5 - shifts).astype(int)
     columns = np.concatenate([left[:, None] - 1 - mixed, right[:, None] + mixed], axis=1)
@@ -309,11 +309,11 @@ def translate_y_rel(image, pct, fillcolor, resample):
 
 
 def rotate(image, degrees, fillcolor, resample):
-    """Rotate by OpenCV, whose cubic kernel is a little sharper than Pillow's."""
+    """Rotate with OpenCV. Its cubic kernel is a little sharper than Pillow's."""
     resample = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
     height, width = image.shape[:2]
     flags = cv2.INTER_CUBIC if resample == Image.Resampling.BICUBIC else cv2.INTER_LINEAR
-    # OpenCV places pixel centers at whole numbers.
+    # OpenCV places pixel centers at integer coordinates.
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.)
     return cv2.warpAffine(image, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_CONSTANT,
                           borderValue=fillcolor)

@@ -1,4 +1,4 @@
-"""Who started this process: the environment of torchrun, mpirun and srun. Imports no torch."""
+"""Read which launcher started this process: torchrun, mpirun or srun. Nothing here imports torch."""
 import os
 import re
 import sys
@@ -8,7 +8,7 @@ from errors import UsageError
 
 
 class Launch(NamedTuple):
-    """Describe who started this process, and its place among the processes of this launch."""
+    """Describe the launcher of this process, and the process's place in the launch."""
     launcher: str | None = None  # torchrun, mpirun or srun
     local_rank: int = 0
     rank: int = 0
@@ -17,29 +17,29 @@ class Launch(NamedTuple):
 
 
 def read_launch() -> Launch:
-    """Read the variables of the launcher nearest to this process.
+    """Read the variables of the innermost launcher.
 
-    timm.utils.distributed.world_info_from_env imports torch, mixes the variables of nested launchers, and takes a SLURM
-    job for tasks that srun started.
+    timm.utils.distributed.world_info_from_env imports torch, mixes the variables of nested launchers, and mistakes a
+    SLURM job for tasks that srun started.
     """
     def integer(name: str, default: int = 0) -> int:
         value = os.environ.get(name, default)
         try:
             return int(value)
         except ValueError:
-            sys.stderr.write(f'error: {name} is {value!r} in the environment, not a whole number: unset it\n')
+            sys.stderr.write(f'error: environment variable {name} is {value!r}, not an integer: unset it\n')
             raise SystemExit(2) from None
 
     torchrun = {'LOCAL_RANK', 'RANK', 'WORLD_SIZE'} & set(os.environ)
-    if not {'RANK', 'WORLD_SIZE'} <= torchrun:  # Scripts set some of these for srun and mpirun, which know the rest.
+    if not {'RANK', 'WORLD_SIZE'} <= torchrun:  # Some scripts set only one of these under srun or mpirun.
         if 'OMPI_COMM_WORLD_SIZE' in os.environ:  # Open MPI
             return Launch('mpirun', integer('OMPI_COMM_WORLD_LOCAL_RANK'), integer('OMPI_COMM_WORLD_RANK'),
                           integer('OMPI_COMM_WORLD_SIZE'), integer('OMPI_COMM_WORLD_LOCAL_SIZE'))
         if 'MPI_LOCALRANKID' in os.environ:  # MPICH, and Intel MPI, which is based on it
             return Launch('mpirun', integer('MPI_LOCALRANKID'), integer('PMI_RANK'), integer('PMI_SIZE', 1),
                           integer('MPI_LOCALNRANKS'))
-        if 'SLURM_STEP_ID' in os.environ:  # Batch scripts and shells of salloc have SLURM's other variables too.
-            # The shell of an interactive step has the job's SLURM_NTASKS.
+        if 'SLURM_STEP_ID' in os.environ:  # Batch scripts and salloc shells have SLURM's other variables too.
+            # In the shell of an interactive step, SLURM_NTASKS is that of the job.
             return Launch('srun', integer('SLURM_LOCALID'), integer('SLURM_PROCID'),
                           integer('SLURM_STEP_NUM_TASKS', integer('SLURM_NTASKS', 1)))
     return Launch('torchrun', integer('LOCAL_RANK'), integer('RANK'), integer('WORLD_SIZE', 1),
@@ -54,18 +54,18 @@ def run_name() -> str:
 
 
 def set_master_address() -> tuple[str, int]:
-    """Set MASTER_ADDR and MASTER_PORT if the launcher left them out, and return host and port.
+    """Set MASTER_ADDR and MASTER_PORT if the launcher did not, and return host and port.
 
-    Under srun this is the first host of the step. The port follows from job and step, so that concurrent steps do not
-    meet, and is below 32768, where the kernel's ports for outgoing connections begin. Under mpirun it is this host.
+    Under srun, the host is the first of the step. The port depends on job and step, so that concurrent steps do not
+    collide, and is below 32768, where the kernel's ephemeral ports begin. Under mpirun, the host is this one.
 
     Raises:
-        UsageError: the address cannot be known.
+        UsageError: the address cannot be determined.
     """
     launch = read_launch()
     if launch.launcher == 'mpirun':
         if 'MASTER_ADDR' not in os.environ and launch.local_world_size != launch.world_size:
-            raise UsageError('mpirun started processes on several hosts: name the host of rank 0 by '
+            raise UsageError('mpirun started processes on several hosts: name the host of rank 0 with '
                              'mpirun -x MASTER_ADDR=HOST (Open MPI) or -genv MASTER_ADDR HOST (MPICH)')
         os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
         os.environ.setdefault('MASTER_PORT', '29500')

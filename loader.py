@@ -39,9 +39,9 @@ class _Wrapper(Dataset):
 class SeededDataset(_Wrapper):
     """Read training samples by (index, seed): a sample's augmentation depends only on the seed.
 
-    timm and torchvision draw from `random`, NumPy and torch, so each sample seeds all three. torch is seeded on the CPU
-    alone: torch.manual_seed takes a tenth of a millisecond to look for devices. An unreadable image is logged, and the
-    next image is read instead; ten in a row raise UnreadableImage.
+    timm and torchvision draw from `random`, NumPy and torch, so each sample seeds all three. torch is seeded only on
+    the CPU, since torch.manual_seed takes 0.1 ms to look for devices. An unreadable image is logged, and the next image
+    is read instead; ten in a row raise UnreadableImage.
     """
 
     def __getitem__(self, key: tuple[int, int]):
@@ -55,13 +55,13 @@ class SeededDataset(_Wrapper):
                 return self.dataset[current]
             except Exception as error:  # Pillow's plugins raise any type of exception on damaged files.
                 name = image_name(self.dataset, current)
-                logger.warning('cannot read %s (%s): taking the next image instead', name, one_line(error))
+                logger.warning('cannot read %s (%s): using the next image instead', name, one_line(error))
         raise UnreadableImage(
             f'{BAD_IMAGES_IN_A_ROW} images in a row could not be read, the last one {name}: check the training data')
 
 
 class ValidationDataset(_Wrapper):
-    """Read validation samples; raise UnreadableImage, since the score without an image would be another."""
+    """Read validation samples; raise UnreadableImage for a damaged one, since skipping it would change the score."""
 
     def __getitem__(self, index: int):
         try:
@@ -70,8 +70,8 @@ class ValidationDataset(_Wrapper):
             raise
         except Exception as error:
             raise UnreadableImage(f'cannot read validation image {image_name(self.dataset, index)} '
-                                  f'({one_line(error)}): replace or remove it, since the score would be of '
-                                  'other images') from error
+                                  f'({one_line(error)}): replace or remove it, since skipping it would change '
+                                  'the score') from error
 
 
 def image_name(dataset: Dataset, index: int) -> str:
@@ -83,18 +83,18 @@ def image_name(dataset: Dataset, index: int) -> str:
 class SignalSafeLoader(DataLoader):
     """Protect the workers of torch's DataLoader from signals that the run did not send.
 
-    Ctrl-C, SLURM and `timeout` signal every process of a group, but a run that saves its state still needs its workers.
-    A SIGTERM before `worker_init_fn` would end a worker, so signals are blocked before the fork.
+    Ctrl-C, SLURM and `timeout` signal a whole process group, but a run that saves its state still needs its workers. A
+    SIGTERM before `worker_init_fn` would kill a worker, so signals are blocked before the fork.
     """
     started = None
 
     def start(self) -> None:
-        """Load the first batch of the next iteration now, so that faults of the loader come before long work."""
+        """Load the first batch of the next iteration now, so that loading errors appear before long work."""
         batches = iter(self)
         self.started = itertools.chain(list(itertools.islice(batches, 1)), batches)
 
     def stop(self) -> None:
-        """End the workers; the next iteration starts others."""
+        """Stop the workers; the next iteration starts new ones."""
         with signals_blocked():  # Python ignores a KeyboardInterrupt in __del__.
             self.started = self._iterator = None
 
@@ -107,10 +107,10 @@ class SignalSafeLoader(DataLoader):
 
 
 def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack samples to uint8 images (B, 3, H, W) in their own memory format, and class indices (B,).
+    """Stack samples into uint8 images (B, 3, H, W) in the samples' memory format, and class indices (B,).
 
     torch's default_collate writes a batch to shared memory. timm's fast_collate writes to the worker's heap: the batch
-    is copied once more, and the holes that batches leave make the heap grow without end.
+    is copied again, and fragmentation makes the heap grow without bound.
     """
     images, targets = zip(*samples)
     if images[0].is_contiguous():
@@ -119,15 +119,15 @@ def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torc
 
 
 def check_shared_memory(size: int, num_workers: int, processes: int, *splits: tuple[int, int]) -> None:
-    """Raise UsageError if shared memory is too small for the workers' batches; else SIGBUS may end a worker.
+    """Raise UsageError if shared memory is too small for the workers' batches, since SIGBUS would kill a worker.
 
-    Each of `processes` on this host has `num_workers`. `splits` are the batch size and length of each data set, which
-    take turns; `size` is the height and width of the images (pixels).
+    Each of `processes` on this host has `num_workers`. `splits` are the batch size and length of each data set; only
+    one is loaded at a time. `size` is the height and width of the images (pixels).
     """
     if not num_workers or not hasattr(os, 'statvfs') or not SHARED_MEMORY.is_dir():
         return
     if not os.access(SHARED_MEMORY, os.W_OK):
-        raise UsageError(f'{SHARED_MEMORY} cannot be written to, and workers need it: use --num-workers 0')
+        raise UsageError(f'{SHARED_MEMORY} is not writable, and workers need it: use --num-workers 0')
     batches = (PREFETCH * num_workers + 1) * processes  # the prefetched ones and the one in use
     images = max(min(batches * batch_size, length) for batch_size, length in splits)
     usage, needed = os.statvfs(SHARED_MEMORY), images * 3 * size ** 2
@@ -135,14 +135,14 @@ def check_shared_memory(size: int, num_workers: int, processes: int, *splits: tu
     if needed > free:
         raise UsageError(
             f'{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but workers need {needed / 1e6:.0f} MB: use fewer '
-            f'--num-workers (0 needs none), or give docker --shm-size={math.ceil(needed / 2 ** 30)}g or --ipc=host')
+            f'--num-workers (0 needs none), or run docker with --shm-size={math.ceil(needed / 2 ** 30)}g or --ipc=host')
 
 
 def build_loader(
         dataset: Dataset, batch_size: int, *, sampler: TrainSampler | None = None, rank: int = 0, world_size: int = 1,
         num_workers: int = 0, pin_memory: bool = False, timeout: float = 0, collate_fn: Callable = collate
 ) -> SignalSafeLoader:
-    """Build a loader: for training with a sampler, else for validation.
+    """Build a loader, for training if `sampler` is given, else for validation.
 
     Args:
         dataset: samples; for `collate`, uint8 images (3, H, W) and class indices.

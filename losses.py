@@ -7,7 +7,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 
 def build_criterion(soft_targets: bool, smoothing: float = 0.) -> nn.Module:
-    """Build the training loss: soft targets (B, classes) are already smoothed, `smoothing` is for indices (B,)."""
+    """Build the training loss. Soft targets (B, classes) are already smoothed; `smoothing` applies to indices (B,)."""
     if soft_targets:
         return SoftTargetCrossEntropy()
     if smoothing > 0.:
@@ -22,10 +22,10 @@ class DistillationLoss(nn.Module):
 
     Args:
         criterion: loss of outputs and targets.
-        kind: 'hard' for cross-entropy against the teacher's decision. 'soft' for tau^2 times the KL divergence from
+        kind: 'hard' for cross-entropy with the teacher's prediction. 'soft' for tau^2 times the KL divergence from
             the teacher's distribution to the model's, both at temperature tau, mean over batch and classes as in DeiT.
         alpha: weight of the distillation term. With K classes the soft term is 1 / K of an image's divergence, so both
-            terms weigh the same at alpha = K / (K + 1).
+            terms have equal weight at alpha = K / (K + 1).
         tau: temperature.
     """
 
@@ -51,7 +51,7 @@ class Teacher(nn.Module):
     """Run a trained model on another model's batches, in eval mode and without gradients.
 
     Args:
-        model: timm model. Its cfg gives the normalization, and the image size if the model has no img_size.
+        model: timm model. Its config sets the normalization, and the image size if the model has no img_size.
     """
 
     def __init__(self, model: nn.Module):

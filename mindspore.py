@@ -55,7 +55,7 @@ def _tensor(message: memoryview) -> tuple[list[int], str, memoryview]:
 
 
 def to_torch(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename MindSpore's parameters as in torch, and add the batch counts of BatchNorm, which MindSpore lacks."""
+    """Rename MindSpore's parameters as in torch, and add BatchNorm's num_batches_tracked, which MindSpore lacks."""
     names = {'gamma': 'weight', 'beta': 'bias', 'moving_mean': 'running_mean', 'moving_variance': 'running_var'}
     out = {}
     for name, value in tensors.items():
@@ -97,7 +97,7 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, (dims, kind, content) in slices.items():
         if kind not in DTYPES:
-            raise UsageError(f'{path}: {name} is of type {kind}')
+            raise UsageError(f'{path}: {name} has unsupported type {kind}')
         dtype = DTYPES[kind]
         shape = [] if dims == [0] else dims  # MindSpore writes a scalar with dims [0]
         if not content or len(content) != math.prod(shape) * dtype.itemsize:

@@ -11,7 +11,7 @@ from errors import UsageError, first_line
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Build timm's optimizer of --opt.
+    """Build the timm optimizer named by --opt.
 
     Raises:
         UsageError: timm has no such optimizer, or it refuses a setting.
@@ -45,12 +45,12 @@ def schedule_warnings(args: argparse.Namespace, lr: float, updates: int) -> list
     """Return warnings about settings that do not fit a run of `updates` optimizer steps at learning rate `lr`."""
     warnings = []
     if args.warmup_epochs >= args.epochs and not args.warmup_prefix:
-        warnings.append(f'the warm-up of {args.warmup_epochs} epochs is as long as the training: the learning rate '
+        warnings.append(f'the warm-up of {args.warmup_epochs} epochs lasts the whole training: the learning rate '
                         f'never reaches {lr:g}. Use --warmup-epochs {args.epochs // 20}.')
     if lr < args.min_lr:
-        warnings.append(f'the learning rate {lr:g} is below --min-lr {args.min_lr:g}, so it rises towards the end. '
+        warnings.append(f'the learning rate {lr:g} is below --min-lr {args.min_lr:g}, so it rises toward the end. '
                         f'Use --min-lr {lr / 100:.2g}.')
-    initial = args.model_ema_decay ** updates  # share of the initial weights in the EMA at the end
+    initial = args.model_ema_decay ** updates  # fraction of initial weights in the EMA at the end
     if args.model_ema and not args.model_ema_warmup and initial > 0.05:
         warnings.append(f'EMA decay {args.model_ema_decay:g} is too slow for {updates} updates: {initial:.0%} of the '
                         'EMA would still be initial weights, in evaluation, prediction and export too. '
@@ -59,9 +59,9 @@ def schedule_warnings(args: argparse.Namespace, lr: float, updates: int) -> list
 
 
 def position_schedule(scheduler, epoch: int, updates: int) -> None:
-    """Set the learning rate in force in `epoch`, after `updates` updates of the run.
+    """Set the learning rate for `epoch`, after `updates` optimizer steps of the run.
 
-    As in the authors' code an epoch's rate is the schedule's value for the epoch before.
+    As in the authors' code, an epoch uses the schedule's value for the previous epoch.
     """
     if scheduler.t_in_epochs and epoch > 0:
         scheduler.step(epoch - 1)
@@ -77,7 +77,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], file
         optimizer.load_state_dict(state)
         for p, moments in optimizer.state.items() if optimizer.defaults.get('fused') else ():
             if not moments['exp_avg'].shape == moments['exp_avg_sq'].shape == p.shape:  # The kernel does not check.
-                raise ValueError('moments of other shapes')
+                raise ValueError('moments have other shapes')
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
         raise UsageError(f'the optimizer state in {file} belongs to another model or optimizer ({error})') from None
     for group, setting in zip(optimizer.param_groups, settings, strict=True):

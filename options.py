@@ -1,6 +1,6 @@
 """Define the flags of train.py, check them, and read YAML defaults.
 
-Nothing here imports torch, NumPy or timm, so --help and mistakes need a tenth of a second instead of seconds.
+Nothing here imports torch, NumPy or timm, so --help and mistakes take a tenth of a second instead of seconds.
 """
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ from launch import read_launch
 DATA_SETS = ('IMNET', 'CIFAR10', 'CIFAR100', 'CARS', 'FLOWERS102', 'PETS', 'INAT18', 'INAT19', 'INAT21', 'DIGITS')
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 DTYPES = ('float32', 'tf32', 'bfloat16', 'float16')
-# Paths that config.yaml and checkpoints hold in absolute form. The second group may be names of models too.
+# Paths that config.yaml and checkpoints store in absolute form. The second group may also be model names.
 PATHS = 'data_path', 'class_map', 'train_json', 'val_json', 'train_images', 'val_images'
 FILES_OR_NAMES = 'finetune', 'teacher_path', 'weights'
 EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'  # as in weights.py, which imports torch
@@ -34,16 +34,16 @@ class Parser(argparse.ArgumentParser):
     """Report a mistake in one line, on rank 0 only; every rank exits with status 2."""
 
     def parse_known_args(self, args=None, namespace=None):
-        """Also take --switch=true, false, 1 or 0, as sweeps write them."""
+        """Also accept --switch=true, false, 1 or 0, as sweeps write them."""
         known, flags = self._option_string_actions, []
         for arg in sys.argv[1:] if args is None else args:
             flag, _, value = arg.partition('=')
             if not value or flag not in known or known[flag].nargs != 0:
                 flags.append(arg)
             elif value.lower() not in ('true', 'false', '1', '0'):
-                self.error(f'{arg}: give true or false')
+                self.error(f'{arg}: use true or false')
             else:
-                flags = [other for other in flags if other != flag]  # One of the config may be undone.
+                flags = [other for other in flags if other != flag]  # This may undo a switch in the config.
                 opposite = f'--{flag[5:]}' if flag.startswith('--no-') else f'--no-{flag[2:]}'
                 flags += [flag] if value.lower() in ('true', '1') else [opposite] * (opposite in known)
         return super().parse_known_args(flags, namespace)
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def usage_errors(self):
-        """Report a mistake of the user in the block (errors.mistake) as `error` does; a bug keeps its traceback."""
+        """Report a user's mistake in the block (errors.mistake) as `error` does; a bug keeps its traceback."""
         try:
             yield
         except (UsageError, OSError) as error:
@@ -81,7 +81,7 @@ def in_range(kind: type, low: float, high: float = float('inf'), above: bool = F
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole ' if kind is int else 'a '}number") from None
+            raise argparse.ArgumentTypeError(f"'{text}' is not {'an integer' if kind is int else 'a number'}") from None
         if not (math.isfinite(value) and low <= value <= high) or above and value == low:
             upper = f' and at most {high}' if high < float('inf') else ''
             raise argparse.ArgumentTypeError(f'{text} is not {"above" if above else "at least"} {low}{upper}')
@@ -103,10 +103,10 @@ def image_size(text: str) -> int:
 
 
 def path(text: str) -> str:
-    """Replace ~ by the home folder, which the shell does not do in --flag=~/folder and in YAML."""
+    """Expand ~, which the shell does not do in --flag=~/folder and in YAML."""
     expanded = os.path.expanduser(text)
     if expanded.startswith('~'):
-        raise argparse.ArgumentTypeError(f"'{text}': there is no such home folder (./~ is a folder of that name)")
+        raise argparse.ArgumentTypeError(f"'{text}': no such home folder (use ./~ for a folder with that name)")
     return expanded
 
 
@@ -119,7 +119,7 @@ def data_set(name: str) -> str:
 
 
 def output_file(text: str) -> Path:
-    """Check that a file can be written, before the work whose results go to that file."""
+    """Check that a file can be written, before the work that fills it."""
     path = Path(text).expanduser()
     try:
         if path.exists():
@@ -128,24 +128,24 @@ def output_file(text: str) -> Path:
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(
-            f"'{text}' cannot be written ({error.strerror}): give a file in an existing folder") from None
+            f"'{text}' cannot be written ({error.strerror}): choose a file in an existing folder") from None
     return path
 
 
 def add_weights_flag(parser: argparse.ArgumentParser) -> None:
     """Add --no-model-ema, spelled as in train.py."""
     parser.add_argument('--no-model-ema', dest='model_ema', action='store_false',
-                        help="use the model's own weights if the checkpoint also has their EMA")
+                        help="use the model's own weights even if the checkpoint has an EMA")
 
 
 def add_classifier_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the model of predict.py and demo.py, and the flags that evaluation.load_classifier reads."""
+    """Add the model argument of predict.py and demo.py, and the flags that evaluation.load_classifier reads."""
     parser.add_argument('model', metavar='CKPT|MODEL',
                         help='a checkpoint, a converted folder, or a name with published weights')
-    parser.add_argument('--class-names', type=path, metavar='FILE', help='names of the classes, one a line')
+    parser.add_argument('--class-names', type=path, metavar='FILE', help='class names in index order, one per line')
     parser.add_argument('--input-size', type=image_size, metavar='N', help="pixels (default: the checkpoint's)")
-    parser.add_argument('--crop-pct', type=in_range(float, 0, 1, above=True), metavar='SHARE',
-                        help="share of an image's short side that is kept (default: the checkpoint's)")
+    parser.add_argument('--crop-pct', type=in_range(float, 0, 1, above=True), metavar='FRACTION',
+                        help="fraction of an image's short side to keep (default: the checkpoint's)")
     add_weights_flag(parser)
     parser.add_argument('--device', help='default: cuda if available')
 
@@ -156,10 +156,10 @@ def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) 
     g.add_argument('--config', type=path, metavar='YAML', help='"flag: value" lines with defaults for other flags')
     g.add_argument('--output-dir', type=path, default='', help='folder to save to; without it nothing is saved')
     g.add_argument('--resume', type=path, default='', metavar='CKPT', help='checkpoint to resume, or to evaluate with '
-                   "--eval; 'auto': the newest good checkpoint in --output-dir, if any")
+                   "--eval; 'auto': the newest intact checkpoint in --output-dir, if any")
     g.add_argument('--overwrite', action='store_true', help='replace the run in --output-dir')
     g.add_argument('--eval', action='store_true', help='evaluate the checkpoint of --resume and stop')
-    g.add_argument('--print-freq', type=positive, default=10, help='steps between two lines with loss and speed')
+    g.add_argument('--print-freq', type=positive, default=10, help='steps between log lines with loss and speed')
     g.add_argument('--seed', type=in_range(int, 0, 2 ** 32 - 1), default=seed)
     g.add_argument('--num-workers', type=count, default=num_workers, help='data loading workers of each process')
     g.add_argument('--amp-dtype', default='auto', choices=('auto', *DTYPES),
@@ -179,20 +179,20 @@ def get_parser() -> argparse.ArgumentParser:
 
     add_run_flags(parser, seed=3407, num_workers=4)
     g = parser.add_argument_group('training')
-    g.add_argument('--finetune', type=path, default='', metavar='FILE|NAME', help='weights to start from, of any input '
-                   'size and classes: a file, or the name of a CMT of timm or the Hugging Face hub; --resume wins')
+    g.add_argument('--finetune', type=path, default='', metavar='FILE|NAME', help='weights to start from, for any '
+                   'size and classes: a file, or the name of a CMT in timm or on the Hugging Face Hub; --resume wins')
     g.add_argument('--throughput', action='store_true', help='measure images/s of the forward pass and stop')
     g.add_argument('--start-epoch', type=count, default=0, help='epoch to start at when no checkpoint sets the epoch')
-    g.add_argument('--epochs', type=positive, default=300, help='epochs to train, without --cooldown-epochs')
+    g.add_argument('--epochs', type=positive, default=300, help='epochs to train, not counting --cooldown-epochs')
     g.add_argument('--test-freq', type=positive, default=20, help='validate every N epochs', metavar='N')
     g.add_argument('--test-epoch', type=int, default=260, help='validate after every epoch past this one')
     g.add_argument('--save-every-steps', type=count, default=0, help='steps between checkpoints within an epoch')
-    g.add_argument('--save-every-minutes', type=non_negative, default=0, help='minutes between such checkpoints')
+    g.add_argument('--save-every-minutes', type=non_negative, default=0, help='minutes between checkpoints in an epoch')
     g.add_argument('--stopped-file', type=lambda path: str(output_file(path)), metavar='FILE',
                    help='file to create if a signal stops the run, for job scripts that requeue the run')
     g.add_argument('--keep-checkpoints', type=count, default=0, help='recent epochs to keep as checkpoint_EEEE.pth')
-    g.add_argument('--log-tensorboard', action=toggle, default=False, help="write each epoch's figures for TensorBoard")
-    g.add_argument('--log-wandb', action=toggle, default=False, help="send each epoch's figures to Weights & Biases")
+    g.add_argument('--log-tensorboard', action=toggle, default=False, help="write each epoch's metrics for TensorBoard")
+    g.add_argument('--log-wandb', action=toggle, default=False, help="send each epoch's metrics to Weights & Biases")
     g.add_argument('--profile', type=count, default=0, metavar='N', help='trace N steps into OUTPUT_DIR/trace.json')
 
     g = parser.add_argument_group('data')
@@ -200,54 +200,56 @@ def get_parser() -> argparse.ArgumentParser:
                    'torch/NAME for a torchvision data set through timm, wds/NAME for WebDataset shards')
     g.add_argument('--data-path', type=path, help='IMNET: folder with train/ and val/, or with tars of them; INAT: '
                    'folder with the JSON files; others: folder of the data set, or to download the data set to')
-    g.add_argument('--class-map', type=path, metavar='FILE', help='IMNET: class folders in the order of their index')
-    g.add_argument('--val-split', type=fraction, help='share of each class to hold out, without a val/ folder')
+    g.add_argument('--class-map', type=path, metavar='FILE', help='IMNET: file with the class folders in index order')
+    g.add_argument('--val-split', type=fraction, help='fraction of each class to hold out if there is no val/ folder')
     g.add_argument('--skip-damaged', action=toggle, default=False,
                    help='decode every image at the start and leave out damaged ones, for small data sets')
-    g.add_argument('--max-train-images', type=positive, help='train on so many images, balanced over the classes')
-    g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES, help='INAT: rank of the classes')
+    g.add_argument('--max-train-images', type=positive, help='train on this many images, balanced over the classes')
+    g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES, help='INAT: taxonomic rank of classes')
     g.add_argument('--ignore-exif', action=toggle, default=False,
-                   help="read images as stored, without EXIF's orientation, as for published scores")
+                   help='ignore the EXIF orientation of images, as published scores do')
     g.add_argument('--max-image-pixels', type=positive, default=64_000_000, help='larger images are not decoded')
     g.add_argument('--input-size', type=image_size, default=224, help='height and width in pixels, a multiple of 32')
-    g.add_argument('--crop-pct', '--eval-crop-ratio', type=in_range(float, 0, 1, above=True), help='share '
+    g.add_argument('--crop-pct', '--eval-crop-ratio', type=in_range(float, 0, 1, above=True), help='fraction '
                    "of the short side that evaluation keeps (default: the checkpoint's, else 0.875, or 1 up to 32 px)")
     g.add_argument('--valid-labels', type=path, help='with --eval: score only among the class indices in '
-                   "FILE, one a line, or 'all' (default: all; with the classes of ImageNet, those of the data)")
+                   "FILE, one per line, or 'all' (default: all; for ImageNet's classes, those in the data)")
     g.add_argument('--real-labels', type=path, nargs='?', const='', help='with --eval: also score by the '
                    "ReaL labels of ImageNet's validation images (default: timm's copy of real.json)")
     g.add_argument('--report', type=path, metavar='DIR', help='with --eval: write tables and figures to DIR')
-    g.add_argument('--batch-size', type=positive, default=64, help='images in a batch of one process')
-    g.add_argument('--loader', choices=('fast', 'reference'), help='transform training images by libjpeg-turbo and '
-                   'OpenCV (fast, the default if they are installed) or by Pillow (reference)')
+    g.add_argument('--batch-size', type=positive, default=64, help='images per batch and process')
+    g.add_argument('--loader', choices=('fast', 'reference'), help='transform training images with libjpeg-turbo and '
+                   'OpenCV (fast, the default if they are installed) or with Pillow (reference)')
     g.add_argument('--pin-mem', action=toggle, default=True, help='load batches into pinned memory for CUDA')
     g.add_argument('--repeated-aug', action=toggle, default=True,
-                   help='draw a third of the images in each epoch, three augmented copies of each image')
+                   help='train on a third of the images in each epoch, with three augmented copies of each')
 
     g = parser.add_argument_group('augmentation')
     g.add_argument('--color-jitter', type=non_negative, default=0.4, help='strength, used with --aa none')
-    g.add_argument('--aa', default='rand-m9-mstd0.5-inc1', help="timm's name of an augmentation policy, or none")
+    g.add_argument('--aa', default='rand-m9-mstd0.5-inc1', help='name of a timm augmentation policy, or none')
     g.add_argument('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'))
     g.add_argument('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
     g.add_argument('--scale', type=fraction, nargs=2, help='range of the random crop\'s area (default: 0.08 1)')
     g.add_argument('--ratio', type=positive_float, nargs=2, help="range of the crop's aspect ratio (default: 3/4 4/3)")
     g.add_argument('--reprob', type=fraction, default=0.25, help='probability of random erasing')
     g.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='fill: zeros, a color, noise')
-    g.add_argument('--recount', type=positive, default=1, help='largest number of rectangles of random erasing')
+    g.add_argument('--recount', type=positive, default=1, help='maximum number of rectangles to erase')
     g.add_argument('--mixup', type=non_negative, default=0.8, help='alpha of mixup; 0 turns mixup off')
     g.add_argument('--cutmix', type=non_negative, default=1.0, help='alpha of CutMix; 0 turns CutMix off')
     g.add_argument('--cutmix-minmax', type=fraction, nargs=2, help="range of the CutMix box's sides; turns CutMix on")
     g.add_argument('--mixup-prob', type=fraction, default=1.0, help='probability of mixup or CutMix')
     g.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='probability of CutMix where both are on')
-    g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a draw')
+    g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'),
+                   help='draw once per batch, per pair or per image')
     g.add_argument('--smoothing', type=fraction, default=0.1, help='label smoothing')
 
     g = parser.add_argument_group('model')
     g.add_argument('--model', default='cmt_s', help="name of a CMT (default: cmt_s, or the checkpoint's model)")
-    g.add_argument('--freeze-stages', type=in_range(int, 0, 4), default=0, help='freeze the stem and so many stages')
+    g.add_argument('--freeze-stages', type=in_range(int, 0, 4), default=0,
+                   help='freeze the stem and this many stages; 0 freezes nothing')
     g.add_argument('--drop', type=fraction, default=0.0, help='dropout in LMHSA and IRFFN')
     g.add_argument('--head-drop', type=fraction, help="dropout before the classifier (default: the model's)")
-    g.add_argument('--drop-path', type=fraction, default=0.1, help='rate of the last block, rising linearly from 0')
+    g.add_argument('--drop-path', type=fraction, default=0.1, help='rate in the last block, rising linearly from 0')
     g.add_argument('--grad-checkpointing', action=toggle, default=False, help='recompute activations to save memory')
     g.add_argument('--compile', action=toggle, default=False, help='run the training step through torch.compile')
     g.add_argument('--sync-bn', action=toggle, default=False,
@@ -256,18 +258,18 @@ def get_parser() -> argparse.ArgumentParser:
                    help="momentum of BatchNorm's running statistics (default: the model's, 0.1)")
     g.add_argument('--dist-bn', default='broadcast', choices=('broadcast', 'reduce'),
                    help="BatchNorm statistics before evaluation: rank 0's, or the mean of all ranks")
-    g.add_argument('--model-ema', action=toggle, default=True, help='keep an EMA of the weights, or evaluate it')
+    g.add_argument('--model-ema', action=toggle, default=True, help='keep an EMA of the weights; --eval scores it')
     g.add_argument('--model-ema-decay', type=fraction, default=0.99996, help='decay of the EMA in each optimizer step')
     g.add_argument('--model-ema-warmup', action=toggle, default=False,
                    help='raise the decay from 0 to --model-ema-decay, as 1 - n^(-2/3) in optimizer step n')
     g.add_argument('--model-ema-force-cpu', action=toggle, default=False, help='keep the EMA in host memory (slow)')
 
     g = parser.add_argument_group('distillation')
-    g.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'), help='target')
+    g.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'), help='teacher targets')
     g.add_argument('--teacher-model', help='pretrained model of timm or of the Hugging Face hub')
-    g.add_argument('--teacher-path', type=path, metavar='FILE', help="file of the teacher's weights")
+    g.add_argument('--teacher-path', type=path, metavar='FILE', help="file with the teacher's weights")
     g.add_argument('--distillation-alpha', type=fraction, default=0.5, help='weight of the distillation loss '
-                   "(soft: both losses weigh the same at K / (K + 1) for K classes, as DeiT's code divides by K)")
+                   "(soft: both losses weigh the same at K / (K + 1) for K classes, since DeiT's code divides by K)")
     g.add_argument('--distillation-tau', type=positive_float, default=1.0, help='temperature of soft distillation')
 
     g = parser.add_argument_group('optimizer')
@@ -275,9 +277,9 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--opt-eps', type=positive_float, default=1e-8, help='epsilon of the optimizer')
     g.add_argument('--opt-betas', type=fraction, nargs='+', help="two betas (default: the optimizer's)")
     g.add_argument('--momentum', type=fraction, default=0.9, help='momentum of SGD and its relatives')
-    g.add_argument('--weight-decay', type=non_negative, default=0.05, help='decay of all but 1-D parameters')
-    g.add_argument('--layer-decay', type=fraction, help='factor of the learning rate from layer to layer, downwards')
-    g.add_argument('--clip-grad', type=positive_float, help='largest gradient for --clip-mode (default: no clipping)')
+    g.add_argument('--weight-decay', type=non_negative, default=0.05, help='weight decay of all but 1-D parameters')
+    g.add_argument('--layer-decay', type=fraction, help='factor on the learning rate for each layer below the head')
+    g.add_argument('--clip-grad', type=positive_float, help='threshold for --clip-mode (default: no clipping)')
     g.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad limits')
     g.add_argument('--accum-steps', type=positive, default=1, help='batches for each optimizer step')
     g.add_argument('--on-nonfinite', default='stop', choices=('stop', 'skip'),
@@ -286,11 +288,11 @@ def get_parser() -> argparse.ArgumentParser:
 
     g = parser.add_argument_group('schedule')
     g.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly'))
-    g.add_argument('--sched-on-updates', action=toggle, default=False, help='change the rate after each step')
+    g.add_argument('--sched-on-updates', action=toggle, default=False, help='update the learning rate after each step')
     g.add_argument('--lr', type=positive_float, default=5e-4,
                    help='learning rate for a global batch of 512, scaled linearly with the global batch')
-    g.add_argument('--lr-noise', type=float, nargs='+', help='shares of the run at which noise starts and ends')
-    g.add_argument('--lr-noise-pct', type=float, default=0.67, help='limit of the noise as a share of the rate')
+    g.add_argument('--lr-noise', type=float, nargs='+', help='fractions of the run at which noise starts and ends')
+    g.add_argument('--lr-noise-pct', type=float, default=0.67, help='limit of the noise as a fraction of the rate')
     g.add_argument('--lr-noise-std', type=float, default=1.0, help='standard deviation of the noise')
     g.add_argument('--warmup-lr', type=non_negative, default=1e-6, help='learning rate at the start of the warm-up')
     g.add_argument('--min-lr', type=non_negative, default=1e-5, help='learning rate at the end, not scaled')
@@ -298,7 +300,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--warmup-prefix', action=toggle, default=False, help='warm up before the --epochs, not within them')
     g.add_argument('--cooldown-epochs', type=count, default=10, help='epochs at --min-lr after the --epochs')
     g.add_argument('--decay-epochs', type=positive_float, default=30, help='epochs between decays of --sched step')
-    g.add_argument('--decay-rate', '--dr', type=non_negative, default=0.1, help='factor of a decay; power of poly')
+    g.add_argument('--decay-rate', '--dr', type=non_negative, default=0.1, help='factor of each decay; power for poly')
 
     g = parser.add_argument_group('precision and processes')
     g.add_argument('--apex-amp', action=toggle, default=False,
@@ -311,7 +313,7 @@ def get_parser() -> argparse.ArgumentParser:
         '--drop-block': 'CMT has no DropBlock',
         '--update-temperature': "the authors' code calls a method that never existed",
         **dict.fromkeys(('--warmup-drop-path', '--warmup-drop-path-epochs'), '--drop-path is constant'),
-        '--patience-epochs': 'it belongs to the plateau schedule, whose state a restart cannot repeat',
+        '--patience-epochs': 'it is for the plateau schedule, which a resumed run cannot repeat',
         '--resplit': 'it needs augmentation splits, which no recipe uses',
         '--init-method': 'use --dist-url',
         '--debug': 'it skipped a FLOPs count, which scripts/profile_flops.py now does',
@@ -335,7 +337,7 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def similar_flag(parser: argparse.ArgumentParser, arg: str) -> str:
-    """Return a hint at the flag with the most similar name, such as ' (--epochs?)', or '' if none is similar."""
+    """Return a hint with the most similar flag, such as ' (--epochs?)', or '' if none is similar."""
     for flag in difflib.get_close_matches(arg.split('=')[0], parser._option_string_actions, 1):
         action = parser._option_string_actions[flag]
         return f' ({flag} is not supported: {action.reason})' if isinstance(action, Refused) else f' ({flag}?)'
@@ -357,7 +359,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
         parser.error(f'unrecognized arguments: {" ".join(unknown)}{similar_flag(parser, unknown[0])}')
     folder = Path(args.config or '').parent
     if args.config and not args.output_dir and ((folder / '.lock').exists() or any(folder.glob('checkpoint_*.pth'))):
-        args.output_dir = str(folder)  # the config.yaml of a run, in its folder
+        args.output_dir = str(folder)  # The config is a run's config.yaml, so use its folder.
     if args.eval and not args.resume:
         parser.error('--eval needs --resume CKPT')
     if args.resume == 'auto' and not args.output_dir:
@@ -380,7 +382,7 @@ def is_downloaded(data_set: str) -> bool:
 
 
 def check_paths(args: argparse.Namespace, file: str | None, values: dict | None = None, resumes: bool = False) -> None:
-    """Raise UsageError if a path does not exist that `file`, a config or a checkpoint with `values`, sets."""
+    """Raise UsageError if a path that `file` (a config, or a checkpoint with `values`) sets does not exist."""
     if values is None:  # A pipe can be read only once.
         values = read_yaml(file) if os.path.isfile(file or '') else {}
     for name in PATHS + FILES_OR_NAMES:
@@ -390,10 +392,10 @@ def check_paths(args: argparse.Namespace, file: str | None, values: dict | None 
             continue  # The command line overrides it, it is the name of a model, or it exists.
         if name == 'data_path' and is_downloaded(args.data_set) or name in ('finetune', 'weights') and resumes:
             continue  # The checkpoint's weights take precedence.
-        raise UsageError(f'{path}, which {file} sets, does not exist: give {flag}')
-    has_data = args.data_set != 'IMNET' or os.path.exists(args.data_path or '')  # else a download would be in vain
+        raise UsageError(f'{path}, which {file} sets, does not exist: override it with {flag}')
+    has_data = args.data_set != 'IMNET' or os.path.exists(args.data_path or '')  # Check before weights are downloaded.
     if vars(args).get('finetune') and not resumes and not has_data:
-        raise UsageError(f'--data-path must be a folder of class folders; found {args.data_path or "no --data-path"}')
+        raise UsageError(f'--data-path must be an existing folder of class folders, not {args.data_path or "missing"}')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -410,7 +412,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.data_path and is_downloaded(args.data_set):
         args.data_path = 'data'
     make_paths_absolute(args)
-    if args.eval or args.throughput:  # Not in training, whose args are saved.
+    if args.eval or args.throughput:  # Training saves its args, so leave this out there.
         args.given = given
     return args
 
@@ -422,7 +424,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
     valid, has_real = args.valid_labels, args.real_labels is not None
     checks = [
         (mixes and args.batch_size % 2 and not args.eval,
-         f'--batch-size {args.batch_size} is odd: mixup and cutmix pair the images of a batch; give an even number'),
+         f'--batch-size {args.batch_size} is odd, but mixup and CutMix pair the images of a batch: use an even number'),
         (distils and not teacher,
          f'--distillation-type {args.distillation_type} needs --teacher-model or --teacher-path'),
         (teacher and not distils, 'a teacher needs --distillation-type soft or hard'),
@@ -430,11 +432,11 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
         ((valid or has_real or args.report) and not args.eval,
          '--valid-labels, --real-labels and --report need --eval'),
-        (args.report and os.path.isfile(args.report), f'--report {args.report} is a file: give a folder'),
+        (args.report and os.path.isfile(args.report), f'--report {args.report} is a file: use a folder'),
         (valid and has_real, '--real-labels scores among all classes: leave out --valid-labels'),
         (valid not in (None, 'all') and not os.path.isfile(valid), f'--valid-labels {valid}: no such file'),
         (args.data_set == 'DIGITS' and args.data_path,
-         f'--data-set DIGITS takes no --data-path {args.data_path}: add --data-set IMNET to train on images'),
+         f'--data-set DIGITS takes no --data-path {args.data_path}: use --data-set IMNET to train on your own images'),
     ]
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         low, high = getattr(args, name) or (0, 1)
@@ -443,7 +445,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
 
 
 def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """Turn a YAML file into flags, so that both are checked alike."""
+    """Turn a YAML file into flags, so that both are checked the same way."""
     try:
         str(config := read_yaml(path))  # This raises ValueError for integers of more than 4,300 digits.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -472,10 +474,10 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
 
 
 def read_yaml(path: str) -> Any:
-    """Read a YAML file of at most 64 KiB without aliases, a few lines of which can stand for gigabytes."""
+    """Read a YAML file of at most 64 KiB without aliases: with them, a few lines can expand to gigabytes."""
     with open(path, encoding='utf-8') as file:
         text = file.read(2 ** 16 + 1)
     is_large = len(text) > 2 ** 16 or text.count('[') + text.count('{') > 100  # PyYAML is slow on many brackets.
     if is_large or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        raise ValueError('configs have at most 64 KiB, 100 lists, and no aliases (*NAME)')
+        raise ValueError('configs may have at most 64 KiB, 100 lists, and no aliases (*NAME)')
     return yaml.safe_load(text)

@@ -26,22 +26,22 @@ def find_apex():
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of --amp-dtype; 'auto' is float32 on a CPU and a 16-bit type on CUDA."""
     if name == 'auto' and device.type == 'cuda':
-        # torch emulates bfloat16 on devices before Ampere (T4, V100, RTX 20xx), where cuDNN has no such convolutions.
+        # torch emulates bfloat16 before Ampere (T4, V100, RTX 20xx), where cuDNN has no bfloat16 convolutions.
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
     return torch.float32 if name in ('auto', 'tf32') else getattr(torch, name)
 
 
 def configure_cuda(amp_dtype: str, is_training: bool, fixed_size: bool) -> None:
-    """Enable TF32 for --amp-dtype tf32, let cuDNN benchmark its convolutions, and disable its attention in training.
+    """Enable TF32 for --amp-dtype tf32, let cuDNN benchmark convolutions, and disable cuDNN attention in training.
 
-    Benchmarking times cuDNN's algorithms at the first step and keeps the fastest. It pays only for images of one size.
+    Benchmarking times cuDNN's algorithms in the first step and keeps the fastest. It pays off only for a fixed size.
     """
     if amp_dtype == 'tf32':
         torch.set_float32_matmul_precision('high')  # Convolutions use TF32 by default.
     torch.backends.cudnn.benchmark = fixed_size
     if is_training:
-        # Its backward pass gives NaN for 64 keys and a frozen position bias, as in CMT-B (pytorch issue 196678).
+        # Its backward pass returns NaN for 64 keys and a frozen position bias, as in CMT-B (pytorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -59,10 +59,10 @@ class NativeScaler(torch.amp.GradScaler):
 
 
 class ApexScaler(NativeScaler):
-    """Scale the loss by apex.amp.
+    """Scale the loss with apex.amp.
 
     apex unscales when the context of scale_loss ends, and patches the optimizer to skip steps that overflowed. timm's
-    ApexScaler unscales, clips and steps in one call, and leaves no place for a check.
+    ApexScaler unscales, clips and steps in one call, which leaves no room for a check.
     """
     skips_overflows = True
 
@@ -84,19 +84,19 @@ class ApexScaler(NativeScaler):
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> Callable:
-    """Return a function that makes the autocast context of a forward pass, disabled for float32."""
+    """Return a function that returns the autocast context of a forward pass, disabled for float32."""
     return functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
 
 def build_precision(
         model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, amp_dtype: str,
         apex_opt_level: str | None = None) -> tuple[nn.Module, torch.optim.Optimizer, NativeScaler, torch.dtype]:
-    """Choose the dtype of autocast by --amp-dtype, and build the loss scaler; apex patches model and optimizer.
+    """Choose the autocast dtype from --amp-dtype, and build the loss scaler; apex patches model and optimizer.
 
-    With `apex_opt_level`, apex.amp is used at this level if it is installed, else float16 (on a CPU bfloat16).
+    With `apex_opt_level`, use apex.amp at this level if it is installed, else autocast to float16 (bfloat16 on a CPU).
 
     Returns:
-        Model, optimizer, loss scaler and the dtype of autocast.
+        Model, optimizer, loss scaler and autocast dtype.
     """
     dtype = resolve_dtype(amp_dtype, device)
     if apex_opt_level is not None:
@@ -114,5 +114,5 @@ def load_scaler(scaler: torch.amp.GradScaler, state: dict, file: str) -> None:
     try:
         scaler.load_state_dict(state)
     except (KeyError, RuntimeError):
-        raise UsageError(f'{file} was trained with another loss scaling: give the same --apex-amp and '
+        raise UsageError(f'{file} was trained with another loss scaler: use the same --apex-amp and '
                          '--amp-dtype') from None

@@ -1,4 +1,4 @@
-"""Processes that start together, their agreement, and their end: exit status and one line."""
+"""Join the processes of a launch, let them agree, and end them with an exit status and one line."""
 import contextlib
 import datetime
 import gc
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 def init_distributed(device: str | None = None, dist_url: str = 'env://', timeout_s: float = 600) -> torch.device:
     """Join the processes that torchrun, srun or mpirun started, if any, and return the device of this process.
 
-    `device` is 'cuda', 'cpu', or None for CUDA if available. timm's init_distributed_device has no timeout, and leaves
-    SLURM's master address to the user.
+    `device` is 'cuda', 'mps', 'cpu', or None for CUDA if available. timm's init_distributed_device has no timeout, and
+    leaves SLURM's master address to the user.
 
     Raises:
         UsageError: `device` is not available, or the address is unknown or in use.
-        TrainingFault: the processes did not meet.
+        TrainingFault: the processes could not connect.
     """
     launch = read_launch()
     device = find_device(device, launch)
@@ -49,16 +49,17 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
         with exit_after(timeout_s + 30):
             store = launch_store(open_store(dist_url, **ranks, wait=wait), **ranks, wait=wait)
         try:
-            # gloo as well as NCCL: the all-reduce of a CPU tensor, once a step, does not wait for the device.
+            # gloo as well as NCCL, so that the all-reduce of a CPU tensor in each step does not wait for the device.
             dist.init_process_group(
                 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, **ranks,
                 timeout=datetime.timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise TrainingFault(
-                f'processes met, but cannot connect to each other ({first_line(error)}); if this happens at every '
+                f'processes found each other, but cannot connect ({first_line(error)}); if this happens at every '
                 'launch, set GLOO_SOCKET_IFNAME to the network interface between the hosts') from None
     elif (tasks := int(os.environ.get('SLURM_NTASKS', 1))) > 1:
-        logger.info('one process, but the SLURM job has %d tasks: `srun python train.py ...` starts one each', tasks)
+        logger.info('one process, but the SLURM job has %d tasks: start one per task with `srun python train.py ...`',
+                    tasks)
     return device
 
 
@@ -71,7 +72,7 @@ class Wait:
         self.is_logged = is_logged
 
     def until(self, condition: Callable[[], Any], absent: Callable[[], str]) -> Any:
-        """Return the first true value of `condition`; raise TrainingFault, which names `absent()`, after a timeout."""
+        """Return the first true value of `condition`; after a timeout, raise TrainingFault that names `absent()`."""
         while True:
             try:
                 if result := condition():
@@ -90,9 +91,9 @@ class Wait:
 
 @contextlib.contextmanager
 def exit_after(seconds: float):
-    """Exit if the block takes longer: a TCPStore on a frozen host never answers."""
+    """Exit if the block takes longer than `seconds`: a TCPStore on a frozen host never answers."""
     def end() -> None:
-        sys.stderr.write(f'train.py: error: the rendezvous store does not answer ({seconds:g} s)\n')
+        sys.stderr.write(f'train.py: error: the rendezvous store did not answer within {seconds:g} s\n')
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
@@ -105,7 +106,7 @@ def exit_after(seconds: float):
 
 
 def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
-    """Open the store of all ranks; raise UsageError for a bad address or a used port, TrainingFault if none answers."""
+    """Open the ranks' store; raise UsageError for a bad address or a port in use, TrainingFault for no answer."""
     try:
         parsed = urllib.parse.urlparse(url)
         address = parsed.hostname, parsed.port
@@ -127,26 +128,26 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
             return False
         return True
 
-    # torch's own waiting prints pages of C++ frames, and rank 0's TCPStore waits for the world size silently.
+    # torch's own wait prints pages of C++ frames, and rank 0's TCPStore silently waits for the world size.
     if host:
         wait.until(answers, lambda: f'{server} ({problem})')
     try:
         timeout = datetime.timedelta(seconds=wait.timeout_s)
         store = next(rendezvous(url, rank, 1 if host else world_size, timeout=timeout))[0]
-    except (ValueError, RuntimeError) as error:  # An address without a port, or of an unknown kind.
+    except (ValueError, RuntimeError) as error:  # The address has no port or an unknown scheme.
         if not isinstance(error, dist.DistError):
             raise UsageError(f'--dist-url {url}: {first_line(error)}') from None
         if 'EADDRINUSE' in str(error):
-            raise UsageError(f'another process listens at {host}:{port}: set MASTER_PORT to another port') from None
+            raise UsageError(f'another process is listening on {host}:{port}: set MASTER_PORT to a free port') from None
         raise TrainingFault(f'no connection to {server}: {first_line(error)}') from None
-    return dist.PrefixStore(run_name(), store)  # Two runs may share an endpoint of torchrun.
+    return dist.PrefixStore(run_name(), store)  # Two runs may share a torchrun endpoint.
 
 
 def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> dist.Store:
     """Wait for all ranks, and return the namespace of `store` for this launch.
 
     torchrun's store outlives a launch, and then contains keys of dead ranks. The restart count does not identify a
-    launch, since each torchrun counts its own restarts (pytorch issue 108158). Instead, rank 0 draws a name.
+    launch, since each torchrun counts its own restarts (pytorch issue 108158). Instead, rank 0 draws a random name.
     """
     key = uuid.uuid4().hex
 
@@ -173,50 +174,50 @@ def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> d
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Return whether `error` is a report of gloo or NCCL that another process or the network is gone."""
+    """Return whether `error` is gloo's or NCCL's report that another process or the network is gone."""
     return isinstance(error, RuntimeError) and re.search(
         'gloo.*(Connection (closed|reset) by peer|Timed out waiting)|ncclRemoteError|NCCL communicator was aborted|'
         'Watchdog caught collective operation timeout|NCCL.*closed by remote peer', str(error), re.DOTALL) is not None
 
 
 def explain(error: BaseException) -> str | None:
-    """Return one line about an error that is not in the code, or None."""
+    """Return one line about an error that the code did not cause, or None."""
     text = str(error)
     if is_lost_peer(error):
         return f'rank {get_rank()} lost another process ({first_line(error)})'
     if isinstance(error, torch.OutOfMemoryError):
         return f'{first_line(error)} Use a smaller --batch-size (with --accum-steps), or --grad-checkpointing.'
     if 'unable to allocate shared memory' in text or 'Bus error' in text:
-        return ('no shared memory is left for the batches of workers: give docker --shm-size=8g or '
+        return ("no shared memory is left for the workers' batches: run docker with --shm-size=8g or "
                 '--ipc=host, or use fewer --num-workers (0 needs none)')
     if re.search('Too many open files(?! in system)', text) or 'received 0 items of ancdata' in text:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 'unknown'
-        return f'too many open files, the limit is {limit} (ulimit -n): raise it, or use fewer --num-workers'
+        return f'too many open files: raise the limit of {limit} (ulimit -n), or use fewer --num-workers'
     if 'DataLoader timed out' in text:
-        return f'{first_line(error)}: workers hang, or the file system of --data-path does (--dist-timeout)'
+        return f'{first_line(error)}: the workers or the file system of --data-path hang (--dist-timeout)'
     if 'DataLoader worker' in text and ('killed by signal: Killed' in text or 'exited unexpectedly' in text):
-        return (f'a worker was killed, in most cases for lack of memory ({first_line(error)}): use fewer '
+        return (f'a worker was killed, most likely for lack of memory ({first_line(error)}): use fewer '
                 '--num-workers, or more memory')
     if "can't start new thread" in text or 'Resource temporarily unavailable' in text:
         return f'no more processes can be started ({first_line(error)}): raise ulimit -u, or use fewer --num-workers'
     if isinstance(error, MemoryError) or 'Cannot allocate memory' in text:
-        return f'no memory is left ({first_line(error)}): use fewer --num-workers or a smaller --batch-size'
+        return f'out of memory ({first_line(error)}): use fewer --num-workers or a smaller --batch-size'
     return None
 
 
 def find_device(device: str | None, launch: Launch) -> torch.device:
-    """Return the device of this process; arguments and errors are those of init_distributed."""
+    """Return the device of this process; see init_distributed for arguments and errors."""
     kind = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     has_mps = torch.backends.mps.is_available()
     if kind == 'mps' and (not has_mps or launch.world_size > 1):
-        raise UsageError('--device mps: ' + ('torch trains on it in a single process only' if has_mps else
-                                             'no Apple GPU here; leave the flag out to run on the CPU'))
+        raise UsageError('--device mps: ' + ('torch supports only a single process on it' if has_mps else
+                                             'no Apple GPU found; omit the flag to run on the CPU'))
     if device is None and kind == 'cpu' and has_mps:
-        logger.info('using the CPU; --device mps uses the Apple GPU, whose results are untested')
+        logger.info('using the CPU; --device mps uses the Apple GPU (untested)')
     if kind != 'cuda':
         return torch.device(kind)
     if not torch.cuda.is_available():
-        raise UsageError('--device cuda: no CUDA device here; leave the flag out to run on the CPU')
+        raise UsageError('--device cuda: no CUDA device found; omit the flag to run on the CPU')
     devices, local_rank = torch.cuda.device_count(), launch.local_rank
     if devices == 1 and launch.launcher == 'srun':
         local_rank = 0  # srun --gpus-per-task=1 shows each task only its own device.
@@ -261,7 +262,7 @@ def gather_from_ranks(value: Any) -> list[Any]:
 
 
 def finish_output() -> None:
-    """Wait for a checkpoint that is being written, and flush what was printed."""
+    """Wait for a checkpoint that is being written, and flush the output."""
     for thread in threading.enumerate():
         if thread.name == 'checkpoint':
             thread.join()
@@ -273,7 +274,7 @@ def finish_output() -> None:
 
 
 def exit_now(status: int) -> None:
-    """Exit after an error of this rank alone. A normal exit could wait for other ranks, or for a worker that hangs."""
+    """Exit after an error on this rank only. A normal exit could wait for other ranks, or for a worker that hangs."""
     finish_output()
     handle('SIGCHLD', signal.SIG_DFL)  # torch's handler would raise here.
     for child in multiprocessing.active_children():
@@ -291,9 +292,9 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1, e
     """Call `main` with `args`, and return the exit status of the process; report an error in one line.
 
     `main` raises UsageError and TrainingFault on all ranks, anything else on one rank. Statuses: 0 done, or stopped
-    under --resume auto; 1 a fault or a bug; 2 a mistake of the user; 128 + n stopped by signal n; `unreadable_status`
-    for an image that cannot be read. After an error of one rank alone the process exits here if there are other ranks,
-    or if `exits`. Otherwise, as in a notebook, signal handlers, workers and locks are as before.
+    under --resume auto; 1 a fault or a bug; 2 a user's mistake; 128 + n stopped by signal n; `unreadable_status` for an
+    image that cannot be read. After an error on one rank only, the process exits here if there are other ranks, or if
+    `exits`. Otherwise, as in a notebook, signal handlers, workers and locks are as they were before.
     """
     def failed_alone(status: int) -> int:
         if exits or dist.is_initialized():
@@ -337,7 +338,7 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1, e
 def usage_errors(kind: type[Exception] = UsageError):
     """Raise `kind` on all ranks if the block raises a UsageError, or an OSError about a file, on any rank.
 
-    No rank then waits for the others. Any other exception is a bug, and ends this rank with its traceback.
+    So no rank waits for the others. Any other exception is a bug, and ends this rank with its traceback.
     """
     line = None
     try:
@@ -353,7 +354,7 @@ def usage_errors(kind: type[Exception] = UsageError):
 class StopRequest:
     """Record signals, so that the run stops after the current step; a second Ctrl-C raises KeyboardInterrupt.
 
-    SLURM's warning, SIGUSR1, is recorded from the beginning, while other signals end a run during its set-up.
+    SLURM's warning, SIGUSR1, is recorded from the start. Other signals end the run until record_all is called.
     """
 
     def __init__(self):

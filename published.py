@@ -18,7 +18,7 @@ def needs_preparing(path: Path) -> bool:
     """Return whether scripts/prepare_data.py must convert `path` before training; raise UsageError for a zip file."""
     entries = [entry for entry in path.glob('[!.]*') if entry.is_dir() or entry.suffix in ('.zip', '.tar', '.parquet')]
     if path.suffix == '.zip' or entries and all(entry.suffix == '.zip' for entry in entries):
-        raise UsageError(f'{(entries or [path])[0]} is a zip archive: unzip it, and give its folder')
+        raise UsageError(f'{(entries or [path])[0]} is a zip archive: unzip it, and use the folder')
     return bool(_parquet_files(path)) or _flat_val(path) is not None
 
 
@@ -52,7 +52,8 @@ def _flat_val(path: Path) -> tuple[Path, Path] | None:
             tables = [place / 'LOC_val_solution.csv' for place in (folder, *folder.resolve().parents[:3])]
             table = next(filter(Path.is_file, tables), kit)
             if table is None:
-                raise UsageError(f'{folder / "val"} has no class folders, LOC_val_solution.csv or {DEVKIT}')
+                raise UsageError(f'{folder / "val"} has no class folders: put LOC_val_solution.csv or {DEVKIT} next to '
+                                 'it')
             return folder, table
     return None
 
@@ -77,24 +78,25 @@ def _parquet_files(path: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for file in found:
         words = re.findall('(?<![a-z])(train|val|test)', str(file.relative_to(path)).lower())
-        if words and file.parent not in mixed:  # Others lie among class folders.
+        if words and file.parent not in mixed:  # Other parquet files lie among class folders.
             files.setdefault(words[0], []).append(file)
     files = {'val' if split == 'test' else split: files[split] for split in sorted(files)
              if split != 'test' or 'val' not in files}
     for split in files.values():
         total = re.search(r'-of-(\d+)', split[0].name)
         if total and int(total[1]) != len(split):
-            raise UsageError(f'{split[0].parent} has {len(split)} of the {int(total[1])} files like {split[0].name}')
+            raise UsageError(f'{split[0].parent} has {len(split)} of the {int(total[1])} files like {split[0].name}: '
+                             'download the others')
     return files
 
 
 class ParquetImages(EncodedImages):
-    """Read the images of Hugging Face's parquet files in their order, with the class indices of the label column.
+    """Read images from Hugging Face parquet files, in file order, with class indices from the label column.
 
     The classes are the names in the files' metadata. ImageNet's 1,000 names become its WordNet ids.
 
     Raises:
-        UsageError: pyarrow is missing, a file is damaged, or has no images or labels.
+        UsageError: pyarrow is missing, or a file is damaged or has no images or labels.
     """
     has_labels = True
 
@@ -105,7 +107,7 @@ class ParquetImages(EncodedImages):
             with _parquet(file) as parquet:
                 self.column, label, classes = columns = _columns(parquet.schema_arrow, file)
                 if columns != (first := first or columns):
-                    raise UsageError(f'{file} has other columns or class names than {files[0]}')
+                    raise UsageError(f'{file} and {files[0]} have different columns or class names')
                 for group in range(parquet.num_row_groups):
                     rows = parquet.read_row_group(group, columns=[f'{self.column}.path', label]).flatten()
                     names += [Path(path or '').name for path in rows.column(f'{self.column}.path').to_pylist()]
@@ -116,7 +118,7 @@ class ParquetImages(EncodedImages):
             raise UsageError(f'{files[0]} has images without labels')
         self.classes = classes or [str(i) for i in range(max(targets) + 1)]
         self.places = np.concatenate(places)  # (N, 3): file, row group, row in the group
-        if len({name.partition('.')[0] for name in names} - {''}) < len(names):  # As keys of a shard, they must differ.
+        if len({name.partition('.')[0] for name in names} - {''}) < len(names):  # Keys of a shard must differ.
             names = [f'{i:08d}{"_" * (name[0] != ".")}{name}' for i, name in enumerate(names)]
         paths = [f'{self.roots[i]}/{name}' for i, name in zip(self.places[:, 0], names)]
         super().__init__(Samples(paths, targets), None)
@@ -158,6 +160,6 @@ def _columns(schema, file: str) -> tuple[str, str, list[str] | None]:
     names = features.get(labels[0], {}).get('names')
     if isinstance(names, list) and len(names) == 1000 and names[0].startswith('tench'):
         names = ImageNetInfo('imagenet-1k').label_names()
-    if isinstance(names, list):  # Names that several classes share get the index.
+    if isinstance(names, list):  # Append the index to names that several classes share.
         names = [f'{name} ({i})' if names.count(name) > 1 else name for i, name in enumerate(map(str, names))]
     return images[0], labels[0], names

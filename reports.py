@@ -46,7 +46,7 @@ BEST = [('test_acc1', 'best'), ('ema_test_acc1', 'EMA'), ('box_ap', 'box AP'), (
 MAX_MARKERS = 40  # more markers hide the line
 MAX_MATRIX = 50  # classes; a larger confusion matrix is unreadable
 
-SIDE = 224  # an image on a sheet; this and all below in pixels
+SIDE = 224  # an image on a sheet; all sizes here are in pixels
 PAD, GAP = 14, 20  # inside and between cards
 HEADER, ROW = 58, 27  # heights: title and legend, one prediction
 INK, GREY, GREEN, RED = '#202124', '#70757a', '#188038', '#c5221f'
@@ -62,7 +62,7 @@ def check_extension(path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of its extension. A viewer of an earlier file never opens half of the new one."""
+    """Write a figure in the format of its extension. A viewer that has the file open never sees half of it."""
     extension = path.suffix[1:].lower()
     # Level 4 takes half the time of the default, 6, for files 2 % larger.
     options = {'pil_kwargs': {'compress_level': 4}} if extension == 'png' else {}
@@ -74,7 +74,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the records of a log.txt in order of epoch.
 
     A resumed run may have logged an epoch twice: the later record counts. A last line that is still being written is
-    left out.
+    ignored.
 
     Raises:
         UsageError: another line is not a record.
@@ -85,7 +85,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             records[int(record['epoch'])] = record
         except (ValueError, TypeError, KeyError, RecursionError):
-            if line.startswith('{') and not line.endswith('\n'):  # only the last line can lack its newline
+            if line.startswith('{') and not line.endswith('\n'):  # Only the last line can lack its newline.
                 break
             raise UsageError(f'{path}, line {n} is not a JSON object with the key "epoch"') from None
     return [records[epoch] for epoch in sorted(records)]
@@ -96,7 +96,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def draw_curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draw loss, accuracy (or average precision), learning rate and images per second by epoch.
 
-    `runs` maps names to records of read_log. Colors stand for runs, line styles for quantities.
+    `runs` maps names to records from read_log. Colors distinguish runs; line styles distinguish metrics.
     """
     labels = [printable(name) + _best(records) for name, records in runs.items()]
     columns = max(1, min(len(runs), 110 // max(map(len, labels))))  # about 120 characters fit across the figure
@@ -149,7 +149,7 @@ def draw_sheet(entries: list[dict[str, Any]], title: str) -> Figure:
     Args:
         entries: dicts of name (path), image (PIL), cam (H, W) in [0, 1], predictions (dicts of index, class and
             probability, of which five are shown), and truth (such a dict, or None).
-        title: of the sheet.
+        title: title of the sheet.
     """
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(entry['name'])) for entry in entries])
     rows_of_text = min(5, max(len(entry['predictions']) for entry in entries)) + any(e['truth'] for e in entries)
@@ -237,10 +237,10 @@ class Predictions:
 
     Attributes:
         paths: file of each image.
-        names, words: name of each class, and what a person calls the class.
+        names, words: class names, and readable class names.
         targets: class index of each image (N,).
         classes: indices of the k most probable classes (N, k), the most probable first; k is at most 5.
-        probabilities: of these classes (N, k).
+        probabilities: probabilities of these classes (N, k).
     """
     paths: list[str]
     names: list[str]

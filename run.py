@@ -1,4 +1,4 @@
-"""A run's folder from lock to last line, for train.py and scripts/detection.py: resume, open, save, log, finish."""
+"""Manage the folder of a run, for train.py and scripts/detection.py: resume, lock, save, log, stop."""
 import argparse
 import contextlib
 import json
@@ -33,7 +33,7 @@ LOG, CONFIG = 'log.txt', 'config.yaml'
 # Keys that best checkpoints keep.
 DESCRIPTION = 'format', 'model_args', 'detector', 'args', 'classes', 'training_images', 'epoch'
 METRICS = 'acc1', 'box_ap'  # train.py and detection.py choose the best checkpoint by these scores.
-# Flags of one launch, which config.yaml leaves out. The output folder is the folder of the file.
+# Flags that apply to one launch, so config.yaml omits them. The output folder is the one that contains config.yaml.
 UNSAVED_FLAGS = 'config', 'eval', 'local_rank', 'output_dir', 'overwrite', 'resume', 'stopped_file', 'throughput'
 
 
@@ -41,7 +41,7 @@ def setup_process(args: argparse.Namespace) -> torch.device:
     """Join the other ranks, if any, and return the device of this rank."""
     utils.setup_logging()
     system.raise_file_limit()
-    torch.set_num_threads(min(torch.get_num_threads(), system.cores()))  # torch ignores the quota of a container.
+    torch.set_num_threads(min(torch.get_num_threads(), system.cores()))  # torch ignores a container's CPU quota.
     if system.missing():
         logger.info(system.missing())
     with usage_errors():
@@ -51,10 +51,10 @@ def setup_process(args: argparse.Namespace) -> torch.device:
 # Resuming
 
 def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, dict[str, Any]] | tuple[None, None]:
-    """Check --output-dir, and return the file of the checkpoint to resume, with its contents.
+    """Check --output-dir, and return the file name and contents of the checkpoint to resume.
 
-    --resume is a file, an address or, for --eval, a name; 'auto' for the newest readable checkpoint in --output-dir; ''
-    for none. In training, the previous checkpoint replaces a damaged checkpoint_last.pth.
+    --resume is a file, a URL or, for --eval, a run folder or model name; 'auto' for the newest readable checkpoint in
+    --output-dir; or '' for none. In training, an older checkpoint replaces a damaged checkpoint_last.pth.
     """
     folder = Path(args.output_dir) if args.output_dir else None
     if is_training and folder:
@@ -74,7 +74,7 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
     best = checkpoint.get('best') if checkpoint is not None and is_writer else None
     for name, prefix in BEST.items() if isinstance(best, dict) else ():
         epoch, place = best.get(f'{prefix}epoch'), Path(file).resolve().parent
-        try:  # A run that was killed before checkpoint_last.pth may have written the best of a later epoch.
+        try:  # A run that was killed before it wrote checkpoint_last.pth may have left a later epoch's best.
             exists = epoch is None or checkpoints.read_checkpoint(place / name).get('epoch') == epoch
         except UsageError:
             exists = False
@@ -94,7 +94,7 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
     """Raise UsageError if `folder` cannot be written to or contains a run that would be lost; write nothing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f'--output-dir {folder}: {existing} is not a folder that can be written to')
+        raise UsageError(f'--output-dir {folder}: {existing} is not a writable folder')
     for path in (folder / LOG, folder / utils.WANDB_ID, folder / CONFIG, *folder.glob('*.pth')):
         if path.is_dir():
             raise UsageError(f'--output-dir {folder}: {path} is a folder')
@@ -110,8 +110,8 @@ def open_run(
         best: dict[str, Any]) -> 'RunWriter | None':
     """Lock --output-dir, write config.yaml, and remove what the run replaces or trains again.
 
-    `epoch` is the first to train, `resumed` the file that the run resumes, `best` the scores so far. Return the writer
-    of the folder on rank 0; None on other ranks and without --output-dir.
+    `epoch` is the first epoch to train, `resumed` the file to resume, and `best` the best scores so far. Return the
+    folder's writer on rank 0; None on other ranks and without --output-dir.
     """
     if not args.output_dir and processes.get_rank() == 0:
         logger.warning('no --output-dir: nothing will be saved')
@@ -141,8 +141,8 @@ def open_run(
             path.unlink()
     source = Path(resumed or '')
     if source.suffix == '.pth' and source.is_file() and source.resolve() != (folder / LAST).resolve():
-        # Else a damaged checkpoint_last.pth would become the previous file at the next save, and a run that is
-        # resumed in another folder could not be resumed there before its first save.
+        # Otherwise a damaged checkpoint_last.pth would become the previous file at the next save, and a run that
+        # moves to a new folder could not be resumed there before its first save.
         checkpoints.copy(source, folder / LAST)
     rewind(folder, epoch)
     if wandb_id is not None:
@@ -160,7 +160,7 @@ def run_files(folder: Path) -> list[Path]:
 
 
 def rewind(folder: Path, epoch: int) -> None:
-    """Remove checkpoints and log lines of `epoch` and later ones, which are trained again, and a half-written line."""
+    """Remove checkpoints and log lines from `epoch` on, which are trained again, and a half-written line."""
     for path in epoch_files(folder):
         if int(path.stem.split('_')[1]) >= epoch:
             path.unlink()
@@ -178,7 +178,7 @@ def rewind(folder: Path, epoch: int) -> None:
 # Writing
 
 class RunWriter:
-    """Write a run's checkpoints in the background, and its log. At any moment a whole checkpoint is on disk.
+    """Write a run's checkpoints in the background, and its log. A complete checkpoint is on disk at all times.
 
     The checkpoints of the last `keep` epochs are kept as checkpoint_EEEE.pth.
 
@@ -186,7 +186,7 @@ class RunWriter:
         UsageError: another run is writing to `folder`.
 
     Attributes:
-        error: the first error of the disk, after which nothing more is written; ranks agree to stop.
+        error: the first disk error; nothing is written after it, and ranks agree to stop.
         trackers: functions that also get each record of the log.
     """
 
@@ -204,7 +204,7 @@ class RunWriter:
 
         Args:
             state: contents of the checkpoint.
-            best: at the end of an epoch, the scores that are the best so far: 'acc1' of the weights in 'model',
+            best: at the end of an epoch, the scores that set a new best: 'acc1' or 'box_ap' of the weights in 'model',
                 'ema_acc1' of those in 'model_ema'. These weights are written to the best checkpoints.
         """
         self.wait()
@@ -255,12 +255,12 @@ class RunWriter:
                 with atomic_write(self.folder / name, self.folder / PREVIOUS if name == LAST else None) as file:
                     torch.save(content, file)
             for old in epoch_files(self.folder)[:-self.keep] if self.keep else ():
-                with contextlib.suppress(PermissionError):  # Windows removes no file that a program has open.
+                with contextlib.suppress(PermissionError):  # Windows cannot remove an open file.
                     old.unlink()
         except Exception as error:
             self.error = error
             if not isinstance(error, OSError):
-                raise  # The traceback of a bug.
+                raise  # This is a bug: keep its traceback.
 
 
 def check_written(writer: RunWriter | None) -> None:
@@ -268,7 +268,7 @@ def check_written(writer: RunWriter | None) -> None:
     error = None
     if writer is not None:
         writer.wait()
-        error = writer.error and f'{writer.folder} can no longer be written to ({writer.error}); earlier files are good'
+        error = writer.error and f'{writer.folder} is no longer writable ({writer.error}); earlier files are intact'
     errors = [error for error in processes.gather_from_ranks(error) if error]
     if errors:
         raise TrainingFault(errors[0])

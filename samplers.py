@@ -11,9 +11,9 @@ class TrainSampler(Sampler):
     """Yield an epoch's samples for one rank, as (index, seed) pairs.
 
     The epoch is one sequence of positions, the same for every world size: position p holds the sample `order[p]`,
-    augmented under `seeds[p]`. (seed, epoch) alone determine both. Rank r of W yields the positions r, r + W,
+    augmented with `seeds[p]`. (seed, epoch) alone determine both. Rank r of W yields the positions r, r + W,
     r + 2 W, ... counted from the first position not yet seen. After any number of steps the samples seen are thus a
-    prefix of the sequence, and a run can resume there with another number of ranks. timm's and torch's distributed
+    prefix of the sequence, and a run can resume there with a different number of ranks. timm's and torch's distributed
     samplers can neither start in mid-epoch nor yield seeds.
 
     With repeated augmentation the order is that of DeiT's RASampler (timm's RepeatAugSampler): each sample `repeats`
@@ -26,7 +26,7 @@ class TrainSampler(Sampler):
         repeats: copies of each sample (3 with repeated augmentation).
         rank, world_size: this process, and the number of processes that share the epoch.
         seed: seed of the run.
-        even: yield an even number of samples, which mixup needs, also if the only batch is partial.
+        even: yield an even number of samples, which mixup needs, even if the only batch is partial.
     """
 
     def __init__(self, length: int, batch_size: int, accum_steps: int = 1, repeats: int = 1, rank: int = 0,
@@ -88,8 +88,8 @@ class TrainSampler(Sampler):
 
 
 def eval_indices(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[int]:
-    """Return this rank's share of a validation set; without padding, so that counts are exact.
+    """Return this rank's share of a validation set, without padding, so that counts are exact.
 
-    Ranks take whole batches in turn: any number of ranks computes the same batches, with the same rounding.
+    Ranks take whole batches in turn, so any number of ranks computes the same batches, with the same rounding.
     """
     return [i for i in range(length) if i // batch_size % world_size == rank]

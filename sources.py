@@ -1,4 +1,4 @@
-"""Find encoded images: in folders, and in tar files that are read in place."""
+"""Find encoded images in folders, and in tar files that are read in place."""
 import contextlib
 import io
 import logging
@@ -26,7 +26,7 @@ from errors import UsageError, printable
 
 logger = logging.getLogger(__name__)
 
-# Path components that begin with a dot (macOS's ._NAME), except . and ..; folders made by NAS and file systems.
+# Dotfiles (such as macOS's ._NAME), except . and .., and what NAS devices and operating systems leave in folders.
 IGNORED = re.compile(r'(?:^|/)(?:\.(?!\.?(?:/|$))|(?:@eaDir|__MACOSX|lost\+found|Thumbs\.db)(?:/|$))')
 # Photo formats that Pillow decodes without a plugin.
 EXTENSIONS = (*IMG_EXTENSIONS, '.apng', '.avif', '.avifs', '.dib', '.gif', '.j2c', '.j2k', '.jfif', '.jp2', '.jpc',
@@ -37,7 +37,7 @@ with contextlib.suppress(ImportError):
     pillow_heif.register_heif_opener()
     EXTENSIONS += HEIF
 UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-           6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # by EXIF's orientation
+           6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # by EXIF orientation
 
 
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # check_pixels is stricter.
@@ -46,7 +46,7 @@ FORMATS = sorted(
     {name for extension, name in Image.registered_extensions().items() if extension in EXTENSIONS} & set(Image.OPEN))
 
 
-MARKER = re.compile(b'\xff[^\0\xd0-\xd7\xff]')  # of a JPEG segment; the others occur within a scan
+MARKER = re.compile(b'\xff[^\0\xd0-\xd7\xff]')  # starts a JPEG segment; other markers occur within a scan
 
 
 def open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
@@ -64,11 +64,11 @@ def check_pixels(width: int, height: int, data: bytes, max_pixels: int | None) -
     if width * height * max(1, scans / 10) > (max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or math.inf)):
         raise Image.DecompressionBombError(
             f'{width} x {height} pixels{f" in {scans} scans" * (scans > 10)}, too many to decode: resize the image, or '
-            'raise --max-image-pixels of train.py')
+            "raise train.py's --max-image-pixels")
 
 
 def jpeg_scans(data: bytes) -> int:
-    """Count the scans of a progressive JPEG; 0 for other files. Phones append videos, which do not count."""
+    """Count the scans of a progressive JPEG; 0 for other files. Videos that phones append do not count."""
     start, scans, is_progressive = 2, 0, False
     while data.startswith(b'\xff\xd8') and (match := MARKER.search(data, start)):
         marker, start = data[match.end() - 1], match.end()
@@ -76,12 +76,12 @@ def jpeg_scans(data: bytes) -> int:
             break
         is_progressive |= marker in (0xc2, 0xca)
         scans += marker == 0xda
-        start += int.from_bytes(data[start:start + 2], 'big')  # of the segment, whose data may look like markers
+        start += int.from_bytes(data[start:start + 2], 'big')  # Skip the segment: its data may look like markers.
     return scans
 
 
 def orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation of an image: 2 to 8, or 1 if it is upright or its EXIF data are damaged."""
+    """Return the EXIF orientation of an image: 2 to 8, or 1 if it is upright or its EXIF data is damaged."""
     with contextlib.suppress(Exception):  # Pillow raises many types on damaged data.
         value = image.getexif().get(ExifTags.Base.Orientation)
         return value if value in UPRIGHT else 1
@@ -110,8 +110,8 @@ def open_image(image: bytes | Image.Image, ignore_exif: bool = False, rotated: A
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert('RGB')
     if image.mode in ('I', 'F'):
         low, high = image.getextrema()
-        raise ValueError(f'gray values of {"32-bit integers" if image.mode == "I" else "floats"} from {low:g} to '
-                         f'{high:g}, whose black and white are unknown: convert the image to 8 or 16 bits')
+        raise ValueError(f'gray values are {"32-bit integers" if image.mode == "I" else "floats"} from {low:g} to '
+                         f'{high:g}, with unknown black and white levels: convert the image to 8 or 16 bits')
     return image.convert('RGB')
 
 
@@ -135,8 +135,8 @@ class Samples(Sequence):
 class EncodedImages(Dataset):
     """Read image files.
 
-    The last image stays open, because the copies of repeated augmentation follow each other: each image is read and
-    decoded once.
+    The last image stays open, because the copies of repeated augmentation follow each other. Each image is thus read
+    and decoded once.
 
     Args:
         samples: (name, class index) pairs.
@@ -156,7 +156,7 @@ class EncodedImages(Dataset):
 
     def __getitem__(self, index: int):
         if self.last[0] != index:
-            self.last = None, None  # free the memory before the next image is decoded
+            self.last = None, None  # Free the memory before the next image is decoded.
             self.last = index, getattr(self.transform, 'open_image', open_image)(self.read(index), **self.reading)
         image = self.last[1]
         return self.transform(image) if self.transform else image, self.samples[index][1]
@@ -209,14 +209,14 @@ def is_folder(entry: os.DirEntry) -> bool:
 
 
 def walk(folder: str, visited: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield `folder` and the folders below it, through links, with the names of their files.
+    """Yield `folder` and the folders below it, following links, with the names of their files.
 
-    Folders whose real paths are in `visited` are skipped, and the others added to it. os.walk follows loops of links,
-    and skips folders that cannot be listed.
+    Skip folders with real paths in `visited`, and add the others to it. os.walk would follow link loops, and would
+    silently skip folders that cannot be listed.
     """
     real = os.path.realpath(folder)
     if real in visited:
-        logger.warning('%s leads to %s, which is listed already: skipped', folder, real)
+        logger.warning('skipping %s: it links to %s, which is already listed', folder, real)
         return
     visited.add(real)
     files, folders = [], []
@@ -232,13 +232,13 @@ def walk(folder: str, visited: set[str]) -> Iterator[tuple[str, list[str]]]:
 class ImageFolder(EncodedImages):
     """List a folder's images in the order of torchvision's ImageFolder, without ignored ones.
 
-    torchvision's is silent about folders that cannot be listed, loops of links and files that are left out.
-    It also cannot take the class indices of another folder, which a validation set needs.
+    torchvision's does not report folders that cannot be listed, link loops, or files that are left out. It also cannot
+    use the class indices of another folder, which a validation set needs.
 
     Args:
         root: folder with a subfolder for each class.
         transform: as in EncodedImages.
-        classes: class names in the order of their index; None for those of `root`, sorted. `root` may lack some.
+        classes: class names in index order; None for those of `root`, sorted. `root` may lack some.
 
     Raises:
         UsageError: no such folder, no classes, a class without images, or a class that `classes` lacks.
@@ -252,11 +252,11 @@ class ImageFolder(EncodedImages):
                              'and val/, or with tars that have these words in their names; to train on a folder of '
                              'classes, add --val-split 0.1')
         entries = [entry for entry in os.scandir(root) if not IGNORED.search(entry.name)]
-        above = {os.path.realpath(root), *map(str, Path(root).resolve().parents)}  # links to these are skipped
+        above = {os.path.realpath(root), *map(str, Path(root).resolve().parents)}  # Links to these are skipped.
         folders = sorted(entry.name for entry in entries
                          if is_folder(entry) and not (entry.is_symlink() and os.path.realpath(entry.path) in above))
         if not folders:
-            raise UsageError(f'no class folders in {root}: images belong into {root}/CLASS/')
+            raise UsageError(f'no class folders in {root}: put images into {root}/CLASS/')
         dangling = [entry.path for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]
         if dangling:
             raise UsageError(f'{dangling[0]} is a link to nothing: fix or remove it')
@@ -296,15 +296,15 @@ class Member(NamedTuple):
 class TarImages(EncodedImages):
     """Read images from one or many tars in place.
 
-    A tar contains class folders, class tars (as ImageNet's published training images), or the files of a WebDataset
-    shard (KEY.jpg and KEY.cls). Samples of class folders have the order of ImageFolder, samples of shards the order of
-    the tars.
+    A tar contains class folders, class tars (as in ImageNet's published training tar), or the files of a WebDataset
+    shard (KEY.jpg and KEY.cls). Samples in class folders are in ImageFolder's order; samples in shards are in the
+    order of the tars.
 
     Args:
         paths: the tars.
         split: 'train' or 'val'; the folder to read if the tars contain folders of both names.
         transform: as in EncodedImages.
-        classes: class names in the order of their index; None for those of the tars, sorted.
+        classes: class names in index order; None for those of the tars, sorted.
 
     Raises:
         UsageError: a tar that is damaged or compressed, or that contains no images with classes.
@@ -326,13 +326,13 @@ class TarImages(EncodedImages):
         self.has_labels = bool(labels)
         if labels:
             if len({(m.tar, key_of(m.name)) for m in images}) < len(images):
-                raise UsageError(f'{where} has several images of one key: keep one of each')
+                raise UsageError(f'{where} has several images of one key: keep one per key')
             names = [labels.get((m.tar, key_of(m.name)), '') for m in images]
         else:
             images, names = self._by_class(images, split)
         if '' in names:
-            raise UsageError(f'{where} has no class for {images[names.index("")].name}: images belong into class '
-                             'folders, or next to a KEY.cls file each')
+            raise UsageError(f'{where} has no class for {images[names.index("")].name}: put images into class '
+                             'folders, or a KEY.cls file next to each image')
         if labels:
             indices = list(map(int, names))
             classes = classes or [str(i) for i in range(max(indices) + 1)]
@@ -354,13 +354,13 @@ class TarImages(EncodedImages):
     def _by_class(self, images: list[Member], split: str) -> tuple[Sequence[Member], Sequence[str]]:
         """Return the images in the order of ImageFolder, and the class name of each.
 
-        The class is the uppermost folder below the folder `split`, or below those that all images share; '' for none.
+        The class is the top folder below the folder `split`, or below the folders that all images share; '' for none.
         """
         paths = [m.name.split('/')[:-1] for m in images]
         if all(split_folder(m.name) == split for m in images):
             paths = [folders[folders.index(split) + 1:] for folders in paths]
         else:
-            shared = len(os.path.commonprefix(paths))  # accepts any sequences
+            shared = len(os.path.commonprefix(paths))  # This accepts any sequences.
             if max(map(len, paths)) == shared > 0:
                 shared -= 1  # All images are in one folder, the only class.
             paths = [folders[shared:] for folders in paths]
@@ -408,7 +408,8 @@ def split_folder(name: str) -> str | None:
 def tar_index(path: Path) -> dict[str, tuple[int, int]]:
     """Map each image (also HEIF) and label in a tar, and in its inner tars, to (offset, size) in bytes.
 
-    The index is saved next to the tar, else in ~/.cache/cmt, and used until the tar's size or time changes.
+    The index is saved next to the tar, else in ~/.cache/cmt, and used until the tar's size or modification time
+    changes.
 
     Raises:
         UsageError: a tar that is damaged or compressed.
@@ -437,7 +438,7 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
                 np.savez(f'{folder}/index.npz', stamp=stamp, names=names, places=list(index.values()))
                 os.replace(f'{folder}/index.npz', index_file)
             return index
-    logger.warning('the index of %s could not be saved: each process reads the whole tar at its start', path)
+    logger.warning('the index of %s could not be saved: each process will read the whole tar at startup', path)
     return index
 
 
@@ -479,7 +480,7 @@ def _headers(file: BinaryIO, start: int, end: int, where: str) -> Iterator[tarfi
             return
     file.seek(start)
     if last == 'at its start' and file.read(6).startswith(COMPRESSED):
-        raise UsageError(f'{where} is compressed: unpack it to a plain .tar, whose images can be read in place')
+        raise UsageError(f'{where} is compressed: unpack it to a plain .tar, which can be read in place')
     raise UsageError(f'{where} is not a tar, or is truncated or damaged {last}: copy it again')
 
 
@@ -487,14 +488,14 @@ DEVKIT = imagenet.ARCHIVE_META['devkit'][0]  # lists the classes of the publishe
 
 
 def find_devkit(path: Path) -> Path | None:
-    """Return ImageNet's development kit next to the tar `path`, or to the target of that link; None without one."""
+    """Return ImageNet's development kit next to the tar `path` or to its link target, or None."""
     folders = path.parent, path.resolve().parent
     return next((folder / DEVKIT for folder in folders if (folder / DEVKIT).is_file()), None)
 
 
 def devkit_classes(kit: Path) -> list[str]:
     """Return the WordNet ids of ILSVRC2012_val_00000001.JPEG and so on, which the development kit lists."""
-    with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks into the folder that the kit is in
+    with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks the kit into the kit's own folder.
         shutil.copy(kit, Path(folder) / DEVKIT)
         try:
             imagenet.parse_devkit_archive(folder)

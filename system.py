@@ -1,4 +1,4 @@
-"""What differs between operating systems: signals, locks, folders, limits and cores. Imports no torch."""
+"""Handle what differs between operating systems: signals, locks, files, limits, cores. Nothing here imports torch."""
 import contextlib
 import errno
 import math
@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 from errors import UsageError
 
-# These ask a run to stop. SIGHUP comes from a terminal that closes, SIGUSR1 from SLURM before the time limit.
+# These signals ask a run to stop. A closing terminal sends SIGHUP, and SLURM sends SIGUSR1 before the time limit.
 STOP_SIGNALS = {name: getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
                 if hasattr(signal, name)}  # Windows has the first two.
 
@@ -35,7 +35,7 @@ def missing() -> str:
 # Signals
 
 def handle(name: str, handler: Callable | int) -> None:
-    """Set a signal's handler if the system has the signal, in the main thread; leave a SIGHUP that nohup ignores."""
+    """Set a signal's handler if the signal exists and this is the main thread; keep a SIGHUP that nohup ignores."""
     number = getattr(signal, name, None)
     if number is None or threading.current_thread() is not threading.main_thread():
         return
@@ -51,7 +51,7 @@ def handlers_restored():
         yield
     finally:
         for name, handler in before.items():
-            if handler is not None:  # None was not set by Python.
+            if handler is not None:  # None means that Python did not set the handler.
                 handle(name, handler)
 
 
@@ -71,7 +71,7 @@ def signals_blocked():
 def leave_signals_to_the_run(worker: int) -> None:
     """Ignore stop signals in a worker, except SIGTERM from the run."""
     run = multiprocessing.parent_process()  # os.getppid() would be the forkserver.
-    if not run.is_alive():  # torch looks only for a parent that dies later.
+    if not run.is_alive():  # torch notices only a parent that dies later.
         os._exit(1)
     if not hasattr(signal, 'sigtimedwait'):  # macOS does not report the sender of a signal.
         for name in STOP_SIGNALS.keys() - {'SIGTERM'}:
@@ -86,7 +86,7 @@ def leave_signals_to_the_run(worker: int) -> None:
         while True:
             received = signal.sigtimedwait(numbers, 2)
             if received is None:
-                if not run.is_alive():  # torch looks too, but then waits for a pipe that nobody empties.
+                if not run.is_alive():  # torch checks too, but then blocks on a pipe that nobody reads.
                     os._exit(1)
             elif received.si_signo == signal.SIGTERM and received.si_pid == run.pid:
                 os._exit(0)
@@ -112,8 +112,8 @@ def lock_file(path: Path) -> contextlib.ExitStack:
         except filelock.Timeout:
             is_locked = True
     if is_locked:
-        raise UsageError(f'another run is writing to {path.parent}: end it first (kill -9 of torchrun leaves its '
-                         f'processes running). If none of them runs on any host, remove {path}')
+        raise UsageError(f'another run is writing to {path.parent}: stop it first (kill -9 of torchrun leaves its '
+                         f'processes running). If no such process is left on any host, remove {path}')
     return stack
 
 
@@ -123,7 +123,7 @@ def no_follow(path: str, flags: int) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder's entries to disk, where this is possible: not on Windows and on many network file systems."""
+    """Sync a folder's entries to disk, where possible: Windows and many network file systems cannot."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -139,7 +139,7 @@ def sync_folder(folder: Path) -> None:
 def atomic_write(path: Path, previous: Path | None = None):
     """Open a temporary file next to `path`, which replaces `path` when the block ends and the file is on disk.
 
-    The file that it replaces is kept as `previous`. At any moment one of the two names is a whole file. An OSError,
+    The file that it replaces is kept as `previous`. At any moment, one of the two names is a complete file. An OSError,
     such as on a full disk, names `path`.
     """
     temporary = path.parent / f'.cmt-{secrets.token_hex(8)}.tmp'
@@ -166,7 +166,7 @@ def atomic_write(path: Path, previous: Path | None = None):
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a whole file by atomic_write."""
+    """Write a file with atomic_write."""
     with atomic_write(path) as file:
         file.write(content)
 
@@ -178,7 +178,7 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 def patiently(function: Callable, *paths: Path) -> None:
-    """Call `function` with paths, for up to a minute while a program has a file open, which Windows then protects."""
+    """Call `function` with `paths`. Retry for up to a minute, since Windows protects files that a program has open."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -210,7 +210,7 @@ def peak_memory() -> float | None:
 def cores(root: str = '/') -> int:
     """Count the cores that affinity and cgroups let this process use.
 
-    joblib.cpu_count reads the limit of the uppermost cgroup alone, which is that of a container with a view of its own.
+    joblib.cpu_count reads only the top cgroup's limit, which is right only in a container with its own cgroup view.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # not on macOS
     limits, groups = [], Path(root, 'proc/self/cgroup')

@@ -65,10 +65,10 @@ CONTINUE, SAVE, STOP, FAIL = range(4)
 
 @dataclass
 class InitialState:
-    """Hold what a run begins with, known before its data is read."""
-    weights: Weights | None  # of --finetune, of --eval, or of another project's checkpoint in --resume
-    checkpoint: dict[str, Any] | None  # of --resume
-    file: str | None  # of `checkpoint`
+    """Hold what a run starts from, known before its data is read."""
+    weights: Weights | None  # from --finetune, --eval, or another project's checkpoint in --resume
+    checkpoint: dict[str, Any] | None  # from --resume
+    file: str | None  # name of the file that contains `checkpoint`
 
 
 @dataclass
@@ -77,7 +77,7 @@ class RunState:
     epoch: int = 0
     step: int = 0  # optimizer steps done in the epoch
     samples_seen: int = 0  # in the epoch, by all ranks
-    seconds: float = 0.  # of training in the epoch, up to the last checkpoint
+    seconds: float = 0.  # spent training in the epoch, up to the last checkpoint
     meters: list[list[float]] = field(default_factory=list)  # running sums of an unfinished epoch, by rank
     best: dict[str, Any] = field(default_factory=dict)
 
@@ -90,25 +90,25 @@ class Run:
     core: cmt.CMT  # the model without wrappers: saved, evaluated, averaged
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
-    scheduler: Any  # timm's
+    scheduler: Any  # a timm scheduler
     scaler: NativeScaler
     train_step: TrainStep  # calls the wrapped model
     sampler: TrainSampler
     train_loader: DataLoader
     val_loader: DataLoader
-    dtype: torch.dtype  # of autocast in training
+    dtype: torch.dtype  # autocast dtype in training
     eval_autocast: Callable
     num_epochs: int  # including the cool-down
     updates_per_epoch: int
     state: RunState
-    n_parameters: int  # that are trained
+    n_parameters: int  # count of trainable parameters
     writer: RunWriter | None = None  # on rank 0, with --output-dir
     profiler: torch.profiler.profile | None = None
     stop: processes.StopRequest | None = None
     meters: Meters | None = None  # running sums of the current epoch
     record: dict[str, Any] = field(default_factory=dict)  # the epoch's line in log.txt
     wait_share: float = 0.  # share of the epoch's time spent waiting for data
-    eval_seconds: float = 0.  # of the last validation
+    eval_seconds: float = 0.  # duration of the last validation
     report: tuple = ()  # last epoch: ('model' or 'EMA', module, columns of `score`) of the better one
     epoch_began: float = 0.  # s, time.monotonic()
     saved_at: float = 0.  # s, time.monotonic() of the last checkpoint
@@ -128,16 +128,16 @@ class Run:
     def load_state_dict(self, checkpoint: dict[str, Any], file: str) -> None:
         """Load a checkpoint, except `model`: it was loaded when the model was built, before apex and DDP.
 
-        `lr_scheduler` follows from the position (position_schedule). Another project's checkpoint gives only weights
-        and epoch, since its optimizer orders the parameters differently.
+        `lr_scheduler` is recomputed from the position (position_schedule). Another project's checkpoint provides only
+        weights and epoch, since its optimizer orders the parameters differently.
         """
         epoch = checkpoint.get('epoch', self.args.start_epoch - 1)
         if type(epoch) is not int or epoch < -1:
-            raise UsageError(f'the epoch in {file} is {epoch!r}: start from its weights by --finetune')
+            raise UsageError(f'the epoch in {file} is {epoch!r}: start from its weights with --finetune')
         self.state = RunState(epoch + 1)
         if is_own(checkpoint):
             if checkpoint['args']['opt'] != self.args.opt:
-                raise UsageError(f"{file} was trained with --opt {checkpoint['args']['opt']}: resume with that")
+                raise UsageError(f"{file} was trained with --opt {checkpoint['args']['opt']}: use the same --opt")
             if self.ema is not None:
                 load_strictly(self.ema.module, checkpoint['model_ema'] or checkpoint['model'], file)
             load_optimizer(self.optimizer, checkpoint['optimizer'], file)
@@ -184,15 +184,15 @@ def main(args: argparse.Namespace) -> None:
     """Train, evaluate or time a model.
 
     Raises:
-        UsageError: a mistake of the user; nothing was written.
-        TrainingFault: losses or gradients that are not finite, or a full disk; the last checkpoint is good.
+        UsageError: a mistake in flags, data or files; nothing was written.
+        TrainingFault: losses or gradients are not finite, or the disk is full; the last checkpoint is intact.
         SystemExit: a signal stopped the run, after a checkpoint.
     """
     if args.stopped_file and read_launch().rank == 0:
         Path(args.stopped_file).unlink(missing_ok=True)
     stop = None if args.eval or args.throughput else processes.StopRequest()
     device = setup_process(args)
-    args, initial = check_before_data(args, device)  # Mistakes cost nothing yet.
+    args, initial = check_before_data(args, device)  # Fail on mistakes before data is read.
     if args.val_split and os.path.isdir(args.data_path or '') and has_split(args.data_path, 'val'):
         logger.info('%s has a validation split: --val-split %g is ignored', args.data_path, args.val_split)
         args.val_split = None
@@ -215,7 +215,7 @@ def main(args: argparse.Namespace) -> None:
         with usage_errors():
             utils.check_compiler(device)
     stop.record_all()
-    if run.state.epoch < run.num_epochs:  # Loading errors come before an old run is removed.
+    if run.state.epoch < run.num_epochs:  # Loading errors must appear before an old run is removed.
         run.sampler.set_position(run.state.epoch, run.state.samples_seen)
         run.train_loader.start()
     open_output(run, initial)
@@ -236,12 +236,12 @@ def main(args: argparse.Namespace) -> None:
 
 @usage_errors()
 def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, InitialState]:
-    """Check all that needs no data; return `args` with the model and loader filled in, and the initial state."""
+    """Check what needs no data; return `args` with the model and loader filled in, and the initial state."""
     is_training, world_size = not (args.eval or args.throughput), processes.get_world_size()
     if args.world_size not in (None, 1, world_size):  # 1 is the default in DeiT's command lines.
-        raise UsageError(f'--world-size {args.world_size}, but the launcher started {world_size}')
+        raise UsageError(f'--world-size {args.world_size}, but the launcher started {world_size} processes')
     if is_training and args.sync_bn and device.type != 'cuda':
-        raise UsageError('--sync-bn needs CUDA: torch has no SyncBatchNorm for the CPU; leave the flag out')
+        raise UsageError('--sync-bn needs CUDA, since torch has no SyncBatchNorm for the CPU: omit the flag')
     if is_training and processes.get_rank() == 0:
         utils.check_trackers(args.log_tensorboard, args.log_wandb)
 
@@ -261,8 +261,8 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
         with torch.device('meta'):
             model = create_model(args, num_classes=1, weights=weights)
         if model.in_chans != 3:
-            raise UsageError(f'{weights.file if weights else args.model} has {model.in_chans} input channels, images '
-                             'here have 3')
+            raise UsageError(f'{weights.file if weights else args.model} has {model.in_chans} input channels, but '
+                             'images have 3')
     if args.eval and weights.input_size not in (None, args.input_size) and processes.get_rank() == 0:
         logger.warning('%s was trained at %d px and is evaluated at %d px. Use --input-size %d for its own size.',
                        weights.file, weights.input_size, args.input_size, weights.input_size)
@@ -279,24 +279,24 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: 
     """Raise UsageError if `args` cannot continue the run of this checkpoint."""
     name, (height, width) = checkpoint['args'].get('model'), checkpoint['model_args']['img_size']
     if not checkpoint.get('optimizer'):
-        raise UsageError(f'{file} contains only weights: start from them by --finetune, or resume a {LAST}')
+        raise UsageError(f'{file} contains only weights: start from them with --finetune, or resume a {LAST}')
     kinds = {'epoch': int, 'step': int, 'samples_seen': int, 'seconds': (int, float), 'meters': list, 'best': dict}
     for key, kind in kinds.items():
         if not isinstance(checkpoint.get(key), kind):
-            raise UsageError(f'{file} is damaged ({key} {checkpoint.get(key)!r}): start from its weights by --finetune')
+            raise UsageError(f'{file} is damaged ({key} {checkpoint.get(key)!r}): use its weights with --finetune')
     if args.model and cmt.ALIASES.get(args.model, args.model) != cmt.ALIASES.get(name, name):
         raise UsageError(f'{file} holds {name or "a CMT without a name"}: ' + (
-            f'give --model {name}' if name else 'leave --model out'))
+            f'use --model {name}' if name else 'leave --model out'))
     if height != args.input_size or width != args.input_size:
-        raise UsageError(f'{file} was trained at {height}x{width} px: give --input-size {height}, or start from its '
-                         'weights by --finetune')
+        raise UsageError(f'{file} was trained at {height}x{width} px: use --input-size {height}, or start from its '
+                         'weights with --finetune')
 
 
 def with_saved_flags(
         args: argparse.Namespace, weights: Weights, checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
-    """Return `args` with the size, crop, precision and data of the checkpoint's run where they are not given.
+    """Return `args` with the size, crop, precision and data of the checkpoint's run, unless flags set them.
 
-    With the data of the run comes its --val-split, so that the images that it held out are evaluated.
+    The run's data comes with its --val-split, so that the held-out images are evaluated.
     """
     given = {flag.removeprefix('--').removeprefix('no-').replace('-', '_') for flag in args.given}
     flags, names = checkpoint['args'] if weights.is_own else {}, [
@@ -328,7 +328,7 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
     """
     is_training, saved_classes = not (args.eval or args.throughput), class_names(initial.checkpoint or {})
     is_folders, path = args.data_set.startswith(('IMNET', 'wds/')), args.data_path
-    with usage_errors():  # before ranks wait for each other below
+    with usage_errors():  # Check before ranks wait for each other below.
         transform = build_transform(
             True, args.input_size, auto_augment=args.aa or None, color_jitter=args.color_jitter,
             interpolation=args.train_interpolation, hflip=args.hflip, scale=args.scale, ratio=args.ratio)
@@ -363,11 +363,11 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
             logger.info('scoring the share %g of %s that --val-split holds out (0: all images)', args.val_split, path)
         held_out = is_whole and initial.weights.is_own and initial.checkpoint['args'].get('val_split')
         if held_out and args.val_split is None:
-            logger.warning('scoring all images of %s. If the run trained on some of them, give --val-split %g', path,
+            logger.warning('scoring all images of %s. If the run trained on some of them, use --val-split %g', path,
                            held_out)
         if saved_classes and list(val.classes) != list(saved_classes):
             raise UsageError(f'{initial.file} has other classes ({", ".join(map(str, saved_classes[:3]))}, ...) than '
-                             f'the data ({", ".join(val.classes[:3])}, ...), or another order of them: remove '
+                             f'the data ({", ".join(val.classes[:3])}, ...), or has them in another order: omit '
                              '--class-map or use --finetune')
         check_shared_memory(
             args.input_size, args.num_workers, read_launch().local_world_size or 1,
@@ -458,7 +458,7 @@ def build_run(
     ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup,
                      device='cpu' if args.model_ema_force_cpu else None) if args.model_ema else None
     criterion, teacher = build_criterion(has_mixup, args.smoothing), None
-    with usage_errors():  # before DDP, whose constructor waits for all ranks
+    with usage_errors():  # Check before DDP, since its constructor waits for all ranks.
         optimizer = build_optimizer(args, model, learning_rate(args, sampler))
         scheduler, num_epochs = build_scheduler(args, optimizer, sampler.updates)
         if args.distillation_type != 'none':
@@ -470,7 +470,7 @@ def build_run(
 
     model = core
     if world_size > 1:
-        # Depthwise weights have one input channel, and its stride is arbitrary: the layouts are equal.
+        # Depthwise weights have one input channel. Its stride is arbitrary, so the layouts are equal.
         warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
         warnings.filterwarnings('ignore', '.*broadcast_buffers. is deprecated')  # torch 2.11 has no other name.
         model = nn.parallel.DistributedDataParallel(
@@ -494,7 +494,7 @@ def build_run(
         args, device, core, ema, optimizer, scheduler, scaler, train_step, sampler,
         train_loader=build_loader(train_set, args.batch_size, sampler=sampler, **loader_options(args, device)),
         val_loader=build_val_loader(args, val_set, device), dtype=dtype,
-        # --amp-dtype applies under --apex-amp too, so that --eval prints the figures of the log.
+        # --amp-dtype applies under --apex-amp too, so that --eval reproduces the scores in the log.
         eval_autocast=autocast_to(resolve_dtype(args.amp_dtype, device), device),
         num_epochs=num_epochs, updates_per_epoch=sampler.updates, state=RunState(args.start_epoch),
         n_parameters=sum(p.numel() for p in core.parameters() if p.requires_grad))
@@ -508,7 +508,7 @@ def learning_rate(args: argparse.Namespace, sampler: TrainSampler) -> float:
 # Output
 
 def open_output(run: Run, initial: InitialState) -> None:
-    """Open --output-dir, have the first batch drawn, and start the profiler."""
+    """Open --output-dir, request a plot of the first batch, and start the profiler."""
     run.writer = open_run(run.args, 'train.py', run.device, run.state.epoch, initial.file, run.state.best)
     if run.writer is not None and initial.checkpoint is None:
         run.train_step.preprocess.on_first_batch = functools.partial(save_first_batch, run)
@@ -577,7 +577,7 @@ def train_epoch(run: Run) -> bool:
     run.epoch_began = run.saved_at = time.monotonic()
     began = run.epoch_began - state.seconds  # includes the time before an interruption
     run.sampler.set_position(state.epoch, state.samples_seen)
-    updates_left = run.sampler.updates  # of the epoch
+    updates_left = run.sampler.updates  # in the epoch
     updates_done = state.epoch * run.updates_per_epoch + state.samples_seen // run.sampler.samples_per_update
     position_schedule(run.scheduler, state.epoch, updates_done)
     run.meters = Meters(run.device, state.meters)
@@ -608,7 +608,7 @@ def train_epoch(run: Run) -> bool:
     if updates_left or not state.seconds:
         state.seconds = time.monotonic() - began
     position_schedule(run.scheduler, state.epoch, updates_done - 1)  # Also if the run resumed after the last step.
-    rate = max(group['lr'] for group in run.optimizer.param_groups)  # of the last step, of the head with layer decay
+    rate = max(group['lr'] for group in run.optimizer.param_groups)  # in the last step; with layer decay, the head's
     totals = run.meters.total()
     run.record = {
         'epoch': state.epoch, 'train_lr': rate, 'train_loss': totals['loss'] / max(totals['samples'], 1),
@@ -685,7 +685,7 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
         if stats['acc1'] > state.best.get(f'{prefix}acc1', -1):
             best[f'{prefix}acc1'] = stats['acc1']
             state.best |= {f'{prefix}acc1': stats['acc1'], f'{prefix}epoch': state.epoch}
-    state.best = dict(sorted(state.best.items()))  # Scores that start over would change the order.
+    state.best = dict(sorted(state.best.items()))  # A score that starts over would otherwise change the order.
     run.scheduler.step(state.epoch)
 
     # Log, then save: a run killed between them drops the line when it is resumed.
@@ -732,7 +732,7 @@ def write_results(run: Run) -> None:
             title, model, columns = run.report
             logger.info('report on the last epoch (%s):', title)
             write_report(folder, dataset, columns, list(range(run.core.num_classes)), model, run.device)
-        if (folder / LOG).exists():  # Not if a finished run is resumed elsewhere.
+        if (folder / LOG).exists():  # A finished run that is resumed in a new folder has no log there.
             curves = reports.draw_curves({folder.resolve().name: reports.read_log(folder / LOG)})
             reports.save(curves, folder / 'curves.png')
     logger.info('run in %s: %s', folder, ', '.join(

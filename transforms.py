@@ -1,4 +1,4 @@
-"""Transform one image by Pillow: the reference, whose draws fast_transforms.py repeats."""
+"""Build the reference transforms, which use Pillow. fast_transforms.py makes the same random draws."""
 from collections.abc import Callable
 
 import timm.data.auto_augment as augment
@@ -8,7 +8,7 @@ from torchvision import transforms as tv_transforms
 
 from errors import UsageError, first_line
 
-SMALL = 32  # pixels: up to this input size, training crops with padding and evaluation does not resize, as for CIFAR
+SMALL = 32  # pixels; up to this input size, training pads and crops, and evaluation keeps the short side, as for CIFAR
 
 
 def _posterize(img: Image.Image, bits_to_keep: int, **_) -> Image.Image:
@@ -31,12 +31,13 @@ def build_transform(
     Args:
         is_train: True for random augmentation, False for evaluation, which ignores the arguments after `crop_pct`.
         input_size: height and width of the result (pixels).
-        crop_pct: share of the short side that evaluation keeps; None for 0.875, or 1 up to 32 px, as for CIFAR.
+        crop_pct: fraction of the short side that evaluation keeps; None for 0.875, or 1 up to 32 px, as for CIFAR.
         auto_augment: timm's policy, such as rand-m9-mstd0.5-inc1; None for no policy.
         color_jitter: strength of timm's color jitter, which applies without a policy.
         interpolation: bicubic, bilinear, or random to draw one of the two for each image.
         hflip: probability of a horizontal flip.
-        scale, ratio: ranges of a crop's share of the image's area and of its width / height; None for timm's.
+        scale, ratio: ranges of the crop's area, as a fraction of the image's, and of its aspect ratio (width / height);
+            None for timm's.
 
     Raises:
         UsageError: timm has no such policy.
@@ -52,8 +53,8 @@ def build_transform(
         try:  # create_transform raises the same errors, but this would also hide bugs in other transforms.
             kind(auto_augment, {})
         except (AssertionError, ValueError) as error:
-            raise UsageError(f'--aa {auto_augment}: {first_line(error)}; give one such as rand-m9-mstd0.5-inc1 or '
-                             'none') from None
+            raise UsageError(f'--aa {auto_augment}: {first_line(error)}; use a policy such as rand-m9-mstd0.5-inc1, '
+                             'or none') from None
     transform = create_transform(
         input_size, is_training=True, color_jitter=color_jitter, auto_augment=auto_augment,
         interpolation=interpolation, hflip=hflip, scale=scale, ratio=ratio, normalize=False)

@@ -1,4 +1,4 @@
-"""The machine, the terminal, and trackers."""
+"""Describe the machine, show progress on the terminal, and log to trackers."""
 import contextlib
 import datetime
 import importlib
@@ -33,11 +33,11 @@ def setup_logging() -> None:
         level=logging.INFO if rank == 0 else logging.WARNING,
         format='%(message)s' if rank == 0 else f'rank {rank}: %(message)s',
         stream=sys.stdout, force=True)
-    for client in ('httpx', 'httpx2'):  # Those of the Hub log each request.
+    for client in ('httpx', 'httpx2'):  # The Hub's clients log each request.
         logging.getLogger(client).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')  # File names may have bytes that no encoding has.
+        sys.stdout.reconfigure(errors='backslashreplace')  # File names may not be valid UTF-8.
 
 
 def processor() -> str:
@@ -59,7 +59,7 @@ def describe_system(device: torch.device) -> str:
         commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10, env=environment).stdout
     versions = [f'{name} {metadata.version(name)}' for name in ('torch', 'torchvision', 'timm')]
     where = torch.cuda.get_device_name() if device.type == 'cuda' else \
-        f'{processor()} ({device.type}), {cores()} cores, threads of a process: {torch.get_num_threads()}'
+        f'{processor()} ({device.type}), {cores()} cores, threads per process: {torch.get_num_threads()}'
     return (f'commit {commit.strip()}, Python {platform.python_version()}, {", ".join(versions)}, {get_world_size()} '
             f'process{"es" if get_world_size() > 1 else ""} on {where}')
 
@@ -80,7 +80,7 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as error:  # Backends raise anything.
         reason = first_line(getattr(error, 'inner_exception', error))
-        raise UsageError(f'--compile: {reason}; install what is missing, or leave the flag out') from None
+        raise UsageError(f'--compile: {reason}; install what is missing, or omit the flag') from None
 
 
 def check_trackers(tensorboard: bool, wandb: bool) -> None:
@@ -96,7 +96,7 @@ def check_trackers(tensorboard: bool, wandb: bool) -> None:
 
 
 def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
-    """Return a function that sends a record of log.txt to TensorBoard, which drops records of `epoch` and later ones.
+    """Return a function that sends a log.txt record to TensorBoard, which first drops its records from `epoch` on.
 
     Raises:
         UsageError: nothing can be written to `folder`.
@@ -115,7 +115,7 @@ def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
 
 
 def wandb_tracker(folder: Path, settings: dict[str, Any], run_id: str) -> Callable:
-    """Return a function that sends a record of log.txt to Weights & Biases, continuing the run `run_id`.
+    """Return a function that sends a log.txt record to Weights & Biases, continuing the run `run_id`.
 
     Raises:
         UsageError: no run can be started (no key, no network).
@@ -137,7 +137,7 @@ class Progress:
         title: title, such as 'epoch 3/10'.
         total: steps of the epoch.
         first_step: steps that were done before a resume.
-        every: steps between two lines. A bar shows figures ten times an epoch, or more often.
+        every: steps between two lines. A bar updates its figures at least ten times per epoch.
         enabled: False on all ranks but rank 0.
     """
 
@@ -192,4 +192,4 @@ def waiting_advice(share: float, loader: str, num_workers: int) -> str:
         changes.append(f'more --num-workers ({num_workers} now, {cores()} cores for {processes} '
                        f'process{"es" if processes > 1 else ""})')
     advice = ', '.join(changes or ['prepared images (docs/data.md), more cores, or a larger --model'])
-    return f'{share:.0%} of the time was spent waiting for data: {advice} (scripts/benchmark_data.py measures it)'
+    return f'{share:.0%} of the time was spent waiting for data: try {advice} (measure with scripts/benchmark_data.py)'

@@ -34,7 +34,7 @@ EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'
 # Keys of checkpoints, in order of preference.
 WEIGHT_KEYS = 'model', 'state_dict', 'model_state_dict', 'net', 'network', 'weights', 'params', 'module'
 EMA_KEYS = 'model_ema', 'state_dict_ema', 'ema', 'ema_state_dict', 'params_ema'
-# Components of names added by DDP and AveragedModel, torch.compile, FSDP, and activation checkpointing.
+# Name components that DDP and AveragedModel, torch.compile, FSDP and activation checkpointing add.
 _WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
 # A wrapper's prefix precedes both anchor keys; every CMT key starts with one of _COMPONENTS.
 _ANCHORS = r'stem[._]conv1\.weight', r'(?:stages\.0\.blocks\.0\.lmhsa|blocks_a\.0\.attn)\.q\.weight'
@@ -54,8 +54,8 @@ class Weights:
         model_args: arguments of cmt.CMT, from the file or inferred from shapes; empty if the weights are not a CMT's.
         name: model name from the file, or of the published model with these shapes; None if unknown.
         input_size: height of the images that the file was trained on, or None.
-        crop_pct: share of the short side that evaluation keeps, from the file's arguments, else as published.
-        classes: class names in the order of their index, or None.
+        crop_pct: fraction of the short side that evaluation keeps, from the file's arguments, else as published.
+        classes: class names in index order, or None.
         epoch: last epoch that was trained, or None.
         is_own: whether the file is this project's, so that `model_args` are complete.
         notes: what was removed from the names or left out of the file.
@@ -81,7 +81,7 @@ class Weights:
         """
         args = checkpoint.get('args')
         args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-        name, size = args.get('model'), args.get('input_size')  # Other tools write anything here.
+        name, size = args.get('model'), args.get('input_size')  # Other tools may write anything here.
         if is_own(checkpoint):
             key = 'model_ema' if use_ema and checkpoint.get('model_ema') else 'model'
             state, notes, model_args = checkpoint[key], [], checkpoint['model_args']
@@ -104,8 +104,8 @@ class Weights:
             epoch -= 1
         share = _initial_share(checkpoint, args) if key in EMA_KEYS else 0
         if share > 0.05:
-            notes.append(f'{share:.0%} of this EMA is still the initial weights of the run, as its decay is slow; the '
-                         "model's own weights, in the same file, may be better (--no-model-ema)")
+            notes.append(f"{share:.0%} of this EMA is still the initial weights of the run, since its decay is slow; "
+                         "the model's own weights, in the same file, may be better (--no-model-ema)")
         size = model_args.get('img_size', (size,))
         size = size[0] if isinstance(size, (list, tuple)) and size else None
         size = size if isinstance(size, int) and size > 0 and size % 32 == 0 else None
@@ -120,15 +120,15 @@ class Weights:
         return self.classes if self.classes and len(self.classes) == model.num_classes else None
 
     def drop_other_head(self, classes: list[str]) -> 'Weights':
-        """Drop the head if it was trained on other class names than `classes`, or in another order."""
+        """Drop the head if it was trained on class names other than `classes`, or in another order."""
         names = self.classes or []
         if len(names) != self.model_args.get('num_classes') or names == classes:
             return self
         state = {name: value for name, value in self.state.items() if not name.startswith('head.')}
-        return replace(self, state=state, notes=(*self.notes, 'its classes are others, or in another order'))
+        return replace(self, state=state, notes=(*self.notes, 'its classes or their order differ'))
 
     def check_name(self, name: str | None) -> None:
-        """Raise UsageError if the weights do not belong to the model `name`; None is any model."""
+        """Raise UsageError if the weights do not belong to the model `name`; None allows any model."""
         if not self.model_args:
             tensors = '; '.join([', '.join(list(self.state)[:3]) + ', ...', *self.notes])
             raise UsageError(f'{self.file} does not fit the model: it is not a CMT ({tensors})')
@@ -137,7 +137,7 @@ class Weights:
             return
         args = create_cmt(name, device='meta').model_args
         if any(_as_tuple(args[key]) != _as_tuple(self.model_args[key]) for key in ('stem_chs', 'embed_dims', 'depths')):
-            hint = f': it contains {self.name}; give --model {self.name}' if self.name else ''
+            hint = f': it contains {self.name}; use --model {self.name}' if self.name else ''
             raise UsageError(f'{self.file} does not fit the model {name}{hint}')
 
 
@@ -157,7 +157,7 @@ def unwrapped_name(name: str) -> str:
 
 
 def clean_names(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Remove wrappers' components from the names, and from a CMT also a prefix and tensors of other modules.
+    """Remove wrappers' components from the names and, for a CMT, a prefix and the tensors of other modules.
 
     Return tensors by name, and notes on what was removed. Raise UsageError for a state dict of two models.
     """
@@ -191,7 +191,7 @@ def _initial_share(checkpoint: dict[str, Any], args: dict[str, Any]) -> float:
     try:
         updates = max(float(state['step']) for state in checkpoint['optimizer']['state'].values())
         return 0 if args.get('model_ema_warmup') else args['model_ema_decay'] ** updates
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # The file of another tool.
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # Another tool wrote the file.
         return 0
 
 
@@ -219,11 +219,11 @@ def read(file: str) -> dict[str, Any]:
     """Read a checkpoint from a file of any kind, or the pretrained weights of a timm model.
 
     Args:
-        file: .pth, .safetensors or MindSpore's .ckpt; an http(s) address of a .pth; a folder written by
+        file: .pth, .safetensors or MindSpore's .ckpt; an http(s) URL of a .pth; a folder written by
             scripts/convert_checkpoint.py; or a name ('cmt_s', 'hf-hub:...', 'local-dir:...').
 
     Returns:
-        Tensors on the CPU, in the nesting of the file.
+        The contents of the file, with tensors on the CPU.
 
     Raises:
         UsageError: no such file or name, a damaged file, or one that would run code when loaded.
@@ -231,11 +231,11 @@ def read(file: str) -> dict[str, Any]:
     config = Path(file.removeprefix('local-dir:')) / 'config.json'
     if config.is_file():
         file = f'local-dir:{config.parent}'
-    # timm takes cmt_small.pth for a tag of the model cmt_small.
+    # timm would parse cmt_small.pth as the model cmt_small with the tag pth.
     is_name = file.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or \
         timm.is_model(file.split('.')[0]) and not file.endswith(EXTENSIONS)
     if not os.path.exists(file) and not is_name and not file.startswith(('http://', 'https://')):
-        raise UsageError(f'{no_checkpoint(file)}, nor a model of that name ({_names()})')
+        raise UsageError(f'{no_checkpoint(file)}, and no model of that name ({_names()})')
     if os.path.isfile(file) or not is_name:
         return read_file(file)
     if timm.is_model(file.split('.')[0]):
@@ -244,7 +244,7 @@ def read(file: str) -> dict[str, Any]:
         model = timm.create_model(file, pretrained=True)
     except Exception as error:  # Hub clients raise anything.
         raise UsageError(f'{file} could not be downloaded ({first_line(error)}): download the file elsewhere (see '
-                         'README.md), and give it instead of the name') from None
+                         'README.md), and use it instead of the name') from None
     if not isinstance(model, cmt.CMT):
         raise UsageError(f'{file} is not a CMT')
     return {'format': FORMAT, 'model': model.state_dict(), 'model_args': model.model_args,
@@ -269,18 +269,18 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 # The model that weights fit
 
-SHARED = dict(num_heads=(1, 2, 4, 8), sr_ratios=(8, 4, 2, 1), num_features=1280, qkv_bias=True)  # by all variants
+SHARED = dict(num_heads=(1, 2, 4, 8), sr_ratios=(8, 4, 2, 1), num_features=1280, qkv_bias=True)  # for all variants
 
 
 def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Infer the arguments of cmt.CMT from the names and shapes of weights.
 
     Weights without position bias are assumed to be MindCV's: tanh GELU, LayerNorm eps 1e-7, and 1, 2, 4, 8, ... heads,
-    which follow from no shape.
+    which no shape determines.
 
     Returns:
-        Arguments by name; empty if the weights are not a CMT's. Without `img_size` for MindCV's weights, which fit any
-        size, and for released tables of an input that is not square.
+        Arguments by name; empty if the weights are not a CMT's. `img_size` is missing for MindCV's weights, which fit
+        any size, and for released tables of an input that is not square.
     """
     shapes = {cmt.released_name(name): tuple(value.shape) for name, value in weights.items()}
     stages = [c for c in 'abcdefgh' if f'patch_embed_{c}.proj.weight' in shapes]
@@ -316,13 +316,13 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _ratio(dim: int, hidden: int) -> float:
-    """Return the ratio of fewest digits with int(dim * ratio) == hidden."""
+    """Return the ratio with the fewest digits such that int(dim * ratio) == hidden."""
     ratios = [round(hidden / dim, digits) for digits in range(8)]
     return next((ratio for ratio in ratios if int(dim * ratio) == hidden), (hidden + 0.5) / dim)
 
 
 def variant_of(model_args: dict[str, Any]) -> str | None:
-    """Return the name of the published model that these arguments make, if any."""
+    """Return the name of the published model with these arguments, if any."""
     keys = *SHARED, 'stem_chs', 'embed_dims', 'depths'
     return next((name for name, variant in cmt.MODELS.items() if all(
         _as_tuple(model_args.get(key)) == {**SHARED, **variant.model_args}[key] for key in keys)), None)
@@ -343,7 +343,7 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
         UsageError: no model of that name, or one that is not a CMT.
     """
     if not timm.is_model(name):
-        raise UsageError(f'unknown model {name}: {_names()}')
+        raise UsageError(f'unknown model {name}: choose from {_names()}')
     architecture = name.split('.')[0]
     entrypoint = timm.models.model_entrypoint(cmt.ALIASES.get(architecture, architecture))
     if entrypoint.__module__.startswith('timm.'):
@@ -356,7 +356,7 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
 
 
 def create_for(weights: Weights, name: str | None = None, **kwargs) -> cmt.CMT:
-    """Create the model of `weights`, without loading them; arguments and errors are those of build_model."""
+    """Create the model of `weights` without loading them; see build_model for arguments and errors."""
     weights.check_name(name)
     size = weights.input_size or 224  # for weights that fit any size
     args, name = {'img_size': size, **weights.model_args, **kwargs}, name or weights.name
@@ -373,13 +373,13 @@ def create_for(weights: Weights, name: str | None = None, **kwargs) -> cmt.CMT:
 def load_weights(model: cmt.CMT, weights: Weights, new_head: bool = False) -> str:
     """Load all tensors of `weights`, under the names of any origin, into a model; return and log a line about them.
 
-    With `new_head`, `model` keeps its head if it has another number of classes, and the first convolution is adapted to
-    another number of input channels.
+    With `new_head`, `model` keeps its head if it has a different number of classes, and the first convolution is
+    adapted to a different number of input channels.
 
     Raises:
-        UsageError: tensors are missing, left over or of another shape; `model` is unchanged.
+        UsageError: tensors are missing, unexpected or of another shape; `model` is unchanged.
     """
-    model_state, notes, new = model.state_dict(), list(weights.notes), []  # new: tensors that stay as `model` has them
+    model_state, notes, new = model.state_dict(), list(weights.notes), []  # new: tensors that keep `model`'s values
     try:
         state = cmt.to_model(weights.state, model)
     except (ValueError, RuntimeError) as error:
@@ -403,7 +403,8 @@ def load_weights(model: cmt.CMT, weights: Weights, new_head: bool = False) -> st
             try:
                 state[first] = adapt_input_conv(model.in_chans, state[first])
             except (NotImplementedError, AssertionError):
-                raise UsageError(f'{weights.file}: {note} is not possible, only from 3') from None
+                raise UsageError(f'{weights.file}: {first} can be adapted only from 3 input channels, not from '
+                                 f'{state[first].shape[1]}') from None
             notes.append(note)
     state.update({name: model_state[name] for name in new})
     load_strictly(copy.deepcopy(model), state, weights.file)  # So that a failure leaves `model` unchanged.
@@ -421,7 +422,7 @@ def build_model(weights: Weights, name: str | None = None, num_classes: int | No
     Args:
         weights: of a CMT.
         name: the model's name, checked against the weights; None for any.
-        num_classes: number of classes; another one than the file's makes a new head, None is the file's.
+        num_classes: number of classes, None for the file's; a different number makes a new head.
         kwargs: arguments of cmt.CMT that replace those of the weights, such as img_size (pixels, multiples of 32).
 
     Returns:
@@ -450,7 +451,7 @@ def load_model(file: str, use_ema: bool = True, **kwargs) -> cmt.CMT:
 def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.Module:
     """Build the teacher for distillation: any timm model `name`, with the weights (not their EMA) in the file `path`.
 
-    Without `path` it gets timm's pretrained weights, without `name` it is the model in `path`.
+    Without `path`, it gets timm's pretrained weights. Without `name`, it is the model in `path`.
 
     Raises:
         UsageError: no such model or file, or the teacher has other classes.
@@ -476,6 +477,6 @@ def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.
     else:
         raise UsageError(f'unknown --teacher-model {name}')
     if model.num_classes != len(classes):
-        raise UsageError(f'the teacher has {model.num_classes} classes, the data {len(classes)}: '
+        raise UsageError(f'the teacher has {model.num_classes} classes, but the data has {len(classes)}: '
                          '--teacher-path needs a teacher that was trained on this data')
     return model

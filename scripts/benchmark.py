@@ -34,7 +34,7 @@ class Setup(NamedTuple):
     form: str
 
     def exists(self) -> bool:
-        """Return whether the model has this form: `fused` is CMT's inference, `reference` is CMT's."""
+        """Return whether the model has this form: `fused` needs CMT in inference, `reference` needs CMT."""
         is_cmt = self.model.startswith('cmt')
         return self.form in ('eager', 'compiled') or is_cmt and (self.form, self.mode) != ('fused', 'train')
 
@@ -78,8 +78,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--sizes', nargs='+', type=positive, default=[None], help="pixels (default: each model's own)")
     parser.add_argument('--cases', nargs='+', type=case_group, metavar='MODEL:MODE:SIZE:BATCH:FORM,FORM',
                         help='measure these cases instead of all combinations of the flags above')
-    parser.add_argument('--repeats', type=positive, default=7, help='measurements of a case (default: %(default)s)')
-    parser.add_argument('--seconds', type=non_negative, default=1.0, help='least per case and round (default: 1)')
+    parser.add_argument('--repeats', type=positive, default=7, help='measurements per case (default: %(default)s)')
+    parser.add_argument('--seconds', type=non_negative, default=1.0, help='minimum per case and round (default: 1)')
     parser.add_argument('--json', type=output_file, metavar='FILE', help='write all measurements to FILE')
     parser.add_argument('--markdown', action='store_true', help='print a Markdown table')
     return parser
@@ -147,7 +147,7 @@ class Case:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-6, fused=self.form != 'reference') if self.trains else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-        self.seconds, self.cpu_seconds = [], []  # of a step: one entry per measurement
+        self.seconds, self.cpu_seconds = [], []  # per step; one entry per measurement
         self.compile_seconds = self.compile() if self.form == 'compiled' else None
         self.step()  # warm up
 
@@ -156,8 +156,8 @@ class Case:
         mode = 'reduce-overhead' if self.device.type == 'cuda' and not self.trains and self.batch <= 8 else None
         self.model = torch.compile(self.model, fullgraph=True, mode=mode)
         began = time.perf_counter()
-        # Freezing packs weights for the CPU's matrix products. As an option of torch.compile it would come too late:
-        # the weights would be inputs of the graph.
+        # Freezing packs weights for the CPU's matrix products. As a torch.compile option, it would come too late: the
+        # weights would already be inputs of the graph.
         with torch._inductor.config.patch(freezing=not self.trains and self.device.type == 'cpu'):
             self.step()
         return time.perf_counter() - began
@@ -202,7 +202,7 @@ class Case:
 
 
 def measure(group: list[Setup], device: torch.device, dtype: str, repeats: int, seconds: float) -> list[dict]:
-    """Time the cases of a group in turns, `repeats` measurements each.
+    """Time the cases of a group in turn, with `repeats` measurements each.
 
     The ratios are speeds relative to the reference form of the same model: medians of the rounds' ratios.
     """
@@ -213,7 +213,7 @@ def measure(group: list[Setup], device: torch.device, dtype: str, repeats: int, 
     references = {record['model']: record for record in records if record['form'] == 'reference'}
     for record in records:
         same = references.get(record['model'])
-        # Other jobs on the machine disturb the processor time of all threads less than the elapsed time.
+        # Other jobs on the machine affect the CPU time of all threads less than the elapsed time.
         for ratio, key in (('ratio', 'seconds'), ('cpu_ratio', 'cpu_seconds')):
             record[ratio] = statistics.median(a / b for a, b in zip(same[key], record[key])) if same else None
     return records
@@ -249,7 +249,7 @@ def main() -> None:
     if not any(groups):
         parser.error('nothing to measure: CMT does not train fused, and other models have only eager and compiled')
     if 'cuda' in args.devices and not torch.cuda.is_available():
-        parser.error('--devices cuda: no CUDA device here')
+        parser.error('--devices cuda: no CUDA device found')
     for setup in itertools.chain(*groups):
         if not timm.is_model(setup.model) or setup.model.startswith('cmt') and (setup.size or 32) % 32:
             parser.error(f'{setup.model}: no such timm model, or --sizes is not a multiple of 32 (CMT)')

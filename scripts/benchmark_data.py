@@ -1,10 +1,11 @@
 """python scripts/benchmark_data.py --data-path imagenet --loaders reference fast timm torchvision --sizes 224 160
 
-Measure the images per second of the training loaders, in all and per core, under the published augmentation. A loader's
-result is the normalized float batch on the device. Other libraries' loaders follow the recipe as far as they can.
+Measure the images per second of the training loaders, in total and per core, with the published augmentation. A
+loader's result is the normalized float batch on the device. Other libraries' loaders follow the recipe as far as they
+can.
 
-Loaders without workers alternate batch by batch, so that a slow minute of the machine slows all of them. Their images
-per core are images per second of processor time, which other jobs disturb less. Results are medians over epochs.
+Loaders without workers alternate batch by batch, so that a slow minute of the machine affects all of them. Their images
+per core are images per second of CPU time, which other jobs affect less. Results are medians over epochs.
 """
 import argparse
 import itertools
@@ -22,7 +23,7 @@ from errors import UnreadableImage, UsageError, one_line
 from options import Parser, count, output_file, path, positive
 from system import cores
 
-DIFFERENCES = {  # from the recipe
+DIFFERENCES = {  # how each loader's augmentation differs from the recipe
     'reference': '', 'fast': '', 'timm': '',
     'torchvision': "RandAugment with torchvision's operations, of one strength (no mstd0.5, inc1), bilinear",
     'dali': "RandAugment with DALI's operations, of one strength (no mstd0.5, inc1)",
@@ -86,7 +87,7 @@ def torchvision_transform(size: int) -> v2.Compose:
 class DaliBatches:
     """Decode and augment in DALI's CPU pipeline: uint8 images (B, 3, H, W), in the data set's order.
 
-    Nothing is loaded ahead of time, so that processor time belongs to the batch that is measured.
+    Nothing is loaded ahead of time, so that the CPU time belongs to the measured batch.
 
     Raises:
         UsageError: DALI is not installed.
@@ -163,7 +164,7 @@ class Case:
             began, cpu_began = time.perf_counter(), time.process_time()
             batch = next(batches)
             random_seed(step)
-            if self.loader != 'timm':  # timm's loader normalizes and erases
+            if self.loader != 'timm':  # timm's loader normalizes and erases by itself.
                 self.preprocess(*batch)
             if self.device.type == 'cuda':
                 torch.cuda.synchronize()
@@ -222,7 +223,7 @@ def build_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     """Build the cases of all combinations of flags.
 
     Raises:
-        UsageError: data that cannot be opened, or --prepared contains other images.
+        UsageError: the data cannot be opened, or --prepared contains other images.
     """
     folders = {'original': args.data_path} | ({'prepared': args.prepared} if args.prepared else {})
     cases = [Case(args, open_images(folders[data], loader, size), data, loader, size, workers, device)

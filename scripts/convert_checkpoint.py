@@ -3,7 +3,7 @@
 Convert weights of any origin: .pth of this project or of the authors' release, safetensors, MindSpore's .ckpt, or the
 name of a model with published weights. --format, or else the extension of OUT, chooses the output:
 
-    dir          a folder of safetensors, config.json, a model card (README.md) and cmt.py, for the Hugging Face Hub
+    dir          a folder with safetensors, config.json, a model card (README.md) and cmt.py, for the Hugging Face Hub
                  and timm.create_model('local-dir:digits_cmt', pretrained=True)
     safetensors  only the weights, under this project's names
     pth          torch.save of the weights, with class names and epoch, for --eval, --finetune and every script
@@ -57,7 +57,7 @@ from weights import Weights, best_of_run, build_model, create_cmt, read
 
 logger = logging.getLogger(__name__)
 
-FILES = 'model.safetensors', 'config.json', 'README.md', 'cmt.py'  # of a converted folder
+FILES = 'model.safetensors', 'config.json', 'README.md', 'cmt.py'  # the contents of a converted folder
 
 
 def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
@@ -97,7 +97,7 @@ def model_card(title: str, source: str, model: cmt.CMT, weights: Weights, checkp
 
 
 def public_name(path: str) -> str:
-    """Return the last part of a path or address, without folders, hosts and tokens; names of the Hub as they are."""
+    """Return the last part of a path or URL, without folders, hosts and tokens; Hub names stay as they are."""
     is_hub = path.startswith(('hf-hub:', 'hf_hub:'))
     return (path if is_hub else PureWindowsPath(path.split('?')[0]).name).replace('`', "'")  # for POSIX paths too
 
@@ -155,11 +155,11 @@ def main(argv: list[str] | None = None) -> None:
     with parser.usage_errors():
         check_output(args.output, args.source.removeprefix('local-dir:'), args.overwrite)
         if args.push_to_hub is not None and output_format != 'dir':
-            raise UsageError(f'--push-to-hub uploads a folder, and {args.output} would be a file')
+            raise UsageError(f'--push-to-hub uploads a folder, but {args.output} would be a file: use --format dir')
         checkpoint = read(file := best_of_run(args.source, args.model_ema))
         weights = Weights.from_checkpoint(checkpoint, file, args.model_ema)
         dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
-        model = build_model(weights, args.model, dtype=torch.float64)  # Other precisions pass through it unchanged.
+        model = build_model(weights, args.model, dtype=torch.float64)  # float64 holds the other precisions exactly.
         model.to(max(dtypes, key=lambda dtype: dtype.itemsize))
         if output_format == 'released' and not model.model_args['position_bias']:
             raise UsageError("weights without position bias (MindCV's form) do not fit the authors' code")

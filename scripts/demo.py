@@ -1,7 +1,7 @@
 """python scripts/demo.py output/digits/checkpoint_best.pth --examples photos
 
 Serve a web page that classifies photos: drop one, and see the five most probable classes and the Grad-CAM of the first.
-It needs `pip install gradio`, but no network. Only this machine reaches the page, unless --host says otherwise:
+It needs `pip install gradio`, but no network. Only this machine can reach the page, unless you set --host:
 
     python scripts/demo.py cmt_s --host 0.0.0.0    # open to the network
 """
@@ -21,7 +21,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__.split('\n', 2)[2], formatter_class=argparse.RawDescriptionHelpFormatter)
     add_classifier_flags(parser)
     parser.add_argument('--examples', type=path, metavar='FOLDER',
-                        help=f'offer {MAX_EXAMPLES} of the images in this folder, at any depth')
+                        help=f'offer up to {MAX_EXAMPLES} of the images in this folder, at any depth')
     parser.add_argument('--host', help='address to listen on (default: $GRADIO_SERVER_NAME, else 127.0.0.1)')
     parser.add_argument('--port', type=in_range(int, 1, 65535), metavar='N', default=7860, help='default: %(default)s')
     return parser
@@ -42,9 +42,9 @@ from sources import is_image, walk
 def build_page(model: nn.Module, names: list[str], examples: list[str]):
     """Return the page, a gradio.Blocks, for a model and the names of its classes."""
     import gradio
-    # gradio would decode files itself, and open more formats. It replaces components, so an instance is not enough.
+    # gradio would decode files itself, in more formats. It replaces component instances, so patch the class.
     gradio.Image.preprocess = lambda self, file: file and file.path
-    # Labels are keys of a dict, and ImageNet has two cranes.
+    # Labels are keys of a dict, and ImageNet has two classes named crane.
     labels = [name if names.count(name) == 1 else f'{name} ({i})' for i, name in enumerate(names)]
 
     def classify(file: str | None):

@@ -1,7 +1,7 @@
 """python scripts/detection.py --output-dir output/shapes
 
 Train and evaluate torchvision's RetinaNet, Faster R-CNN or Mask R-CNN on CMT with FPN, on data in COCO's format.
-Without further flags: RetinaNet on CMT-Ti, on drawn circles, squares and triangles, in minutes on a CPU.
+Without other flags, train RetinaNet on CMT-Ti, on drawn circles, squares and triangles, in minutes on a CPU.
 
     torchrun --nproc-per-node 8 scripts/detection.py --config configs/retinanet.yaml --data-path coco --output-dir out
     python scripts/detection.py --config out/config.yaml --eval --resume out/checkpoint_best.pth
@@ -60,18 +60,18 @@ def get_args_parser() -> options.Parser:
     add('--drop-path', type=fraction, default=0.1, help='drop-path rate of the last block')
     add('--fpn-channels', type=positive, help='width of the pyramid, a multiple of 8 (default: 256, for SHAPES 64)')
     add('--anchor-size', type=positive, help='side of the smallest anchors in pixels (default: 32, for SHAPES 16)')
-    add('--proposals', type=positive, help='regions of an image for the second stage (default: 1000, for SHAPES 32)')
+    add('--proposals', type=positive, help='regions per image for the second stage (default: 1000, for SHAPES 32)')
     add('--input-size', type=in_range(int, 64), nargs=2, metavar=('SHORT', 'LONG'),
         help='images are resized to this short side, or to the long side if that is less (default: 800 1333; on a CPU '
         '256 427; for SHAPES 128 128)')
     add('--epochs', type=positive, default=12)
-    add('--lr-steps', type=count, nargs='*', default=[8, 11], help='epochs after which the rate falls to a tenth')
+    add('--lr-steps', type=count, nargs='*', default=[8, 11], help='epochs after which the rate drops to a tenth')
     add('--warmup-steps', type=count, help='steps of the linear warm-up (default: 500, for SHAPES 50)')
-    add('--batch-size', type=positive, help='images in a batch of one process (default: 2, for SHAPES 8)')
+    add('--batch-size', type=positive, help='images per batch and process (default: 2, for SHAPES 8)')
     add('--lr', type=positive_float, help='learning rate of AdamW for a global batch of 16 images, scaled linearly '
         '(default: 1e-4, for SHAPES 2e-3)')
     add('--weight-decay', type=non_negative, help='decay of all but biases and norms (default: 1e-4, for SHAPES 0.05)')
-    add('--clip-grad', type=non_negative, default=1., help='largest norm of the gradients; 0 for no clipping')
+    add('--clip-grad', type=non_negative, default=1., help='maximum gradient norm; 0 for no clipping')
     add('--eval-every', type=positive, default=1, metavar='EPOCHS', help='epochs between two evaluations')
     return options.add_defaults(parser)
 
@@ -137,7 +137,7 @@ from weights import build_model, create_cmt, read_weights
 logger = logging.getLogger(__name__)
 
 METRICS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')  # the first six of COCOeval.stats
-SCORE_THRESHOLD = 0.4  # of detections in the figure
+SCORE_THRESHOLD = 0.4  # Detections below this are not drawn.
 
 
 # The model
@@ -283,7 +283,7 @@ def check_annotations(coco: Any, name: str, images: Path, masks: bool) -> None:
 
 
 def is_mask(segmentation: Any, image: dict[str, Any]) -> Any:
-    """Return whether a segmentation is polygons or run lengths. pycocotools allocates what their numbers ask for."""
+    """Return whether a segmentation is polygons or run lengths. pycocotools allocates as much as their numbers say."""
     def are_numbers(values: Any, least: int, low: int) -> bool:
         return isinstance(values, list) and len(values) >= least and all(
             isinstance(value, (int, float)) and low < value < 2 ** 17 for value in values)
@@ -375,8 +375,8 @@ def detect(
         autocast: Callable) -> dict[str, list]:
     """Return the detections of all ranks as COCO's results, {'box': [...]} and also 'mask' for Mask R-CNN.
 
-    Each image is a batch of its own. In a larger batch, images are padded to a common size and the position bias is
-    resampled to it, so detections would depend on the other images.
+    Each batch is one image. In a larger batch, images would be padded to a common size and the position bias resampled
+    to it, so detections would depend on the other images.
     """
     from pycocotools import mask as coco_mask
     model.eval()
@@ -402,7 +402,7 @@ def detect(
 
 
 def average_precision(data: CocoDataset, results: dict[str, list]) -> dict[str, float]:
-    """Log and return COCOeval's figures in percent, as box_ap, mask_ap50 and so on, for the sizes that have objects."""
+    """Log and return COCOeval's metrics in percent, as box_ap, mask_ap50 and so on, for the sizes that have objects."""
     from pycocotools.cocoeval import COCOeval
     scores = {}
     for kind, detections in results.items():
@@ -463,7 +463,7 @@ def rate_factor(args: argparse.Namespace, done: int, updates: int) -> float:
 def train_epoch(
         args: argparse.Namespace, model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer,
         rate: float, epoch: int, device: torch.device, autocast: Callable, scaler: NativeScaler) -> dict[str, float]:
-    """Train for one epoch, with the schedule's factor of the learning rate `rate`; return means for log.txt.
+    """Train for one epoch, with the learning rate `rate` scaled by the schedule; return means for log.txt.
 
     Raises:
         TrainingFault: on all ranks, if a loss is not finite, or if gradients overflow under any loss scale.
@@ -514,7 +514,7 @@ def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[
         UsageError: not a detector's checkpoint, or in training a checkpoint without optimizer.
     """
     if 'detector' not in checkpoint:
-        raise UsageError(f'{file} is not a checkpoint of detection.py: give weights of a classifier with --weights')
+        raise UsageError(f"{file} is not a checkpoint of detection.py: pass a classifier's weights with --weights")
     if is_training and 'optimizer' not in checkpoint:
         raise UsageError(f'{file} contains only weights: resume a {LAST}, or evaluate with --eval')
     if class_names(checkpoint) != classes:
@@ -522,7 +522,7 @@ def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:
-        raise UsageError(f"{file} does not fit: give --config {Path(file).with_name('config.yaml')}") from None
+        raise UsageError(f"{file} does not fit: use --config {Path(file).with_name('config.yaml')}") from None
 
 
 def evaluate(
@@ -593,7 +593,7 @@ def main(args: argparse.Namespace) -> None:
         logger.info('resuming at epoch %d', first_epoch)
     if first_epoch < args.epochs:
         sampler.set_position(first_epoch)
-        loader.start()  # Loading errors come before an old run is removed.
+        loader.start()  # Loading errors must appear before an old run is removed.
     writer = open_run(args, 'detection.py', device, first_epoch, file, best)
     model = core if processes.get_world_size() == 1 else nn.parallel.DistributedDataParallel(
         core, device_ids=[device.index] if device.type == 'cuda' else None, broadcast_buffers=False)

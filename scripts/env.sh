@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: make or reuse a virtual environment. Its interpreter is then $python.
+# Sourced by quickstart.sh and test.sh: create or reuse a virtual environment, and set $python to its interpreter.
 #
 #     PYTHON   interpreter for a new environment (default python3; 3.10 or newer)
 #     VENV     folder of the environment (default .venv in the repository)

@@ -6,9 +6,9 @@ Export a checkpoint, or a model by its name, for inference elsewhere. The extens
     .pt2                 torch.export, any batch size: torch.export.load('digits.pt2').module()
     .ts .torchscript .pt TorchScript: torch.jit.load('digits.ts')
 
-The exported model maps normalized images (B, 3, H, W), float32, to logits. The file's metadata contain name, size,
+The exported model maps normalized images (B, 3, H, W), float32, to logits. The file's metadata contains name, size,
 crop, interpolation, mean, std and class names under the key 'cmt', as JSON. The file is written only if its logits
-equal the model's. --int8 rounds; it prints by how much the logits differ and how many predictions are equal:
+match the model's. --int8 quantizes; it prints how much the logits differ and how many predictions agree:
 
     python scripts/export.py output/pets/checkpoint_best.pth pets.onnx --int8 pets/train --eval-data pets/val
 """
@@ -52,9 +52,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     precision.add_argument('--int8', type=path, metavar='CALIBRATION_FOLDER',
                            help='quantize to 8 bits (.onnx), calibrated on half of the images in this folder')
     parser.add_argument('--eval-data', type=path, metavar='FOLDER', help='compare the accuracy of model and file on '
-                        'class folders, or on a val split; images that --int8 was calibrated with are left out')
+                        'class folders, or on a val split, without the images that calibrated --int8')
     parser.add_argument('--max-accuracy-loss', type=in_range(float, 0, 100), default=1., metavar='POINTS',
-                        help='write no file that loses more on --eval-data (default: %(default)s)')
+                        help='do not write a file that loses more on --eval-data (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
 
@@ -88,14 +88,14 @@ class Half(nn.Sequential):
 def to_onnx(model: nn.Module, images: torch.Tensor, metadata: str, opset: int | None = None,
             calibration: Batches | None = None) -> tuple[bytes, Function]:
     import onnxruntime
-    for module in model.modules():  # Every runtime fuses MatMul and Softmax.
+    for module in model.modules():  # Export plain attention, since every runtime fuses MatMul and Softmax.
         if hasattr(module, 'fused_attn'):
             module.fused_attn = False
     program = torch.onnx.export(
         model, (images,), dynamo=True, verbose=False, input_names=['images'], output_names=['logits'],
         dynamic_shapes=({0: torch.export.Dim('batch')},), opset_version=opset)
-    if opset not in (None, program.model.opset_imports['']):  # torch logs that it failed, and exports another one.
-        raise UsageError(f'--opset {opset}: torch cannot export it; leave --opset out, or give 18')
+    if opset not in (None, program.model.opset_imports['']):  # torch logs that it failed, and exports another opset.
+        raise UsageError(f'--opset {opset}: torch cannot export it; omit --opset, or use 18')
     program.model.metadata_props['cmt'] = metadata
     content = program.model_proto.SerializeToString()
     content = quantize(content, calibration) if calibration else content
@@ -148,7 +148,7 @@ FORMATS |= dict.fromkeys(('.ts', '.torchscript', '.pt'), (to_torchscript, 1e-5))
 
 @torch.no_grad()
 def compare(model: Function, exported: Function, batches: Batches) -> tuple[float, float, float, float]:
-    """Return the largest difference of the logits, and in % the equal predictions and the accuracy of both.
+    """Return the largest difference of the logits, and in % the equal predictions and both accuracies.
 
     The difference is relative to an image's largest logit if that is above 1.
     """
@@ -159,14 +159,14 @@ def compare(model: Function, exported: Function, batches: Batches) -> tuple[floa
 
 
 def read_batches(dataset: Dataset, model: cmt.CMT, title: str) -> Batches:
-    """Read images by batches, with a progress bar on the real stderr, which export() replaces."""
+    """Read images in batches, with a progress bar on the real stderr, since export() redirects sys.stderr."""
     batches, cfg = DataLoader(dataset, batch_size=16), model.pretrained_cfg
     for images, targets in tqdm(batches, desc=title, leave=False, disable=None, file=sys.__stderr__):
         yield normalize(images.float() / 255, cfg['mean'], cfg['std']), targets
 
 
 def open_calibration(folder: str, transform: Callable) -> EncodedImages:
-    """Open images of a folder, drawn at random: one half for the calibration, one for the comparison."""
+    """Open images in a folder, drawn at random: one half for calibration, the other for comparison."""
     found = [(where, file) for where, files in walk(folder, set()) for file in files]
     log_left_out((file for _, file in found if not is_image(file)), folder)
     names = sorted(f'{where}/{file}' for where, file in found if is_image(file))
@@ -175,7 +175,7 @@ def open_calibration(folder: str, transform: Callable) -> EncodedImages:
     dataset.roots = [folder]
     drop_damaged(dataset)
     if len(dataset) < 2:
-        raise UsageError(f'--int8 {folder}: one image; give at least 2, better 100')
+        raise UsageError(f'--int8 {folder}: only one image; use at least 2, preferably 100')
     return dataset
 
 
@@ -187,7 +187,7 @@ def open_eval_data(folder: str, transform: Callable, classes: list[str], used: s
     dataset = build_dataset('IMNET', False, folder, 0, transform, classes, is_whole=not has_split(folder, 'val'))
     others = [i for i, (name, _) in enumerate(dataset.samples) if os.path.realpath(name) not in used]
     if not others:
-        raise UsageError(f'--eval-data {folder}: --int8 was calibrated with all its images; give others')
+        raise UsageError(f'--eval-data {folder}: --int8 was calibrated with all its images; use others')
     dataset.select(others)
     drop_damaged(dataset)
     return dataset
@@ -223,7 +223,7 @@ def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fu
     x = torch.randn(6, *images.shape[1:], generator=torch.Generator().manual_seed(0))
     difference, *_ = compare(model, exported, [(batch, torch.zeros(len(batch))) for batch in x.split([1, 5])])
     if not difference <= allowed:  # NaN is not accepted.
-        raise UsageError(f'no file written: its logits differ by {difference:.1e}, more than {allowed:.0e}')
+        raise UsageError(f'no file written: its logits would differ by {difference:.1e}, more than {allowed:.0e}')
     return content, exported, difference
 
 
@@ -273,8 +273,8 @@ def main(argv: list[str] | None = None) -> None:
         if data:
             difference, agreement, before, after = compare(model, exported, read_batches(data, model, 'comparison'))
         if args.eval_data is not None and not before - after <= args.max_accuracy_loss:
-            raise UsageError(f'no file written: its accuracy is {after:.3f} %, that of the model {before:.3f} %: give '
-                             'more calibration images, or a larger --max-accuracy-loss')
+            raise UsageError(f"no file written: its accuracy is {after:.3f} %, the model's {before:.3f} %: use more "
+                             'calibration images, or a larger --max-accuracy-loss')
         write_file(args.output, content)
     origin = f' ({"; ".join(["EMA", *weights.notes])})' if weights.is_ema else ''
     size = 'any size' if args.dynamic_img_size else f'{height}x{width}'

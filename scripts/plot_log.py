@@ -1,8 +1,8 @@
 """python scripts/plot_log.py output/digits -o curves.png
 
-Draw the loss, accuracy, learning rate and images per second of one or several runs into one figure. Give a run by its
-folder or its log.txt. No display is needed. Runs of detection.py have average precision in place of accuracy. To follow
-a run, repeat the command:
+Draw the loss, accuracy, learning rate and images per second of one or more runs in one figure. Name a run by its folder
+or its log.txt. No display is needed. Runs of detection.py have average precision in place of accuracy. To follow a run,
+repeat the command:
 
     watch -n 60 python scripts/plot_log.py output/digits
 """
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         check_extension(output)
         for log in logs:
             if not log.is_file():
-                raise UsageError(f'there is no {log}: give the folder of a run (its --output-dir) or its log.txt')
+                raise UsageError(f'there is no {log}: use the folder of a run (its --output-dir) or its log.txt')
         records = [read_log(log) for log in logs]
         if [] in records:
             raise UsageError(f'{logs[records.index([])]} is empty: wait for the first epoch to end')

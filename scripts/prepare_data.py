@@ -1,11 +1,11 @@
 """python scripts/prepare_data.py imagenet imagenet-320
 
-Copy images into tars for --data-path, with large training images resized: a core then loads more of them.
+Copy images into tars for --data-path, and resize large training images, so that a core loads more of them per second.
 
 SRC is a folder, a tar or shards as --data-path takes them, or a folder of classes. Each tar is written, read back as
 training reads it, and moved to DST.incomplete, which becomes DST when all tars are there. The same command resumes, and
-replaces tars whose source images have changed. The bytes of a tar depend only on the source and the flags, so
-interrupted runs and any number of workers write the same.
+replaces tars whose source images have changed. The bytes of a tar depend only on the source and the flags, so an
+interrupted run, or any number of workers, writes the same tars.
 """
 import argparse
 import io
@@ -31,17 +31,17 @@ from system import atomic_write, cores, lock_file, remove_temporary_files, sync_
 def build_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(prog='prepare_data.py', description=__doc__.split('\n\n')[1], allow_abbrev=False)
-    parser.add_argument('src', type=path, metavar='SRC', help='folder, tar or shards as --data-path of train.py takes')
-    parser.add_argument('dst', type=path, metavar='DST', help='folder to make, for --data-path')
+    parser.add_argument('src', type=path, metavar='SRC', help="folder, tar or shards, as for train.py's --data-path")
+    parser.add_argument('dst', type=path, metavar='DST', help='folder to create, for --data-path')
     parser.add_argument('--short-side', type=count, default=320, metavar='PIXELS', help='resize images whose short '
-                        'side is longer; others are copied byte for byte (default: 320; 0: all are copied)')
-    parser.add_argument('--quality', type=in_range(int, 1, 100), default=92, help='of the JPEGs (default: 92)')
+                        'side is longer; others are copied byte for byte (default: 320; 0: copy all)')
+    parser.add_argument('--quality', type=in_range(int, 1, 100), default=92, help='JPEG quality (default: 92)')
     parser.add_argument('--resize-val', action='store_true',
                         help='resize validation images too; without the flag they are copied byte for byte')
     parser.add_argument('--skip-damaged', action='store_true', help='leave out images that cannot be decoded')
-    parser.add_argument('--images-per-tar', type=positive, default=5000, help='most images in a tar (default: 5000)')
+    parser.add_argument('--images-per-tar', type=positive, default=5000, help='maximum images per tar (default: 5000)')
     parser.add_argument('--num-workers', type=count, default=cores(), metavar='N',
-                        help='processes that read and encode; 0 for none but the main one (default: the cores here)')
+                        help='processes that read and encode; 0 uses only the main one (default: the number of cores)')
     return parser
 
 
@@ -64,10 +64,10 @@ def stamp(images: EncodedImages, index: int) -> list[int]:
 
 
 class Encoder(Dataset):
-    """Read encoded images, and encode those again whose short side is longer than `short_side` pixels (None: none).
+    """Read encoded images, and re-encode those with a short side longer than `short_side` pixels (None: no limit).
 
-    Images with an EXIF rotation are encoded again too, upright and without EXIF data. A sample is the image's bytes and
-    its stamp. If `skip_damaged`, a string replaces the bytes of an image that cannot be decoded: the reason.
+    Images with an EXIF rotation are re-encoded too, upright and without EXIF data. A sample is the image's bytes and
+    its stamp. If `skip_damaged`, a string with the reason replaces the bytes of an image that cannot be decoded.
 
     Raises:
         UnreadableImage: a file that cannot be read, or without `skip_damaged` an image that cannot be decoded.
@@ -81,35 +81,35 @@ class Encoder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[bytes | str, list[int]]:
         try:
-            before = stamp(self.images, index)  # out of date if the file changes while it is read
+            before = stamp(self.images, index)  # taken first, so stale if the file changes while it is read
             return self.encode(self.images.read(index)), before
-        except Exception as error:  # Pillow's plugins raise exceptions of any type on damaged files
+        except Exception as error:  # Pillow's plugins raise anything on damaged files.
             is_damage = not getattr(error, 'errno', None) and not isinstance(error, (MemoryError, UsageError))
             if self.skip_damaged and is_damage:
                 return one_line(error), before
             raise UnreadableImage(printable(
-                f'cannot read {self.images.samples[index][0]} ({one_line(error)}): repair or remove it, or leave '
-                'damaged images out with --skip-damaged')) from error
+                f'cannot read {self.images.samples[index][0]} ({one_line(error)}): repair or remove it, or use '
+                '--skip-damaged')) from error
 
     def encode(self, data: bytes) -> bytes:
-        """Return the bytes of an image, encoded again if its short side is too long or EXIF rotates it."""
+        """Return the bytes of an image, re-encoded if its short side is too long or EXIF rotates it."""
         image = open_image(data)
         shortest = min(image.size)
         short = min(self.short_side or shortest, shortest)
-        if short == shortest and orientation(open_header(data)) == 1 or max(image.size) > 65500:  # libjpeg
+        if short == shortest and orientation(open_header(data)) == 1 or max(image.size) > 65500:  # libjpeg's limit
             return data
         size = [round(side * short / shortest) for side in image.size]
         image, out = image.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
-        image.info.clear()  # Pillow would copy a JPEG's comment, and hangs on one of 64 KiB
+        image.info.clear()  # Pillow would copy a JPEG's comment, and hangs on one of 64 KiB.
         image.save(out, 'JPEG', quality=self.quality, subsampling='4:2:0')
-        open_image(out.getvalue())  # raises if the result does not decode
+        open_image(out.getvalue())  # This raises if the result does not decode.
         return out.getvalue()
 
 
 def open_splits(src: str) -> dict[str, EncodedImages]:
     """Open the splits 'train' and 'val' of a source; a folder of classes is 'train'.
 
-    Raise UsageError for one split next to folders or tars that nobody would read.
+    Raise UsageError for a single split next to folders or tars that would not be read.
     """
     if published.needs_preparing(Path(src)):
         return published.open_published(Path(src))
@@ -123,7 +123,7 @@ def open_splits(src: str) -> dict[str, EncodedImages]:
                         if entry.name not in read and not IGNORED.search(entry.name))
         if unread:
             raise UsageError(f'{src} has {", ".join(unread)} next to {min(splits)}: name the splits train and val, and '
-                             'move away what is not to be read')
+                             'move the rest elsewhere')
     return splits
 
 
@@ -138,7 +138,7 @@ def names_in_tars(images: EncodedImages, split: str) -> list[str]:
     names, keys = [], []
     for i, (file, target) in enumerate(images.samples):
         root, label = images.root(i), images.classes[target]
-        *folders, base = file[len(root) + 1:].lstrip('/').split('/')  # tars may have absolute names
+        *folders, base = file[len(root) + 1:].lstrip('/').split('/')  # Tars may have absolute names.
         if label in folders:
             folders = folders[folders.index(label):]
         else:
@@ -148,8 +148,8 @@ def names_in_tars(images: EncodedImages, split: str) -> list[str]:
         keys.append((*folders[:1], *posixpath.split(names[-1])))  # the order of sources.TarImages
     for i, (key, after) in enumerate(itertools.pairwise(keys)):
         if key >= after:
-            raise UsageError(f'{images.samples[i][0]} and {images.samples[i + 1][0]} would have one name ({names[i]}) '
-                             'or change their order in tars: rename one of them')
+            raise UsageError(f'{images.samples[i][0]} and {images.samples[i + 1][0]} would get the same name '
+                             f'({names[i]}) or change their order in tars: rename one of them')
     return names
 
 
@@ -178,7 +178,7 @@ def write_tar(tar: Path, split: str, images: EncodedImages, names: list[str], sa
                 continue
             members = [(f'{key_of(name).lstrip("/")}.cls', str(target).encode())] if images.has_labels else []
             for member, content in [*members, (name, data)]:
-                info = tarfile.TarInfo(member)  # the header depends only on the name and the size
+                info = tarfile.TarInfo(member)  # The header depends only on the name and the size.
                 info.size = len(content)
                 out.addfile(info, io.BytesIO(content))
             written.append((name, target, zlib.crc32(data)))
@@ -189,7 +189,7 @@ def write_tar(tar: Path, split: str, images: EncodedImages, names: list[str], sa
             raise TrainingFault(f'{error}: check the disk; the same command then resumes') from None
         if written != [(file[len(str(tar)) + 1:], target, zlib.crc32(reader.read(i)))
                        for i, (file, target) in enumerate(reader.samples)]:
-            raise TrainingFault(f'{tar} is not what was written: check the disk; the same command then resumes')
+            raise TrainingFault(f'{tar} differs from what was written: check the disk; the same command then resumes')
     return {'bytes': tar.stat().st_size, 'sources': sources, 'left_out': left_out}
 
 
@@ -213,7 +213,7 @@ def write_split(folder: Path, split: str, images: EncodedImages, names: list[str
             tar.unlink()
     todo = [i for tar, indices in tars.items() if tar not in complete for i in indices]
     encoder = Encoder(images, short_side, args.quality, args.skip_damaged)
-    batch_size = 100 if isinstance(images, published.ParquetImages) else 4  # A worker reads whole groups of rows.
+    batch_size = 100 if isinstance(images, published.ParquetImages) else 4  # A worker reads whole row groups.
     loader = build_loader(Subset(encoder, todo), batch_size, num_workers=args.num_workers, collate_fn=list)
     encoded = itertools.chain.from_iterable(loader)
     progress = utils.Progress(f'write {split}', len(names), len(names) - len(todo), every=5000)
@@ -221,7 +221,7 @@ def write_split(folder: Path, split: str, images: EncodedImages, names: list[str
         if tar not in complete:
             record = write_tar(work / tar, split, images, names, zip(indices, encoded), progress)
             write_file(work / f'{tar}.json', json.dumps(record).encode())
-            for file in [*work.glob(f'.{tar}.index.npz'), work / tar]:  # training reads the index too
+            for file in [*work.glob(f'.{tar}.index.npz'), work / tar]:  # Training reads the index too.
                 os.replace(file, folder / file.name)
             sync_folder(folder)
             complete[tar] = record['left_out']
@@ -242,9 +242,9 @@ def main(args: argparse.Namespace) -> None:
     args.src, dst = os.path.abspath(args.src), Path(os.path.abspath(args.dst))
     folder = dst.with_name(f'{dst.name}.incomplete')
     if os.path.lexists(dst):
-        raise UsageError(f'{dst} exists: remove it, or give a folder that does not exist yet')
+        raise UsageError(f'{dst} exists: remove it, or choose a new folder')
     if Path(args.src).resolve() in dst.resolve().parents:
-        raise UsageError(f'{dst} is inside {args.src}, and would be read as images of it: give another folder')
+        raise UsageError(f'{dst} is inside {args.src}, and would be read as part of it: choose another folder')
     with processes.usage_errors():
         splits = open_splits(args.src)
     names = {split: names_in_tars(images, split) for split, images in splits.items()}
@@ -254,9 +254,9 @@ def main(args: argparse.Namespace) -> None:
         'source': args.src, 'splits': list(splits), 'Pillow': PIL.__version__, 'short_side': args.short_side,
         'quality': args.quality, 'resize_val': args.resize_val, 'images_per_tar': args.images_per_tar}, indent=1) + '\n'
     if file.exists() and file.read_text('utf-8') != settings:
-        raise UsageError(f'{folder} was begun with other settings, see {file.name}: remove {folder} to start over')
+        raise UsageError(f'{folder} was started with other settings, see {file.name}: remove {folder} to start over')
     if not file.exists() and any(folder.glob('[!.]*')):
-        raise UsageError(f'{folder} is in the way: this command did not make it')
+        raise UsageError(f'{folder} was not made by this command: move or remove it')
     try:
         (folder / '.work').mkdir(parents=True, exist_ok=True)
         with processes.usage_errors():
@@ -265,7 +265,7 @@ def main(args: argparse.Namespace) -> None:
             remove_temporary_files(place)
         write_file(file, settings.encode())
         left_out = sum(write_split(folder, split, images, names[split], args) for split, images in splits.items())
-        lock.close()  # Windows renames no folder with an open file.
+        lock.close()  # Windows cannot rename a folder with an open file.
         folder.rename(dst)
         shutil.rmtree(dst / '.work')
         sync_folder(dst.parent)

@@ -6,7 +6,7 @@
 #
 #     PYTHON, VENV   see env.sh
 #     OUTPUT         folder of the run (default output/digits in the repository). A run in the default folder is
-#                    replaced, unless you give --resume auto. A run in OUTPUT is replaced only with --overwrite.
+#                    replaced, unless you pass --resume auto. A run in OUTPUT is replaced only with --overwrite.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -42,7 +42,7 @@ The run is in $output
     checkpoint_best.pth, checkpoint_ema_best.pth   the best weights, and the best of their running average
     checkpoint_last.pth                            resumes the run, with --resume
     log.txt, curves.png                            one JSON object per epoch, and its curves
-    per_class.csv, confusion.png, mistakes.jpg     which classes and images are wrong
+    per_class.csv, confusion.png, mistakes.jpg     which classes and images are misclassified
 
 Next, your own photographs, with one folder per class:
     source $VENV/bin/activate

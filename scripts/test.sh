@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash scripts/test.sh [arguments of pytest]
 #
-# Make or reuse the virtual environment, then run ruff and pytest. See env.sh for PYTHON and VENV.
+# Create or reuse the virtual environment, then run ruff and pytest. See env.sh for PYTHON and VENV.
 #     bash scripts/test.sh -k plot_log      some tests
 #     bash scripts/test.sh -m soak          the long ones
 set -euo pipefail
