@@ -656,10 +656,14 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
     if errors:
         raise ValueError(f'the weights do not fit the model: {len(errors)} tensors differ ({"; ".join(errors[:8])})')
     cfg, classes = getattr(model, 'pretrained_cfg', {}), len(state_dict.get('head.weight', ()))
-    side = 0 if bias is None else 4 * (bias.shape[1] if bias.ndim == 5 else math.isqrt(bias.shape[1]))
-    # Otherwise timm silently resamples the position biases or drops the head.
-    wrong = [f'input_size=(3, {side}, {side})'] * (model.img_size[0] == cfg.get('input_size', (0, 0))[1] != side != 0)
-    wrong += [f'num_classes={classes}'] * (0 < classes == model.num_classes != cfg.get('num_classes'))
+    wrong = []  # Otherwise timm silently resamples the position biases or drops the head.
+    if bias is not None:
+        grid = bias.shape[1:3] if bias.ndim == 5 else [math.isqrt(bias.shape[1])] * 2
+        height, width = [4 * side for side in grid]
+        if (height, width) != model.img_size == tuple(cfg.get('input_size', ())[1:]):
+            wrong.append(f'input_size=(3, {height}, {width})')
+    if 0 < classes == model.num_classes != cfg.get('num_classes'):
+        wrong.append(f'num_classes={classes}')
     if cfg.get('file') and wrong:
         raise ValueError(f'the file has {" and ".join(wrong)}: add this to pretrained_cfg_overlay, or use '
                          'weights.load_model')

@@ -55,7 +55,7 @@ def order_classes(dataset: Dataset, num_classes: int) -> str:
 
 def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
     """Return the indices of the classes to score among, as selected by --valid-labels."""
-    count, used = len(dataset.classes), set(getattr(dataset, 'targets', ()))
+    count, used = len(dataset.classes), set(np.asarray(getattr(dataset, 'targets', ())).tolist())
     if labels is None and list(dataset.classes) == IMAGENET:
         return sorted(used)
     if labels in (None, 'all'):

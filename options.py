@@ -423,7 +423,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
     distils, teacher = args.distillation_type != 'none', args.teacher_model or args.teacher_path
     valid, has_real = args.valid_labels, args.real_labels is not None
     checks = [
-        (mixes and args.batch_size % 2 and not args.eval,
+        (mixes and args.batch_size % 2 and not (args.eval or args.throughput),
          f'--batch-size {args.batch_size} is odd, but mixup and CutMix pair the images of a batch: use an even number'),
         (distils and not teacher,
          f'--distillation-type {args.distillation_type} needs --teacher-model or --teacher-path'),

@@ -93,7 +93,8 @@ class Wait:
 def exit_after(seconds: float):
     """Exit if the block takes longer than `seconds`: a TCPStore on a frozen host never answers."""
     def end() -> None:
-        sys.stderr.write(f'train.py: error: the rendezvous store did not answer within {seconds:g} s\n')
+        program = os.path.basename(sys.argv[0])
+        sys.stderr.write(f'{program}: error: the rendezvous store did not answer within {seconds:g} s\n')
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

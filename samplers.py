@@ -17,7 +17,8 @@ class TrainSampler(Sampler):
     samplers can neither start in mid-epoch nor yield seeds.
 
     With repeated augmentation the order is that of DeiT's RASampler (timm's RepeatAugSampler): each sample `repeats`
-    times in a row, cut to the length of the data set. With 3 repeats an epoch sees a third of the samples three times.
+    times in a row, cut to the length of the data set, rounded down to a multiple of 256. With 3 repeats an epoch sees a
+    third of the samples three times.
 
     Args:
         length: samples in the data set.

@@ -595,7 +595,7 @@ def train_epoch(run: Run) -> bool:
             run.profiler.step()
         action = processes.all_reduce_max(requested_action(run))
         if action in (SAVE, STOP):
-            check_faults(run.meters.read(), state.epoch, state.step, skips)
+            check_faults(run.meters.read(), state.epoch, state.step - 1, skips)
             state.seconds = time.monotonic() - began
             run.save_in_epoch()
         if action in (STOP, FAIL):
@@ -656,7 +656,7 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     for prefix, model in models.items():
         if run.stop_signal():
             break
-        if next(model.parameters()).device != run.device:  # --model-ema-force-cpu
+        if next(model.parameters()).device.type != run.device.type:  # --model-ema-force-cpu
             model = copy.deepcopy(model).to(run.device)
         try:
             scores[prefix], columns = score(

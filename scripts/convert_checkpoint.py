@@ -109,6 +109,7 @@ def is_published(weights: Weights) -> bool:
 
 def write_folder(folder: Path, model: cmt.CMT, weights: Weights, card: str) -> None:
     """Write a folder that timm opens as 'local-dir:FOLDER'."""
+    published = is_published(weights)  # before a folder of the same name exists
     name = weights.name if timm.is_model(weights.name or '') else 'cmt_s'  # The arguments below decide.
     model_args = {key: value for key, value in model.model_args.items() if not key.endswith('_rate')}
     described = create_cmt(name, device='meta', **model_args)
@@ -120,7 +121,7 @@ def write_folder(folder: Path, model: cmt.CMT, weights: Weights, card: str) -> N
                            data_config={'crop_pct': weights.crop_pct})
         content = json.loads(config.read_text('utf-8'))
     content['model_args'].pop('num_classes', None)  # transformers passes its own in addition to these.
-    if not is_published(weights):
+    if not published:
         for key in ('tag', 'license', 'origin_url'):
             content['pretrained_cfg'].pop(key, None)
     write(folder / 'config.json', lambda file: file.write(json.dumps(content, indent=2).encode()))

@@ -208,7 +208,8 @@ def epochs(folder) -> list[int]:
 
 def updates(folder) -> int:
     """Return the number of optimizer steps that checkpoint_last.pth holds."""
-    number, = {int(state['step']) for state in read(folder)['optimizer']['state'].values()}
+    states = read(folder)['optimizer']['state'].values()
+    number, = {int(state['step']) for state in states if 'step' in state}  # Muon's own states lack it.
     return number
 
 

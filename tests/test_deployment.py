@@ -1,7 +1,8 @@
-"""docs/deployment.md: the commands and code of its sections, run as a reader would, each in a fresh process.
+"""docs/deployment*.md: the commands and code of its sections, run as a reader would, each in a fresh process.
 
-`pytest -m soak -s tests/test_deployment.py` converts with every package that is installed and prints the page's table,
-on a trained digits run (CHECKPOINT=output/digits/checkpoint_best.pth; without it, it trains one in five minutes).
+`pytest -m soak -s tests/test_deployment.py` converts with every package that is installed and prints the table of
+docs/results.md, on a trained digits run (CHECKPOINT=output/digits/checkpoint_best.pth; without it, it trains one in
+five minutes).
 """
 import json
 import os
@@ -22,7 +23,7 @@ import nano
 from datasets import Digits
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / 'docs' / 'deployment.md').read_text()
+PAGE = ''.join(path.read_text() for path in sorted(ROOT.glob('docs/deployment*.md')))
 SECTIONS = {text.split('\n')[0]: text for text in PAGE.split('\n## ')[1:]}
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
 
@@ -209,7 +210,7 @@ def cmt_s(digits, tmp_path_factory):
 @pytest.mark.soak
 @pytest.mark.parametrize('form', FORMS)
 def test_forms_of_a_digits_run(digits, cmt_s, form):
-    """Convert a form with its package, compare it with torch, and print its row of the page's table."""
+    """Convert a form with its package, compare it with torch, and print its row of the table in docs/results.md."""
     section, packages, changes = FORMS[form]
     for package in packages:
         pytest.importorskip(package)

@@ -141,7 +141,7 @@ def test_ports_are_as_documented(flags, tmp_path, ranks):
     nano.finish(nano.start(run, ranks, before=lambda rank: nano.at_step(1, lambda: report(rank))))
     port, ports = json.loads((tmp_path / 'ports.json').read_text())
     assert ports == {} if ranks == 1 else set(ports[port]) == {'0'}
-    text = (ROOT / 'docs' / 'training.md').read_text().split('### Ports and networks')[1].split('###')[0]
+    text = (ROOT / 'docs' / 'clusters.md').read_text().split('## Ports and networks')[1].split('\n## ')[0]
     assert 'MASTER_PORT' in text and 'opens no port' in text and '**all** network interfaces' in text
 
 
