@@ -626,7 +626,7 @@ def end_epoch(
                 writer.save({**state, 'best': best})
                 writer.wait()
             raise
-        if record.get('box_ap', -1) > best.get('box_ap', -1):  # without annotations there is no AP
+        if record.get('box_ap', -1) > best.get('box_ap', -1):  # COCOeval gives no AP without annotations.
             scored = {'box_ap': record['box_ap']}
             best = {**scored, 'epoch': epoch}
     record |= {'epoch_seconds': time.monotonic() - began, **utils.memory_mb(device)}
