@@ -5,18 +5,15 @@ the whole batch on the device (engine.py).
 """
 import itertools
 import logging
-import math
-import os
 import random
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from errors import UnreadableImage, UsageError, one_line, printable
+from errors import UnreadableImage, one_line, printable
 from samplers import TrainSampler, eval_indices
 from system import leave_signals_to_the_run, signals_blocked
 
@@ -24,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 BAD_IMAGES_IN_A_ROW = 10
 PREFETCH = 2  # batches that each worker keeps ready, torch's default
-SHARED_MEMORY = Path('/dev/shm')  # Linux
 
 
 class _Wrapper(Dataset):
@@ -116,26 +112,6 @@ def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torc
     if images[0].is_contiguous():
         return default_collate(images), torch.tensor(targets)
     return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), torch.tensor(targets)
-
-
-def check_shared_memory(size: int, num_workers: int, processes: int, *splits: tuple[int, int]) -> None:
-    """Raise UsageError if shared memory is too small for the workers' batches, since SIGBUS would kill a worker.
-
-    Each of `processes` on this host has `num_workers`. `splits` are the batch size and length of each data set; only
-    one is loaded at a time. `size` is the height and width of the images (pixels).
-    """
-    if not num_workers or not hasattr(os, 'statvfs') or not SHARED_MEMORY.is_dir():
-        return
-    if not os.access(SHARED_MEMORY, os.W_OK):
-        raise UsageError(f'{SHARED_MEMORY} is not writable, and workers need it: use --num-workers 0')
-    batches = (PREFETCH * num_workers + 1) * processes  # the prefetched ones and the one in use
-    images = max(min(batches * batch_size, length) for batch_size, length in splits)
-    usage, needed = os.statvfs(SHARED_MEMORY), images * 3 * size ** 2
-    free = usage.f_bavail * usage.f_frsize
-    if needed > free:
-        raise UsageError(
-            f'{SHARED_MEMORY} has {free / 1e6:.0f} MB free, but workers need {needed / 1e6:.0f} MB: use fewer '
-            f'--num-workers (0 needs none), or run docker with --shm-size={math.ceil(needed / 2 ** 30)}g or --ipc=host')
 
 
 def build_loader(

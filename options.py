@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -26,6 +25,22 @@ DTYPES = ('float32', 'tf32', 'bfloat16', 'float16')
 PATHS = 'data_path', 'class_map', 'train_json', 'val_json', 'train_images', 'val_images'
 FILES_OR_NAMES = 'finetune', 'teacher_path', 'weights'
 EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'  # as in weights.py, which imports torch
+# Flags of the authors' code, DeiT and ConvNeXt that are not supported, with the reason.
+REFUSED = {
+    '--drop-block': 'CMT has no DropBlock',
+    '--update-temperature': "the authors' code calls a method that never existed",
+    **dict.fromkeys(('--warmup-drop-path', '--warmup-drop-path-epochs'), '--drop-path is constant'),
+    '--patience-epochs': 'it is for the plateau schedule, which a resumed run cannot repeat',
+    '--resplit': 'it needs augmentation splits, which no recipe uses',
+    '--init-method': 'use --dist-url',
+    '--debug': 'it skipped a FLOPs count, which scripts/profile_flops.py now does',
+    # DeiT and ConvNeXt
+    '--dist-eval': 'all processes always share the evaluation, and it is exact',
+    **dict.fromkeys(('--nb-classes', '--num-classes'), 'the number of classes comes from the data'),
+    '--unscale-lr': '--lr is for a global batch of 512',
+    '--update-freq': 'use --accum-steps',
+    '--auto-resume': 'use --resume auto',
+}
 
 
 # Parser and argument types
@@ -62,17 +77,6 @@ class Parser(argparse.ArgumentParser):
             if mistake(error) is None:
                 raise
             self.error(mistake(error))
-
-
-class Refused(argparse.Action):
-    """Refuse a flag. `reason` says why it is not supported, and names the alternative."""
-
-    def __init__(self, option_strings, dest, reason: str):
-        self.reason = reason
-        super().__init__(option_strings, argparse.SUPPRESS, nargs='*', help=argparse.SUPPRESS)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f'{option_string} is not supported: {self.reason}')
 
 
 def in_range(kind: type, low: float, high: float = float('inf'), above: bool = False) -> Callable:
@@ -308,23 +312,6 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--apex-opt-level', default='O1', choices=('O0', 'O1', 'O2', 'O3'))
     g.add_argument('--world-size', type=positive, help='expected number of processes, checked against the launcher')
     g.add_argument('--local-rank', type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
-
-    for flag, reason in {
-        '--drop-block': 'CMT has no DropBlock',
-        '--update-temperature': "the authors' code calls a method that never existed",
-        **dict.fromkeys(('--warmup-drop-path', '--warmup-drop-path-epochs'), '--drop-path is constant'),
-        '--patience-epochs': 'it is for the plateau schedule, which a resumed run cannot repeat',
-        '--resplit': 'it needs augmentation splits, which no recipe uses',
-        '--init-method': 'use --dist-url',
-        '--debug': 'it skipped a FLOPs count, which scripts/profile_flops.py now does',
-        # DeiT and ConvNeXt
-        '--dist-eval': 'all processes always share the evaluation, and it is exact',
-        **dict.fromkeys(('--nb-classes', '--num-classes'), 'the number of classes comes from the data'),
-        '--unscale-lr': '--lr is for a global batch of 512',
-        '--update-freq': 'use --accum-steps',
-        '--auto-resume': 'use --resume auto',
-    }.items():
-        parser.add_argument(flag, action=Refused, reason=reason)
     return add_defaults(parser)
 
 
@@ -336,12 +323,13 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def similar_flag(parser: argparse.ArgumentParser, arg: str) -> str:
-    """Return a hint with the most similar flag, such as ' (--epochs?)', or '' if none is similar."""
-    for flag in difflib.get_close_matches(arg.split('=')[0], parser._option_string_actions, 1):
-        action = parser._option_string_actions[flag]
-        return f' ({flag} is not supported: {action.reason})' if isinstance(action, Refused) else f' ({flag}?)'
-    return ''
+def hint(parser: argparse.ArgumentParser, arg: str) -> str:
+    """Return why a flag is not supported, or the most similar flag, such as ' (--epochs?)', or ''."""
+    flag = arg.split('=')[0]
+    if flag in REFUSED:
+        return f' ({flag} is not supported: {REFUSED[flag]})'
+    similar = difflib.get_close_matches(flag, parser._option_string_actions, 1)
+    return f' ({similar[0]}?)' if similar else ''
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
@@ -356,7 +344,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     from_config = config_flags(parser, config) if config else []
     args, unknown = parser.parse_known_args(from_config + argv)
     if unknown:
-        parser.error(f'unrecognized arguments: {" ".join(unknown)}{similar_flag(parser, unknown[0])}')
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}{hint(parser, unknown[0])}')
     folder = Path(args.config or '').parent
     if args.config and not args.output_dir and ((folder / '.lock').exists() or any(folder.glob('checkpoint_*.pth'))):
         args.output_dir = str(folder)  # The config is a run's config.yaml, so use its folder.
@@ -384,7 +372,7 @@ def is_downloaded(data_set: str) -> bool:
 def check_paths(args: argparse.Namespace, file: str | None, values: dict | None = None, resumes: bool = False) -> None:
     """Raise UsageError if a path that `file` (a config, or a checkpoint with `values`) sets does not exist."""
     if values is None:  # A pipe can be read only once.
-        values = read_yaml(file) if os.path.isfile(file or '') else {}
+        values = yaml.safe_load(Path(file).read_text('utf-8')) if os.path.isfile(file or '') else {}
     for name in PATHS + FILES_OR_NAMES:
         flag = '--' + name.replace('_', '-')
         path = os.path.abspath(os.path.expanduser(str(values.get(name) or values.get(flag[2:]))))
@@ -447,12 +435,9 @@ def find_mistake(args: argparse.Namespace) -> str | None:
 def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """Turn a YAML file into flags, so that both are checked the same way."""
     try:
-        str(config := read_yaml(path))  # This raises ValueError for integers of more than 4,300 digits.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        recipes = {file.stem: file for file in Path(__file__).with_name('configs').glob('*.yaml')}
-        similar = [] if os.path.exists(path) else difflib.get_close_matches(Path(path).stem, recipes, 1)
-        hint = f' ({recipes[similar[0]]}?)' if similar else ''
-        parser.error(f'--config {path}: {getattr(error, "strerror", None) or " ".join(str(error).split())}{hint}')
+        config = yaml.safe_load(Path(path).read_text('utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f'--config {path}: {getattr(error, "strerror", None) or " ".join(str(error).split())}')
     if not isinstance(config, dict):
         parser.error(f'--config {path} does not consist of "flag: value" lines')
     known = parser._option_string_actions
@@ -460,24 +445,12 @@ def config_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     for key, value in config.items():
         flag = '--' + str(key).replace('_', '-')
         if flag not in known or flag in ('--config', '--help'):
-            parser.error(f'--config {path}: unknown key {key!r}{similar_flag(parser, flag)}')
+            parser.error(f'--config {path}: unknown key {key!r}{hint(parser, flag)}')
         action = known[flag]
         is_switch = action.nargs == 0
         if value is None:
             continue
-        if isinstance(action, Refused):
-            parser.error(f'--config {path}: {flag} is not supported: {action.reason}')
         if is_switch != isinstance(value, bool):
             parser.error(f'--config {path}: {key}: {value!r} is not ' + ('true or false' if is_switch else 'a value'))
         flags += [flag, *map(str, value)] if isinstance(value, list) else [f'{flag}={value}']
     return flags
-
-
-def read_yaml(path: str) -> Any:
-    """Read a YAML file of at most 64 KiB without aliases: with them, a few lines can expand to gigabytes."""
-    with open(path, encoding='utf-8') as file:
-        text = file.read(2 ** 16 + 1)
-    is_large = len(text) > 2 ** 16 or text.count('[') + text.count('{') > 100  # PyYAML is slow on many brackets.
-    if is_large or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        raise ValueError('configs may have at most 64 KiB, 100 lists, and no aliases (*NAME)')
-    return yaml.safe_load(text)

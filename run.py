@@ -224,7 +224,7 @@ class RunWriter:
     def log(self, record: dict[str, Any]) -> None:
         """Append one JSON object to log.txt as a line, synced to disk."""
         if self.error is None:
-            with self.defer_disk_errors(), open(self.folder / LOG, 'ab', opener=system.no_follow) as file:
+            with self.defer_disk_errors(), open(self.folder / LOG, 'ab') as file:
                 file.write(f'{json.dumps(record)}\n'.encode())
                 file.flush()
                 os.fsync(file.fileno())

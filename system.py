@@ -100,7 +100,7 @@ def lock_file(path: Path) -> contextlib.ExitStack:
     """Lock `path` until this process exits, even by SIGKILL, or until the returned stack is closed."""
     stack, is_locked = contextlib.ExitStack(), False
     if fcntl is not None:  # Unlike filelock's, this lock is not inherited by workers, which may outlive the run.
-        file = stack.enter_context(open(path, 'ab', opener=no_follow))
+        file = stack.enter_context(open(path, 'ab'))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # Any other error: this file system has no locks.
@@ -115,11 +115,6 @@ def lock_file(path: Path) -> contextlib.ExitStack:
         raise UsageError(f'another run is writing to {path.parent}: stop it first (kill -9 of torchrun leaves its '
                          f'processes running). If no such process is left on any host, remove {path}')
     return stack
-
-
-def no_follow(path: str, flags: int) -> int:
-    """Open a file unless it is a symbolic link; an opener for open()."""
-    return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
 
 
 def sync_folder(folder: Path) -> None:

@@ -45,7 +45,7 @@ from errors import UsageError, printable
 from evaluation import class_words, order_classes, score, score_checkpoint, write_report
 from fast_transforms import HAS_FAST, FastTransform
 from launch import read_launch
-from loader import build_loader, check_shared_memory
+from loader import build_loader
 from losses import DistillationLoss, Teacher, build_criterion
 from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule, schedule_warnings
 from precision import ApexScaler, NativeScaler, autocast_to, build_precision, configure_cuda, load_scaler, resolve_dtype
@@ -280,10 +280,6 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: 
     name, (height, width) = checkpoint['args'].get('model'), checkpoint['model_args']['img_size']
     if not checkpoint.get('optimizer'):
         raise UsageError(f'{file} contains only weights: start from them with --finetune, or resume a {LAST}')
-    kinds = {'epoch': int, 'step': int, 'samples_seen': int, 'seconds': (int, float), 'meters': list, 'best': dict}
-    for key, kind in kinds.items():
-        if not isinstance(checkpoint.get(key), kind):
-            raise UsageError(f'{file} is damaged ({key} {checkpoint.get(key)!r}): use its weights with --finetune')
     if args.model and cmt.ALIASES.get(args.model, args.model) != cmt.ALIASES.get(name, name):
         raise UsageError(f'{file} holds {name or "a CMT without a name"}: ' + (
             f'use --model {name}' if name else 'leave --model out'))
@@ -369,9 +365,6 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
             raise UsageError(f'{initial.file} has other classes ({", ".join(map(str, saved_classes[:3]))}, ...) than '
                              f'the data ({", ".join(val.classes[:3])}, ...), or has them in another order: omit '
                              '--class-map or use --finetune')
-        check_shared_memory(
-            args.input_size, args.num_workers, read_launch().local_world_size or 1,
-            (args.batch_size, len(train) if is_training else 0), (int(1.5 * args.batch_size), len(val)))
     return train, val
 
 
@@ -705,7 +698,8 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
             f"  EMA acc1 {record['ema_test_acc1']:.3f}%" if run.ema else '',
             max(state.best.get(key, 0) for key in ('acc1', 'ema_acc1')))
     if run.wait_share >= 0.1:
-        logger.info(utils.waiting_advice(run.wait_share, run.args.loader, run.args.num_workers))
+        logger.info('%.0f%% of the time was spent waiting for data: try --loader fast, more --num-workers, prepared '
+                    'images (docs/data.md) or more cores', 100 * run.wait_share)
     run.state = RunState(state.epoch + 1, best=state.best)
 
 

@@ -181,15 +181,3 @@ class Progress:
         """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
-
-
-def waiting_advice(share: float, loader: str, num_workers: int) -> str:
-    """Return advice for a run that spends `share` of its time waiting for data."""
-    processes, changes = read_launch().local_world_size or 1, []
-    if loader == 'reference':
-        changes.append('--loader fast')
-    if num_workers * processes < cores():
-        changes.append(f'more --num-workers ({num_workers} now, {cores()} cores for {processes} '
-                       f'process{"es" if processes > 1 else ""})')
-    advice = ', '.join(changes or ['prepared images (docs/data.md), more cores, or a larger --model'])
-    return f'{share:.0%} of the time was spent waiting for data: try {advice} (measure with scripts/benchmark_data.py)'

@@ -267,19 +267,19 @@ class Recorder(TorchDispatchMode):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Sum the bytes of live storages on a device, in blocks as the caching allocator's, and keep their peak."""
+    """Sum the bytes of live storages on the device, in blocks as the caching allocator's, and keep their peak."""
 
-    def __init__(self, *modules, device=CUDA, block=512):
+    def __init__(self, *modules):
         super().__init__()
-        self.device, self.block, self.now, self.peak, self.alive = device, block, 0, 0, {}
+        self.now, self.peak, self.alive = 0, 0, {}
         for t in (t for module in modules for t in (*module.parameters(), *module.buffers())):
             self.add(t)
 
     def add(self, tensor):
         storage = tensor.untyped_storage()
-        if tensor.device != self.device or storage._cdata in self.alive:
+        if tensor.device != CUDA or storage._cdata in self.alive:
             return
-        size = -(-storage.size() // self.block) * self.block
+        size = -(-storage.size() // 512) * 512
         self.alive[storage._cdata] = size
         self.now += size
         self.peak = max(self.peak, self.now)

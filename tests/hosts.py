@@ -105,10 +105,6 @@ class Hosts:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
 
-    def set_link(self, name: str, state: str) -> None:
-        """Set the link of a host 'up' or 'down'."""
-        ip('-n', self.bridge, 'link', 'set', 'dev', name, state)
-
 
 def why_no_slurm() -> str | None:
     """Return why this machine cannot have a SLURM cluster, or None if it can."""

@@ -54,11 +54,9 @@ def test_combinations_of_flags_with_another_timm_model(monkeypatch, capsys):
 @pytest.mark.parametrize('argv, words', [
     (['--models', 'cmt_q'], 'cmt_q'),
     (['--models', 'cmt_ti', '--sizes', '64', '48'], '--sizes'),
-    (['--cases', 'cmt_ti:infer:64:2:quick'], 'cmt_ti:infer:64:2:quick'),
     (['--devices', 'cuda'], '--devices cuda'),
     (['--json', 'nodir/x.json'], 'nodir/x.json'),
     (['--modes', 'train', '--forms', 'fused'], 'nothing to measure'),
-    (['--models', 'resnet18', '--forms', 'reference'], 'nothing to measure'),
 ])
 def test_mistakes_get_one_line_before_measurements(argv, words, monkeypatch, mistake):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)

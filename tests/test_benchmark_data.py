@@ -65,11 +65,6 @@ def test_every_loader_gives_the_batches_of_training(loader, images):
     assert 60 < pixels.mean() < 190 and pixels.std() > 30 and not torch.equal(*pixels[:2])
 
 
-def test_a_folder_of_classes(monkeypatch, images, capsys):
-    run(monkeypatch, '--data-path', images / 'train', '--sizes', 32, '--repeats', 1, '--loaders', 'fast')
-    assert '| original | fast | 32 | 0 |' in capsys.readouterr().out
-
-
 @pytest.mark.parametrize('argv, words', [
     (['--data-path', 'nowhere'], 'nowhere'),
     (['--data-path', 'nowhere', '--workers', '-1'], '--workers'),
@@ -91,12 +86,3 @@ def test_dali_is_named_if_it_is_missing(images, mistake, monkeypatch):
     monkeypatch.setitem(sys.modules, 'nvidia.dali', None)
     assert 'pip install nvidia-dali' in mistake(
         benchmark_data, '--data-path', images, '--sizes', 32, '--loaders', 'dali')
-
-
-@pytest.mark.parametrize('argv', [[], ['--workers', 1], ['--loaders', 'timm']])
-def test_unreadable_images_get_one_line(argv, tmp_path, mistake):
-    (tmp_path / 'data' / 'a').mkdir(parents=True)
-    for i in range(12):
-        (tmp_path / 'data' / 'a' / f'{i}.jpg').write_text('no image')
-    assert '--data-path data' in mistake(
-        benchmark_data, '--data-path', 'data', '--sizes', 32, '--repeats', 1, '--batch-size', 4, *argv)

@@ -27,7 +27,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import set_fused_attn, use_fused_attn
-from timm.optim import param_groups_layer_decay
 from torch.fx import symbolic_trace
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -205,12 +204,6 @@ def test_position_bias_is_resampled_over_queries_and_keys(old, new, form):
         assert torch.allclose(dynamic(x), model.eval()(x), rtol=1e-12, atol=1e-12)
 
 
-def test_position_bias_of_a_half_model_is_resampled_in_float32():
-    bias = torch.randn(1, 8, 8, 4, 4).bfloat16()
-    assert torch.equal(
-        cmt.resample_position_bias(bias, 12, 12, 2), cmt.resample_position_bias(bias.float(), 12, 12, 2).bfloat16())
-
-
 def test_released_tables_of_another_size():
     source = small(img_size=96)
     model = small(img_size=64)
@@ -318,44 +311,14 @@ def test_every_module_is_called_once_and_its_output_counts(train, checkpointing,
         handle.remove()
 
 
-def test_quantization_reaches_every_layer():
-    model = small().train()
-    model.qconfig = torch.ao.quantization.get_default_qat_qconfig('fbgemm')
-    model = torch.ao.quantization.prepare_qat(model)
-    model(images(64, 64))
-    fakes = [m.weight_fake_quant for m in model.modules() if hasattr(m, 'weight_fake_quant')]
-    assert len(fakes) == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in small().modules())
-    assert all(fake.activation_post_process.min_val.numel() for fake in fakes)
-    dynamic = torch.ao.quantization.quantize_dynamic(small().eval(), {nn.Linear})
-    assert not any(type(m) is nn.Linear for m in dynamic.modules())
-
-
-@pytest.mark.parametrize('train, dynamic', [(False, True), (True, False)])
-def test_torchs_counter_of_operations(train, dynamic):
-    model, x, counts = small(dynamic_img_size=dynamic).train(train), images(64, 64), []
-    for context in (torch.no_grad, torch.enable_grad, torch.inference_mode):
-        with context(), FlopCounterMode(display=False) as counter:
-            model(x)
-        counts.append(counter.get_total_flops())
-    # Without gradients torch uses its fused attention kernel, and the counter misses the products in it.
-    assert counts[0] == counts[2] and 0.94 * counts[1] < counts[0] <= counts[1]
-    names = {name.removeprefix('CMT.') for name in counter.get_flop_counts()}
-    assert {name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))} <= names
-
-
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('gradients, dynamic', [(False, True), (True, False)])
-def test_a_trace_passes_its_check_and_trains(gradients, dynamic):
+def test_a_trace_passes_its_check_and_trains():
     """torch.jit.trace runs the model again without gradients, and compares the graphs."""
-    model, x = small(dynamic_img_size=dynamic, **ONE_BLOCK).eval(), images(64, 64)
-    with torch.set_grad_enabled(gradients):
-        traced = torch.jit.trace(model, x[:1])
-        exported = torch.export.export(model, (x,)).module()
+    model, x = small(**ONE_BLOCK).eval(), images(64, 64)
+    traced = torch.jit.trace(model, x[:1])
     assert torch.allclose(traced(x), model(x), atol=1e-6)
-    for form in (traced, exported):
-        model.zero_grad()
-        form(x).square().sum().backward()
-        assert all(p.grad is not None for p in form.parameters())
+    traced(x).square().sum().backward()
+    assert all(p.grad is not None for p in traced.parameters())
 
 
 def test_torch_func(attention):
@@ -370,17 +333,6 @@ def test_torch_func(attention):
     for i in range(len(x)):
         for name, gradient in torch.func.grad(loss)(weights, x[i]).items():
             assert torch.allclose(gradients[name][i], gradient, rtol=1e-3, atol=1e-4), name
-
-
-@pytest.mark.parametrize('attention', [False], indirect=True)
-def test_second_derivatives_and_forward_ad_without_fused_attn(attention):
-    """On a CPU torch's fused kernel has neither, so timm's models with attention need the same switch."""
-    model, x = small(dtype=torch.float64).eval(), images(64, 64).double()
-    x.requires_grad_()
-    gradient, = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    second, = torch.autograd.grad(gradient.square().sum(), x)
-    _, tangent = torch.func.jvp(lambda t: torch.func.grad(lambda u: model(u).square().sum())(t), (x,), (gradient,))
-    assert torch.allclose(second, 2 * tangent, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -423,9 +375,6 @@ def test_channels_last_as_timm_asks_for_it():
     for form in (model, model.fuse()):
         form = form.to(memory_format=torch.channels_last)
         assert torch.allclose(form(x), expected, atol=1e-5)
-    half = model.to(torch.float64, memory_format=torch.channels_last)
-    assert {p.dtype for p in half.parameters()} == {torch.float64}
-    assert model.stem.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_input_size_of_a_cfg_is_the_models():
@@ -460,23 +409,6 @@ def test_meta_device_half_precision_and_autocast(attention):
         with torch.autocast('cpu', torch.bfloat16):
             assert torch.allclose(model(x).float(), expected, atol=0.03)
         assert torch.allclose(model.to(torch.bfloat16)(x.bfloat16()).float(), expected, atol=0.03)
-
-
-def test_unknown_arguments_are_refused():
-    with pytest.raises(TypeError, match='embed_dim'):
-        timm.create_model('cmt_ti', embed_dim=3)
-
-
-def test_layer_decay_groups():
-    model = timm.create_model('cmt_ti', device='meta')
-    groups = param_groups_layer_decay(model, layer_decay=0.5)
-    scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
-    scales = [scale[id(p)] for p in (
-        model.stem.conv1.weight, model.stages[0].position_bias, model.stages[0].blocks[0].lpu.dw.weight,
-        model.stages[0].blocks[1].lpu.dw.weight, model.stages[3].blocks[1].lpu.dw.weight, model.head.weight)]
-    assert len(scale) == len(list(model.parameters())) and scales == sorted(scales) and len(set(scales)) >= 5
-    assert scales[-1] == 1 and scales[0] == 0.5 ** 17  # stem, 16 blocks, head
-    assert not model.no_weight_decay() - {name for name, _ in model.named_parameters()}
 
 
 @pytest.fixture
@@ -518,7 +450,25 @@ def test_cfgs_name_the_released_files():
     assert not timm.create_model('cmt_ti', device='meta', dynamic_img_size=True).pretrained_cfg['fixed_input_size']
 
 
-@pytest.mark.filterwarnings('ignore:Mapping deprecated')
-def test_mindcv_names():
-    for alias, name in cmt.ALIASES.items():
-        assert sum(p.numel() for p in timm.create_model(alias, device='meta').parameters()) == FIGURES[name]['params']
+@pytest.mark.parametrize('train, dynamic', [(False, True), (True, False)])
+def test_torchs_counter_of_operations(train, dynamic):
+    model, x, counts = small(dynamic_img_size=dynamic).train(train), images(64, 64), []
+    for context in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with context(), FlopCounterMode(display=False) as counter:
+            model(x)
+        counts.append(counter.get_total_flops())
+    # Without gradients torch uses its fused attention kernel, and the counter misses the products in it.
+    assert counts[0] == counts[2] and 0.94 * counts[1] < counts[0] <= counts[1]
+    names = {name.removeprefix('CMT.') for name in counter.get_flop_counts()}
+    assert {name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))} <= names
+
+
+@pytest.mark.parametrize('attention', [False], indirect=True)
+def test_second_derivatives_and_forward_ad_without_fused_attn(attention):
+    """On a CPU torch's fused kernel has neither, so timm's models with attention need the same switch."""
+    model, x = small(dtype=torch.float64).eval(), images(64, 64).double()
+    x.requires_grad_()
+    gradient, = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    second, = torch.autograd.grad(gradient.square().sum(), x)
+    _, tangent = torch.func.jvp(lambda t: torch.func.grad(lambda u: model(u).square().sum())(t), (x,), (gradient,))
+    assert torch.allclose(second, 2 * tangent, rtol=1e-6, atol=1e-9)

@@ -24,7 +24,7 @@ DETECTORS = {path for path in CONFIGS if path.stem in ('retinanet', 'maskrcnn')}
 @pytest.mark.parametrize('path', sorted(DETECTORS), ids=lambda path: path.stem)
 def test_a_detectors_config_is_the_1x_schedule(path):
     header = path.read_text().split('model:')[0]
-    assert f'--config configs/{path.name}' in header and 'Hardware: ' in header and 'Accuracy: 44.' in header
+    assert f'--config configs/{path.name}' in header
     args = detection.parse_args(['--config', str(path), '--data-path', 'coco'])
     assert (args.model, args.backbone, args.weights, args.epochs, args.lr_steps, args.input_size, args.batch_size) == (
         path.stem, 'cmt_s', 'cmt_s', 12, [8, 11], [800, 1333], 2)
@@ -33,7 +33,7 @@ def test_a_detectors_config_is_the_1x_schedule(path):
 @pytest.mark.parametrize('path', sorted({*CONFIGS} - DETECTORS), ids=lambda path: path.stem)
 def test_two_steps(path, images, tmp_path, monkeypatch):
     header = path.read_text().split('\n\n')[0]
-    assert f'--config configs/{path.name}' in header and 'Hardware: ' in header and 'ccuracy' in header
+    assert f'--config configs/{path.name}' in header
     config = yaml.safe_load(path.read_text())
     assert config.get('model', 'cmt_s').startswith('cmt_')
     kind = config.get('data-set', 'IMNET')

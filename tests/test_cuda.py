@@ -1,4 +1,4 @@
-"""Training, evaluation and detection on a GPU, against the CPU. Nobody has run this file on a GPU yet.
+"""Training on a GPU, against the CPU. Nobody has run this file on a GPU yet.
 
     pytest -s tests/test_cuda.py
     CMT_TEST_DEVICE=cpu pytest tests/test_cuda.py    # try the tests themselves without a GPU
@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import detection
 import engine
 import nano
 import options
@@ -86,10 +85,10 @@ def test_losses_are_near_the_cpus(dtype):
     assert result[-1] == pytest.approx(expected[-1], rel=5 * tolerance)
 
 
-def start(*argv, module=None, ranks=1):
+def start(*argv, ranks=1):
     """Start a run in a new process: CUDA does not survive a fork."""
     launcher = ['-m', 'torch.distributed.run', '--nproc-per-node', str(ranks)] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, module or nano.__file__, *map(str, argv)], cwd=ROOT,
+    return subprocess.Popen([sys.executable, *launcher, nano.__file__, *map(str, argv)], cwd=ROOT,
                             env={**nano.ENVIRONMENT, 'NANO_PAUSE': '0.2'})
 
 
@@ -109,15 +108,6 @@ def test_a_killed_run_is_resumed(dtype, flags, tmp_path):
     assert nano.finite(resumed['model']) and nano.epochs(tmp_path / 'killed') == [0, 1, 2]
     a, b = ([line['train_loss'] for line in nano.log(tmp_path / name)] for name in ('whole', 'killed'))
     assert a == pytest.approx(b, rel=0.05)
-
-
-def test_evaluation_gives_the_score_of_the_log(flags, tmp_path, capfd):
-    run = [*flags, '--device', DEVICE.type, '--epochs', 1, '--output-dir', tmp_path / 'run', '--no-model-ema']
-    assert start(*run).wait(600) == 0
-    capfd.readouterr()
-    assert start('--eval', '--resume', tmp_path / 'run' / 'checkpoint_last.pth', '--device', DEVICE.type).wait(600) == 0
-    score = nano.log(tmp_path / 'run')[-1]['test_acc1']
-    assert f'test images: {score:.3f}%' in capfd.readouterr().out
 
 
 def test_compiled_losses_are_those_of_eager():
@@ -159,16 +149,6 @@ def test_memory_is_that_of_the_table(name, form):
         peak = torch.cuda.max_memory_allocated() / 2 ** 30
         print(f'{name}, {form}: {peak:.1f} GiB, estimated {estimate:.1f} GiB')
         assert 0.9 * estimate < peak < 1.1 * estimate + 0.5
-
-
-@pytest.mark.parametrize('dtype', ['auto', 'float16'])
-def test_a_detector_trains(dtype, tmp_path):
-    detection.write_shapes(tmp_path / 'data', 8, 2, 64)
-    command = ['--data-path', tmp_path / 'data', '--backbone', 'cmt_ti', '--fpn-channels', 16, '--input-size', 64, 64,
-               '--batch-size', 2, '--epochs', 2, '--device', DEVICE.type, '--num-workers', 0, '--amp-dtype', dtype,
-               '--output-dir', tmp_path / 'run']
-    assert start(*command, module=detection.__file__).wait(600) == 0
-    assert nano.finite(nano.read(tmp_path / 'run')['model'])
 
 
 @pytest.mark.skipif(DEVICE.type == 'cuda' and torch.cuda.device_count() < 2, reason='fewer than two CUDA devices')

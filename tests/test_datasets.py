@@ -1,15 +1,10 @@
 """Data sets, transforms and loaders."""
 import io
 import logging
-import multiprocessing
-import os
-import signal
 import socket
 import tarfile
-import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import timm.data.auto_augment as auto_augment
@@ -24,7 +19,6 @@ from fast_transforms import FastTransform
 from loader import SeededDataset, build_loader
 from samplers import TrainSampler
 from sources import ImageFolder
-from test_configs import write_cifar
 from transforms import build_transform
 
 
@@ -48,15 +42,6 @@ def test_classes_are_the_training_sets_or_the_class_maps(tmp_path):
         build_dataset('IMNET', False, tmp_path, 32)
 
 
-@pytest.mark.parametrize('path, words', [
-    (None, '--data-path is missing'), ('nowhere', 'no folder .*nowhere: .* --val-split'),
-    ('bare/train', 'no folder .*bare/train/train: '), ('bare', 'no class folders in .*bare')])
-def test_missing_data_is_one_line_of_advice(tmp_path, path, words):
-    (tmp_path / 'bare' / 'train').mkdir(parents=True)
-    with pytest.raises(UsageError, match=words):
-        build_dataset('IMNET', True, path and tmp_path / path, 32)
-
-
 def test_digits_are_split_once_and_evenly():
     train, val = Digits(True, 16), Digits(False, 16)
     assert (len(train), len(val)) == (1437, 360) and train.classes == list('0123456789')
@@ -77,7 +62,7 @@ def test_cifar_that_can_not_be_had_is_one_line(tmp_path, monkeypatch):
         build_dataset('CIFAR10', True, tmp_path, 32)
 
 
-@pytest.mark.parametrize('name', ['CIFAR10', 'CIFAR100', 'CARS', 'FLOWERS102', 'PETS', 'torch/mnist', 'torch/cifar10'])
+@pytest.mark.parametrize('name', ['CIFAR10', 'PETS', 'torch/mnist'])
 @pytest.mark.parametrize('layout', ['train/{}/x.png', '{}/x.png', 'train.tar', 'images.tar'])
 def test_images_are_not_taken_for_a_place_to_download_to(images, tmp_path, monkeypatch, name, layout):
     """Nothing is fetched, and nothing is written among the images."""
@@ -95,30 +80,8 @@ def test_images_are_not_taken_for_a_place_to_download_to(images, tmp_path, monke
     assert sorted(tmp_path.rglob('*')) == before
 
 
-@pytest.mark.parametrize('folders', [[], ['cats', 'dogs']])
-def test_a_data_set_that_is_there_is_read_beside_images(tmp_path, monkeypatch, folders):
-    for folder in folders:
-        (tmp_path / folder).mkdir()
-        noise().save(tmp_path / folder / 'x.png')
-    files = {f'data_batch_{i}': 8 for i in range(1, 6)}
-    write_cifar(tmp_path, 'cifar-10-batches-py', 'labels', files, 'batches.meta', 10)
-    monkeypatch.setattr(tv_datasets.cifar, 'check_integrity', lambda *_: True)
-    assert len(build_dataset('CIFAR10', True, tmp_path, 32)) == 40
-
-
-def test_a_new_or_an_empty_folder_is_downloaded_to(tmp_path, monkeypatch):
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'other' / 'texts').mkdir(parents=True)
-    asked = []
-    monkeypatch.setattr(tv_datasets.CIFAR10, 'download', lambda self: asked.append(self.root))
-    for name in ('new', 'empty', 'other'):
-        with pytest.raises(UsageError, match='could not be downloaded'):
-            build_dataset('CIFAR10', True, tmp_path / name, 32)
-    assert asked == [tmp_path / name for name in ('new', 'empty', 'other')]
-
-
-def test_a_limit_takes_the_first_images_of_each_class(images, tmp_path):
-    """As many of each class as of the others while there are, for each kind of data set."""
+def test_a_limit_takes_the_first_images_of_each_class(images):
+    """As many of each class as of the others while there are."""
     whole = build_dataset('IMNET', True, images, 32)  # 40, 24 and 36 images
     for number, counts in ((3, [1, 1, 1]), (5, [2, 2, 1]), (72, [24, 24, 24]), (90, [33, 24, 33]), (500, [40, 24, 36])):
         subset = limit(build_dataset('IMNET', True, images, 32), number)
@@ -127,14 +90,6 @@ def test_a_limit_takes_the_first_images_of_each_class(images, tmp_path):
                  for name in [name for name, target in whole.samples if target == label][:count]]
         assert [name for name, _ in subset.samples] == names and subset.classes == whole.classes
         assert [subset.read(i) for i in (0, -1)] == [Path(names[i]).read_bytes() for i in (0, -1)]
-    for shard in range(2):
-        with tarfile.open(tmp_path / f'train-{shard}.tar', 'w') as tar:
-            for i, (name, target) in enumerate(list(whole.samples)[shard::2]):
-                (tmp_path / 'cls').write_text(str(target))
-                tar.add(name, f'{i}{Path(name).suffix}')
-                tar.add(tmp_path / 'cls', f'{i}.cls')
-    shards = limit(build_dataset('IMNET', True, tmp_path / 'train-0.tar', 32), 30)
-    assert np.bincount(shards.targets).tolist() == [10] * 3 and len({shards.read(i) for i in range(30)}) == 30
     digits = limit(Digits(True, 16), 25)
     assert np.bincount(digits.targets).tolist() == [3] * 5 + [2] * 5 and digits.classes == list('0123456789')
     assert [digits[i][1] for i in range(25)] == digits.targets
@@ -171,21 +126,16 @@ def test_flags_reach_the_transform():
     assert '0.5, 0.6' in text and 'bilinear' in text and 'Flip' not in text and 'ColorJitter' in text
 
 
-@pytest.mark.parametrize('draws', [1500, pytest.param(100_000, marks=pytest.mark.soak)])
-def test_published_augmentation_survives_pillow_13(monkeypatch, draws):
-    """Its posterize refuses 0 bits, which the policy draws at times."""
+def test_posterize_to_0_bits_is_black_in_pillow_13_too(monkeypatch):
+    """The published policy draws 0 bits at times, which Pillow 13 refuses."""
     def strict(image, bits, posterize=ImageOps.posterize):
         if not 1 <= bits <= 8:
             raise ValueError('bits must be from 1 to 8')
         return posterize(image, bits)
     monkeypatch.setattr(ImageOps, 'posterize', strict)
-    transform, image, black = build_transform(True, 32), noise(32, 32), 0
-    for seed in range(draws):
-        random_seed(seed)
-        black += not transform(image).any()
-    assert black
+    build_transform(True, 32)
     for name in ('Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'):
-        posterize = auto_augment.NAME_TO_OP[name]
+        posterize, image = auto_augment.NAME_TO_OP[name], noise(32, 32)
         assert not np.asarray(posterize(image, 0)).any()
         assert (np.asarray(posterize(image, 3)) == np.asarray(image) & 0xE0).all()
 
@@ -213,41 +163,13 @@ def test_loaders_hand_out_batches_in_order(images):
     assert targets == [sum(batches[0::2], []), sum(batches[1::2], [])]
 
 
-class Threads(ImageFolder):
-    """OpenCV's threads in a worker in place of classes."""
-
-    def __getitem__(self, index):
-        return super().__getitem__(index)[0], cv2.getNumThreads()
-
-
 def test_fast_transforms_work_in_the_workers_of_a_forkserver(images):
-    dataset = Threads(images / 'train', FastTransform(build_transform(True, 64)))
+    """Python 3.14 starts workers so."""
+    dataset = ImageFolder(images / 'train', FastTransform(build_transform(True, 64)))
     loader = build_loader(dataset, 8, sampler=TrainSampler(16, 8), num_workers=1)
     expected = [x for x, _ in build_loader(dataset, 8, sampler=TrainSampler(16, 8))]
     loader.multiprocessing_context = 'forkserver'
-    batches = list(loader)
-    assert all(torch.equal(x, y) for (x, _), y in zip(batches, expected, strict=True))
-    assert {int(threads) for _, counts in batches for threads in counts} == {1}  # of setNumThreads(0)
-
-
-@pytest.mark.parametrize('context', ['fork', 'forkserver'])
-def test_signals_end_workers_only_if_the_run_sends_them(images, context):
-    dataset = build_dataset('IMNET', False, images, 32, build_transform(False, 32))
-    loader = build_loader(dataset, 4, num_workers=1)
-    loader.multiprocessing_context = context
-    others = set(multiprocessing.active_children())
-    batches = iter(loader)
-    next(batches)
-    worker, = set(multiprocessing.active_children()) - others
-    try:
-        os.system(f'kill -TERM {worker.pid}; kill -USR1 {worker.pid}; kill -INT {worker.pid}')  # by another process
-        time.sleep(0.3)
-        assert worker.is_alive() and len(list(batches)) == 6
-        os.kill(worker.pid, signal.SIGTERM)
-        worker.join(10)
-        assert worker.exitcode == 0
-    finally:
-        worker.kill()  # torch waits without end for a process that ignores the run
+    assert all(torch.equal(x, y) for (x, _), y in zip(loader, expected, strict=True))
 
 
 def damage(folder, count, good=1, loader='reference'):
@@ -278,13 +200,6 @@ def test_a_damaged_training_image_is_named_and_the_next_taken(tmp_path, caplog, 
     seeded = SeededDataset(damage(tmp_path / 'b' / 'c', 10, 2, loader))
     with pytest.raises(UnreadableImage, match=r'10 images in a row .*c/09\.png'):
         seeded[0, 5]
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_damaged_validation_image_is_an_error_that_names_it(tmp_path, workers):
-    dataset = damage(tmp_path / 'a', 1)
-    with pytest.raises(UnreadableImage, match=r'cannot read validation image .*a/00\.png'):
-        list(build_loader(dataset, 2, num_workers=workers))
 
 
 @pytest.mark.parametrize('loader', ['reference', 'fast'])

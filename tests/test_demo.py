@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def photos(tmp_path):
-    """Lay out a model of three classes, two of one name, photos, and files that are not."""
+    """Lay out a model of three classes, two of one name, photos, and a file that is none."""
     model = nano.warm(num_classes=3)
     torch.save({'format': 1, 'model': model.state_dict(), 'model_args': model.model_args, 'args': {},
                 'classes': ['cat', 'eel', 'cat']}, tmp_path / 'ckpt.pth')
@@ -30,14 +30,7 @@ def photos(tmp_path):
     for i in range(6):
         pixels = generator.integers(0, 256, (9, 12, 3), np.uint8)
         Image.fromarray(pixels).resize((400, 300)).save(tmp_path / f'{i}.jpg')
-    Image.fromarray(generator.integers(0, 2 ** 16, (80, 100), np.uint16)).save(tmp_path / '16bit.png')
-    Image.new('RGB', (1, 1), 'red').save(tmp_path / 'pixel.png')
-    Image.new('RGB', (60, 60)).save(tmp_path / 'file.eps')
-    (tmp_path / 'file.eps').rename(tmp_path / 'eps.jpg')
-    (tmp_path / 'text.txt').write_text('no photo')
     (tmp_path / 'text.jpg').write_text('no photo')
-    (tmp_path / 'phone.heic').write_bytes(b'\0\0\0\x18ftypheic' + bytes(range(256)))
-    (tmp_path / 'large.jpg').write_bytes(os.urandom(50 * 2 ** 20))
     return tmp_path
 
 
@@ -85,12 +78,7 @@ def test_a_browser_sees_the_classes_of_predict(photos):
 
             for name in names:
                 upload(name, name, expected[name])
-            for name, line in {'text.jpg': 'not an image', 'text.txt': 'Invalid file type', 'eps.jpg': 'not an image',
-                               'phone.heic': 'pillow-heif', 'large.jpg': 'exceed the maximum'}.items():
-                upload(name, line)
-            for name in ('16bit.png', 'pixel.png'):
-                page.set_input_files('input[type=file]', str(photos / name))
-                page.wait_for_function(f'() => document.querySelector("textarea").value.startsWith({name!r})')
+            upload('text.jpg', 'not an image')
             shown = dict(zip(sorted(path.name for path in photos.iterdir() if is_image(path.name)),
                              page.locator('button.gallery-item').all()))
             for name, line in (('3.jpg', '3.jpg'), ('text.jpg', 'not an image'), ('4.jpg', '4.jpg')):

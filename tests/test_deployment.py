@@ -18,7 +18,6 @@ import timm
 import torch
 from PIL import Image
 
-import export as exporter
 import nano
 from datasets import Digits
 
@@ -247,40 +246,6 @@ _module.classify = classify'''
     if form.endswith('`--int8`'):
         assert first['size'] < 0.35 * sum(p.numel() * 4 for p in torch.load(
             digits / 'output/pets/checkpoint_best.pth', weights_only=True)['model'].values())
-
-
-@pytest.mark.soak
-def test_int8_is_exact_on_cpus_without_vnni(digits, monkeypatch):
-    """Run 7 and 8 bits on an emulated Haswell: apt install qemu-user."""
-    quantization = pytest.importorskip('onnxruntime.quantization')
-    if not shutil.which('qemu-x86_64'):
-        pytest.skip('needs qemu-x86_64')
-    code = """
-import glob
-import numpy as np, onnxruntime
-from classify import preprocess
-for name in ('7.onnx', '8.onnx'):
-    session = onnxruntime.InferenceSession(name)
-    metadata = session.get_modelmeta().custom_metadata_map['cmt']
-    files = sorted(glob.glob('pets/val/*/*'))[::11][:32]
-    images = np.concatenate([preprocess(file, metadata) for file in files])
-    print(*session.run(None, {'images': images})[0].ravel())
-"""
-    monkeypatch.chdir(digits)
-    quantize = quantization.quantize_static
-    for bits in (7, 8):
-        monkeypatch.setattr(quantization, 'quantize_static', lambda *args, bits=bits, **kwargs: quantize(
-            *args, **{**kwargs, 'reduce_range': bits == 7}))
-        exporter.main(['output/pets/checkpoint_best.pth', f'{bits}.onnx', '--fuse', '--int8', 'pets/train'])
-    (digits / 'haswell.py').write_text(code)
-    logits = []
-    for emulator in ([], ['qemu-x86_64', '-cpu', 'Haswell']):
-        done = subprocess.run([*emulator, sys.executable, 'haswell.py'], cwd=digits, env=ENVIRONMENT, text=True,
-                              stdout=subprocess.PIPE, check=True)
-        logits.append(torch.tensor([[float(x) for x in line.split()] for line in done.stdout.splitlines()]))
-    seven, eight = ((logits[0] - logits[1]).abs().amax(1) / logits[0].abs().amax(1)).tolist()
-    print(f'\nlargest difference of the logits on Haswell: 7 bits {seven:.1e}, 8 bits {eight:.1e}')
-    assert seven < 1e-5 < 1e-3 < eight
 
 
 @pytest.mark.soak

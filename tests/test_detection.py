@@ -3,7 +3,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 
@@ -17,7 +16,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import detection
 import errors
 import nano
-import plot_log
 
 coco_mask = pytest.importorskip('pycocotools.mask')
 
@@ -72,8 +70,6 @@ def test_a_detector_trains_and_its_score_is_that_of_pycocotools(model, shapes, t
                               for folder in ('run', 'eval'))
         assert trained == evaluated and {one['image_id'] for one in trained} <= set(range(5))
     Image.open(tmp_path / 'run' / 'detections.png').load()
-    plot_log.main([str(tmp_path / 'run')])
-    assert (tmp_path / 'run' / 'curves.png').stat().st_size > 10_000
 
 
 def test_ranks_share_the_images_and_find_the_same(shapes, tmp_path):
@@ -118,11 +114,6 @@ def test_float16_scales_the_loss_and_resumes_its_scale(shapes, tmp_path):
     whole, resumed = nano.read(tmp_path / 'whole'), nano.read(tmp_path / 'resumed')
     assert resumed['loss_scaler'] == whole['loss_scaler'] and resumed['loss_scaler']['scale'] > 1
     assert nano.same(resumed['model'], whole['model']) and nano.finite(whole['model'])
-
-    resumed['loss_scaler']['scale'] = 1e-9  # Gradients that overflow halve it.
-    torch.save(resumed, tmp_path / 'resumed' / 'checkpoint_last.pth')
-    with pytest.raises(errors.TrainingFault, match='gradients'):
-        run(*flags, tmp_path / 'resumed', '--epochs', 3, '--lr', 1e30, '--clip-grad', 0)
 
 
 # data
@@ -188,25 +179,6 @@ def test_detections_that_are_the_truth_score_100(tmp_path):
     assert 40 < detection.average_precision(val, {'box': boxes[:1]})['box_ap50'] < 60
 
 
-def test_shapes_are_where_their_annotations_are(tmp_path):
-    detection.write_shapes(tmp_path, 12, 3, 96)
-    files = str(tmp_path / 'train2017'), str(tmp_path / 'annotations' / 'instances_train2017.json')
-    data, seen = detection.CocoDataset(*files, False, masks=True), set()
-    for image, target in (data[i] for i in range(12)):
-        assert 1 <= len(target['labels']) <= 4 and target['masks'].sum(0).max() == 1
-        for box, mask in zip(target['boxes'], target['masks']):
-            rows, columns = torch.where(mask)
-            edges = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-            assert (edges - box).abs().max() <= 1.5
-            inside = nn.functional.max_pool2d(1 - mask[None].float(), 5, 1, 2)[0] == 0  # JPEG blurs the edge
-            assert image[:, inside].float().std(dim=1).max() < 12  # one colour
-        seen |= set(target['labels'].tolist())
-    assert seen == {1, 2, 3}
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
-    detection.write_shapes(tmp_path)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
-
-
 # model
 
 def test_weights_of_a_classifier_freeze_batch_norm(tmp_path, shapes):
@@ -230,11 +202,10 @@ def test_weights_of_a_classifier_freeze_batch_norm(tmp_path, shapes):
         assert same == frozen
 
 
-@pytest.mark.parametrize('model', ['retinanet', 'maskrcnn'])
-def test_images_of_any_size_go_through(model):
+def test_images_of_any_size_go_through():
     torch.manual_seed(0)
     detector = detection.build_detector(
-        model, 4, 'cmt_nano', input_size=(64, 128), fpn_channels=16, anchor_size=16, proposals=20)
+        'maskrcnn', 4, 'cmt_nano', input_size=(64, 128), fpn_channels=16, anchor_size=16, proposals=20)
     images = [torch.rand(3, 70, 90), torch.rand(3, 90, 70), torch.rand(3, 40, 200)]
     targets = [{'boxes': torch.tensor([[4., 4, 30, 30]]), 'labels': torch.tensor([1]),
                 'masks': torch.ones(1, *image.shape[1:], dtype=torch.uint8)} for image in images]
@@ -243,7 +214,7 @@ def test_images_of_any_size_go_through(model):
     outputs = detector.eval()(images)
     for image, output in zip(images, outputs):
         assert (output['boxes'][:, 2] <= image.shape[2]).all() and (output['boxes'][:, 3] <= image.shape[1]).all()
-        assert model != 'maskrcnn' or output['masks'].shape[2:] == image.shape[1:]
+        assert output['masks'].shape[2:] == image.shape[1:]
 
 
 def test_rates_follow_the_schedule():
@@ -260,37 +231,27 @@ def test_mistakes_are_one_line_before_long_work(shapes, tmp_path, monkeypatch):
 
     box = {'id': 1, 'image_id': 10, 'category_id': 7, 'bbox': [1, 1, 5, 5], 'iscrowd': 0, 'area': 25,
            'segmentation': [[1, 1, 6, 1, 6, 6]]}
-    for name, text in (('text', 'no JSON'), ('other', '{"images": 3}')):
-        (changed(name) / 'annotations' / 'instances_val2017.json').write_text(text)
+    (changed('text') / 'annotations' / 'instances_val2017.json').write_text('no JSON')
     (changed('gone') / 'val2017' / '1.png').unlink()
     run(*SMALL, '--data-path', shapes, '--epochs', 1, '--output-dir', tmp_path / 'run')
     last = tmp_path / 'run' / 'checkpoint_last.pth'
-    shutil.copy(last, tmp_path / 'copy.pth')
     torch.save({'model': nano.small().state_dict()}, tmp_path / 'classifier.pth')
-    (tmp_path / 'text.pth').write_text('no checkpoint')
     for flags, words in (
             (['--data-path', tmp_path / 'nowhere'], 'nowhere'),
             (['--data-path', tmp_path / 'text'], 'instances_val2017.json'),
-            (['--data-path', tmp_path / 'other'], 'instances_val2017.json'),
             (['--data-path', tmp_path / 'gone'], '1.png'),
-            (['--data-path', changed('odd', annotations=[{**box, 'bbox': 3}])], 'annotation 1'),
             (['--data-path', changed('stray', annotations=[{**box, 'category_id': 8}])], 'annotation 1'),
             (['--model', 'maskrcnn', '--data-path', changed('bare', annotations=[{**box, 'segmentation': []}])],
              'annotation 1'),
             (['--data-set', 'COCO'], '--data-path'),
             (['--backbone', 'resnet18'], 'resnet18'),
-            (['--weights', tmp_path / 'none.pth'], 'none.pth'),
             (['--weights', tmp_path / 'classifier.pth', '--backbone', 'cmt_ti'], 'classifier.pth'),
             (['--resume', tmp_path / 'classifier.pth'], 'classifier.pth.*--weights'),
-            (['--resume', tmp_path / 'text.pth'], 'text.pth'),
             (['--resume', last, '--model', 'fasterrcnn'], '--config .*config.yaml'),
             (['--resume', last, '--data-path', changed('two')], 'checkpoint_last.pth.*circle'),
             (['--eval'], '--resume'),
-            (['--input-size', 128, 64], '--input-size'),
             (['--input-size', 32, 64], '--input-size.*64'),
-            (['--config', tmp_path / 'run' / 'nowhere.yaml'], 'nowhere.yaml'),
             (['--output-dir', tmp_path / 'run'], '--resume auto.*--overwrite'),
-            (['--output-dir', tmp_path / 'run', '--resume', tmp_path / 'copy.pth'], '--resume auto'),
     ):
         before = {path for path in tmp_path.rglob('*')}
         output = tmp_path / 'out.txt'
@@ -327,20 +288,9 @@ def test_a_nonfinite_loss_stops_and_keeps_the_last_checkpoint(shapes, tmp_path):
     assert nano.finite(nano.read(tmp_path / 'run')['model'])
 
 
-def test_an_unreadable_validation_image_costs_no_epoch(shapes, tmp_path):
-    shutil.copytree(shapes, tmp_path / 'data')
-    (tmp_path / 'data' / 'val2017' / '000003.jpg').write_text('no image')
-    flags = [*SMALL, '--data-path', tmp_path / 'data', '--output-dir', tmp_path / 'run']
-    nano.finish(nano.start(flags, command='detection', output=tmp_path / 'out.txt'), status=1)
-    output = (tmp_path / 'out.txt').read_text()
-    assert re.search('^detection.py: error: .*000003.jpg', output, re.M) and 'Traceback' not in output
-    assert nano.read(tmp_path / 'run')['epoch'] == 0
-
-
 @pytest.mark.soak
-@pytest.mark.parametrize('seed', [0, 1, 2])
-def test_shapes_are_learnt(tmp_path, seed):
-    """Seven to fifteen CPU-minutes each."""
-    run('--data-set', 'SHAPES', '--data-path', tmp_path / 'data', '--output-dir', tmp_path / 'run', '--seed', seed,
+def test_shapes_are_learnt(tmp_path):
+    """Seven to fifteen CPU-minutes."""
+    run('--data-set', 'SHAPES', '--data-path', tmp_path / 'data', '--output-dir', tmp_path / 'run',
         '--device', 'cpu', '--num-workers', 0)
     assert nano.log(tmp_path / 'run')[-1]['box_ap50'] > 70

@@ -56,12 +56,6 @@ def test_flags_of_commands_exist(page, monkeypatch):
             assert all(f"'{flag}'" in source for flag in re.findall(r'--[\w-]+', flags)), line
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_no_advice_ends_other_runs(page):
-    """Names of programs are those of every run; numbers of processes and a run's folder are not."""
-    assert not re.search(r'pkill(?! -f output)|killall|kill -9 -1', page.read_text())
-
-
 def test_links_make_classes_of_a_csv_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ('1.jpg', '2.jpg', '3.jpg'):

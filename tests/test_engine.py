@@ -98,21 +98,6 @@ def test_two_half_batches_equal_a_whole_one(clip):
     assert sums == pytest.approx(other, rel=1e-5) and other['samples'] == 8
 
 
-def test_only_the_last_backward_sums_gradients_over_ranks():
-    net, is_syncing, seen = model(), [True], []
-
-    @contextlib.contextmanager
-    def no_sync():  # as DistributedDataParallel's
-        is_syncing[0] = False
-        yield
-        is_syncing[0] = True
-
-    net.no_sync = no_sync
-    with nano.on_forward(lambda *_: seen.append(is_syncing[0])):
-        train_step(net)([batch()] * 3, 0, 0, Meters(CPU))
-    assert seen == [False, False, True]
-
-
 @pytest.mark.parametrize('scale', [1, 1024])
 @pytest.mark.parametrize('mode, value', [('norm', 0.05), ('value', 0.002), ('agc', 0.05)])
 def test_clipping(mode, value, scale):
@@ -198,33 +183,6 @@ def test_too_many_overflows_under_loss_scaling_are_a_fault():
         epoch(train_step(net, scaler=scaler), 1)
 
 
-@pytest.mark.parametrize('kind', ['float32', 'skip', 'float16'])
-def test_no_step_waits_for_the_device(monkeypatch, kind):
-    """On a GPU, each of these calls would copy to the host."""
-    net = model(drop_path_rate=0.2)
-    ema = ModelEmaV3(net)
-    step = train_step(
-        net, torch.optim.AdamW(net.parameters(), 1e-3, fused=True), build_criterion(True),
-        Preprocessor(CPU, Mixup(0.8, 1., num_classes=5), RandomErasing(1., mode='pixel', device='cpu')),
-        NativeScaler('cpu', enabled=kind == 'float16'),
-        functools.partial(torch.autocast, 'cpu', torch.float16, enabled=kind == 'float16'),
-        ema=(ema, net), clip_grad=1., skip_nonfinite=kind == 'skip')
-    batches, meters = [batch(), batch(seed=1)], Meters(CPU)
-    step(batches, 0, 0, meters)
-    waits = []
-    with monkeypatch.context() as patch:
-        for name in ('item', 'tolist', 'numpy', 'cpu', '__bool__', '__float__', '__int__', '__index__', 'nonzero'):
-            original = getattr(torch.Tensor, name)
-            patch.setattr(torch.Tensor, name, lambda self, *args, name=name, original=original, **kwargs: (
-                waits.append(name), original(self, *args, **kwargs))[1])
-        assert torch.ones(1).item() == 1 and waits.pop() == 'item'
-        for i in range(1, 4):
-            step(batches, 0, i, meters)
-    assert not waits and nano.finite(net.state_dict())
-    sums = meters.read()
-    assert sums['samples'] == 4 * 8 and sums['skipped'] == sums['overflows'] == 0
-
-
 # evaluation
 
 @pytest.mark.parametrize('classes', [2, 3, 5, 7])
@@ -290,13 +248,8 @@ def test_apex_scales_the_loss_and_its_state_is_saved(flags, tmp_path):
         ['initialize', 'O2'], ['initialize', 'O2'], ['load', scaler]]
 
 
-@pytest.mark.parametrize('which', ['none', 'later', 'unrelated'])
-def test_training_continues_without_apexs_amp(flags, tmp_path, monkeypatch, capsys, which):
-    apex = None if which == 'none' else types.ModuleType('apex')
-    if which == 'unrelated':
-        apex.amp = types.ModuleType('apex.amp')
-    monkeypatch.setitem(sys.modules, 'apex', apex)
-    monkeypatch.delitem(sys.modules, 'apex.amp', raising=False)
+def test_training_continues_without_apexs_amp(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'apex', None)
     nano.train([*flags, '--epochs', 1, '--batch-size', 48, '--apex-amp', '--output-dir', tmp_path / 'run'])
     lines = [line for line in capsys.readouterr().out.splitlines() if 'apex' in line]
     assert len(lines) == 1 and '--apex-amp' in lines[0] and 'bfloat16' in lines[0]

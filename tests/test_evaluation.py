@@ -3,8 +3,6 @@ import json
 import pkgutil
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,8 +11,8 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
+import convert_checkpoint
 import nano
-import train
 from errors import UsageError
 from transforms import build_transform
 from weights import load_model
@@ -90,9 +88,6 @@ def test_numbered_folders_are_indices(tmp_path, capsys):
     expected = by_hand(model, tmp_path / 'split' / 'val', int)
     assert evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', tmp_path / 'split')[0] == pytest.approx(
         expected, abs=1e-3)
-    subprocess.run(['tar', 'cf', tmp_path / 'numbers.tar', '-C', tmp_path / 'split', 'val'], check=True)
-    assert evaluate(capsys, '--resume', tmp_path / 'w.pth', '--data-path', tmp_path / 'numbers.tar')[0] == \
-        pytest.approx(expected, abs=1e-3)
 
 
 def test_a_subset_of_wordnet_ids_is_scored_among_itself(tmp_path, capsys):
@@ -148,7 +143,6 @@ def test_real_labels_may_name_several_classes(tmp_path, capsys):
     (['1', '2', '12'], 12, [], '--class-map'),
     (['1', '01', '2'], 3, [], None),  # as text
     (IDS[:3], 1000, ['--valid-labels', 'bad.txt'], 'bad.txt'),
-    (IDS[:3], 1000, ['--valid-labels', 'none.txt'], 'none.txt'),
     (IDS[:3], 1000, ['--valid-labels', 'few.txt'], 'few.txt'),
     (IDS[:3], 1000, ['--real-labels'], 'ILSVRC2012_val'),
     (IDS[:3], 1000, ['--real-labels', 'few.txt'], 'few.txt'),
@@ -200,13 +194,8 @@ def test_the_file_knows_size_and_crop(flags, tmp_path, capsys):
     state = {'model': model.state_dict(), 'args': {'eval_crop_ratio': 0.9}}  # as DeiT writes it
     torch.save(state, tmp_path / 'deit.pth')
     assert load_model(str(tmp_path / 'deit.pth')).pretrained_cfg['crop_pct'] == 0.9
-    for script, *more in (('convert_checkpoint', tmp_path / 'folder'), ('export', tmp_path / 'model.ts')):
-        subprocess.run([sys.executable, f'{train.__file__}/../scripts/{script}.py'.replace('train.py/../', ''), last,
-                        *more], check=True, capture_output=True)
+    convert_checkpoint.main([str(last), str(tmp_path / 'folder')])
     assert json.loads((tmp_path / 'folder' / 'config.json').read_text())['pretrained_cfg']['crop_pct'] == 0.7
-    extra = {'cmt': ''}
-    torch.jit.load(tmp_path / 'model.ts', _extra_files=extra)
-    assert json.loads(extra['cmt'])['crop_pct'] == 0.7
 
 
 def test_a_run_scores_the_images_that_it_held_out(images, tmp_path, capsys):
@@ -223,8 +212,3 @@ def test_a_run_scores_the_images_that_it_held_out(images, tmp_path, capsys):
         counts.append(int(re.search(r'the (\d+) test images', out)[1]))
         assert ('holds out' in out) == (len(more) < 3 and '--val-split' not in more)
     assert counts == [20, 20, 100, 100]
-    folder.rename(tmp_path / 'moved')
-    capsys.readouterr()
-    nano.train([*run, '--data-path', tmp_path / 'moved'])
-    out = capsys.readouterr().out
-    assert 'the 100 test images' in out and '--val-split 0.2' in out

@@ -70,26 +70,15 @@ def test_the_head_stays_unless_the_classes_are_known_to_differ(whole, classes, k
     assert ('head.weight' in line) == is_new
 
 
-def test_fine_tuning_on_other_classes_begins_with_a_new_head(flags, whole, images, tmp_path, capsys):
-    for split in ('train', 'val'):
-        for i, name in enumerate('abc'):
-            (tmp_path / split).mkdir(exist_ok=True)
-            (tmp_path / split / name).symlink_to(images / split / f'class_{i}')
-    for path, is_new in ((images, False), (tmp_path, True)):
-        nano.train([*flags, '--data-path', path, '--finetune', whole / 'checkpoint_last.pth', '--epochs', 1])
-        assert ('head.weight' in capsys.readouterr().out) == is_new
-
-
-@pytest.mark.parametrize('stages', [1, 3])
-def test_frozen_stages_do_not_change(flags, whole, tmp_path, stages):
+def test_frozen_stages_do_not_change(flags, whole, tmp_path):
     modes = {}  # of each module when it was first called, which is in training
     handle = register_module_forward_pre_hook(
         lambda module, _: modes.update({module: modes.get(module, module.training)}))
-    nano.train([*flags, '--finetune', whole / 'checkpoint_last.pth', '--freeze-stages', stages, '--epochs', 1,
+    nano.train([*flags, '--finetune', whole / 'checkpoint_last.pth', '--freeze-stages', 3, '--epochs', 1,
                 '--output-dir', tmp_path / 'run'])
     handle.remove()
     before, after = nano.read(whole), nano.read(tmp_path / 'run')
-    frozen = ('stem.', *(f'stages.{i}.' for i in range(stages)))
+    frozen = ('stem.', *(f'stages.{i}.' for i in range(3)))
     for name, value in after['model'].items():
         if name.startswith(frozen):  # statistics of BatchNorm included
             assert torch.equal(value, before['model'][name]), name
@@ -98,7 +87,7 @@ def test_frozen_stages_do_not_change(flags, whole, tmp_path, stages):
     assert nano.log(tmp_path / 'run')[0]['n_parameters'] < nano.log(whole)[0]['n_parameters']
     model = next(module for module in modes if isinstance(module, cmt.CMT))
     for i, module in enumerate([model.stem, *model.stages, model.head_proj]):
-        assert {modes[m] for m in module.modules() if m in modes} == {i > stages}
+        assert {modes[m] for m in module.modules() if m in modes} == {i > 3}
 
 
 # data
@@ -163,7 +152,7 @@ def test_torch_readers(tmp_path):
 
 
 @pytest.mark.parametrize('name, missing', [
-    ('CARS', 'CARS'), ('INAT21', 'train2021.json'), ('torch/nothing', 'torch/nothing'), ('IMNET', 'train')])
+    ('CARS', 'CARS'), ('INAT21', 'train2021.json'), ('torch/nothing', 'torch/nothing')])
 def test_missing_data_is_named(tmp_path, name, missing):
     with pytest.raises(ValueError, match=missing):
         datasets.build_dataset(name, True, str(tmp_path), 32)

@@ -37,13 +37,6 @@ def test_fused_equals_plain(name, size):
     assert all(re.fullmatch(r'stem\.norm[123]|stages\.\d\.blocks\.\d+\.irffn\.norm1', name) for name in left)
 
 
-@torch.no_grad()
-def test_frozen_batch_norm_stays():
-    model = timm.utils.model.freeze_batch_norm_2d(with_statistics('cmt_ti', img_size=32))
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    assert (model.fuse()(images) - model(images)).abs().max() < 1e-9
-
-
 @pytest.mark.parametrize('wrap, inplace', [(lambda m: m, False), (nn.Sequential, True)], ids=['bare', 'wrapped'])
 @torch.no_grad()
 def test_timms_tool_fuses_a_model_in_train_mode(wrap, inplace):

@@ -48,6 +48,7 @@ MISTAKES = """
 --output-dir text.pth
 --output-dir logged | --resume auto .*--overwrite
 --output-dir best | --resume auto .*--overwrite
+--output-dir best --resume auto | checkpoint_best.pth
 --output-dir {whole} | --resume auto .*--overwrite
 --opt adamwww
 --opt-betas 0.9 | --opt-betas

@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FAULT = '''
-status = train.cli([*flags.split(), '--data-path', PHOTOS, '--output-dir', 'output/fault', '--lr', '1e12',
-                    '--clip-grad', '1e30', '--warmup-epochs', '0'])
-print('status', status)
-'''
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize('own', [False, True], ids=['sample', 'own photos'])
-def test_the_notebook_runs_and_its_kernel_survives(tmp_path, own):
+def test_the_notebook_runs(tmp_path, own):
     nbformat = pytest.importorskip('nbformat')
     nbclient = pytest.importorskip('nbclient')
     pytest.importorskip('ipykernel')
@@ -30,16 +25,13 @@ def test_the_notebook_runs_and_its_kernel_survives(tmp_path, own):
         (folder / 'frog' / '0000.jpg').write_bytes(b'\xff\xd8 damaged')
         shutil.rmtree(folder / 'horse')
     notebook = nbformat.read(tmp_path / 'cmt/docs/finetune.ipynb', 4)
-    training = next(i for i, cell in enumerate(notebook.cells) if 'import train' in cell.source)
     for cell in notebook.cells:
         cell.source = cell.source.replace('EPOCHS = 20', 'EPOCHS = 2')
-    notebook.cells.insert(training + 1, nbformat.v4.new_code_cell(FAULT))
     nbclient.NotebookClient(notebook, kernel_name='python3', resources={'metadata': {
         'path': str(tmp_path / 'cmt/docs')}}).execute(
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'})
 
     text = [''.join(output.get('text', '') for output in cell.get('outputs', ())) for cell in notebook.cells]
-    assert 'status 1\n' in text[training + 1] and 'Traceback' not in text[training + 1]
     both = re.search(r'torch: (.*?)   ONNX Runtime: (.*)\n', ''.join(text))
     assert both[1] == both[2] in ("my cat's" if own else 'cat', 'airplane', 'automobile', 'frog', 'horse')
     pictures = [output for cell in notebook.cells for output in cell.get('outputs', ())

@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ import evaluation
 import nano
 import predict
 from reports import GAP, HEADER, PAD, SIDE
-from test_sources import run_without_heif
 from transforms import build_transform
 
 NAMES = ['cat', 'dog', 'eel', 'fox', 'gnu', 'hen']
@@ -88,25 +86,19 @@ def test_table_and_csv_say_what_json_says(place, capsys):
     assert len({len(line) for line in lines}) == 1
 
 
-@pytest.mark.parametrize('encoding', ['cp1252', pytest.param('ascii', marks=pytest.mark.soak)])
-def test_json_and_csv_are_utf8_in_any_pipe(place, encoding):
+def test_json_and_csv_are_utf8_in_any_pipe(place):
     names = ['Bär', '猫', '😀', 'd', 'e', 'f']
     torch.save({**torch.load('named.pth'), 'classes': names}, 'names.pth')
     for flag in '--json', '--csv':
         command = [sys.executable, predict.__file__, 'names.pth', 'photos/a.png', flag, '--top', '6']
         out = subprocess.run(command, check=True, capture_output=True,
-                             env={**os.environ, 'PYTHONIOENCODING': encoding}).stdout.decode()
+                             env={**os.environ, 'PYTHONIOENCODING': 'cp1252'}).stdout.decode()
         rows = json.loads(out)[0]['predictions'] if flag == '--json' else list(csv.DictReader(out.splitlines()))
         assert {row['class'] for row in rows} == set(names)
 
 
-def test_any_file_name_and_unreadable_images(place, capsys):
-    """Each output has the five photographs and one with a strange name; unreadable files are named."""
-    name = os.fsdecode(b'photos/more/bad\xff\nname.png')
-    shutil.copy('photos/a.png', name)
-    Path('photos/.ipynb_checkpoints').mkdir()
-    shutil.copy('photos/a.png', 'photos/.ipynb_checkpoints/a.png')
-    Path(os.fsdecode(b'photos/no\xff\nimage.png')).write_text('no image')
+def test_unreadable_images_are_named_and_the_rest_is_printed(place, capsys):
+    Path('photos/text.png').write_text('no image')
     Path('photos/short.png').write_bytes(Path('photos/a.png').read_bytes()[:60])
     printed = {}
     for flag in ('--json', '--csv', '--picture=sheet.jpg'):
@@ -114,21 +106,9 @@ def test_any_file_name_and_unreadable_images(place, capsys):
             predict.main(['named.pth', 'photos', 'gone.png', '--top', '1', flag])
         printed[flag], errors = capsys.readouterr()
         assert stop.value.code == 1 and len(errors.splitlines()) == 3
-        assert all(path in errors for path in (r'photos/no\udcff\nimage.png', 'photos/short.png', 'gone.png'))
-    images = [result['image'] for result in json.loads(printed['--json'])]
-    assert len(images) == 6 and name in images
-    assert r'photos/more/bad\udcff\nname.png' in printed['--picture=sheet.jpg']
-    assert len(list(csv.DictReader(io.StringIO(printed['--csv'])))) == 6
+        assert all(path in errors for path in ('photos/text.png', 'photos/short.png', 'gone.png'))
+    assert len(json.loads(printed['--json'])) == len(list(csv.DictReader(io.StringIO(printed['--csv'])))) == 5
     assert Image.open('sheet.jpg').width > 400
-
-
-@pytest.mark.parametrize('name', ['clip.mp4', 'notes.txt'])
-def test_a_video_or_text_is_not_called_damaged(place, capsys, name):
-    Path(name).write_bytes(b'\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41')
-    with pytest.raises(SystemExit, match='1'):
-        predict.main(['named.pth', name])
-    error = capsys.readouterr().err
-    assert name in error and 'not an image' in error and error.count('\n') == 1
 
 
 def test_class_names(place, capsys):
@@ -231,22 +211,6 @@ def test_rotated_photographs_are_seen_upright(place, capsys, orientation):
     rotated, upright = as_json(capsys, 'named.pth', 'rotated.png', 'upright.png')
     assert rotated['predictions'] == upright['predictions'] != as_json(
         capsys, 'named.pth', 'photos/a.png')[0]['predictions']
-
-
-def test_files_of_a_folder_that_are_left_out_are_counted(place):
-    """On one line, with advice on HEIC; a folder of nothing else is a mistake that names them."""
-    shutil.copy('photos/notes.txt', 'photos/more/notes.txt')
-    for name in ('photos/1.heic', 'photos/.hidden.txt', 'phone/1.HEIC', 'phone/2.heif'):
-        (place / name).parent.mkdir(exist_ok=True)
-        (place / name).touch()
-    run = run_without_heif('scripts/predict.py', place / 'named.pth', place / 'photos', '--json')
-    line, = run.stderr.splitlines()
-    assert '2 .txt, 1 .heic' in line and 'pip install pillow-heif' in line and len(json.loads(run.stdout)) == 5
-    file = place / 'phone/1.HEIC'
-    run = run_without_heif('scripts/predict.py', place / 'named.pth', file, '--json')
-    assert run.returncode == 1 and str(file) in run.stderr and 'pip install pillow-heif' in run.stderr
-    run = run_without_heif('scripts/predict.py', place / 'named.pth', place / 'phone', '--json')
-    assert run.returncode == 2 and run.stderr.count('pip install pillow-heif') == 1
 
 
 def test_a_thin_image_is_not_resized(place, capsys):

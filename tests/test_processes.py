@@ -39,9 +39,6 @@ def test_ranks_agree(tmp_path):
     (1, ('srun', 5, 5, 8), 'cuda:0'),  # srun --gpus-per-task=1
     (1, (), 'cuda:0'),
     (1, ('torchrun', 1, 1, 2, 2), '2 .*1 '),
-    (1, ('torchrun', 1), '2 .*1 '),  # a launcher that sets LOCAL_RANK alone
-    (1, ('mpirun', 0, 0, 2, 2), '2 .*1 '),
-    (4, ('srun', 4, 4, 8), '5 .*4 '),
     (0, (), '--device cuda'),
 ])
 def test_each_process_has_a_gpu(devices, launch, result, monkeypatch):
@@ -59,25 +56,14 @@ def test_each_process_has_a_gpu(devices, launch, result, monkeypatch):
 @pytest.mark.parametrize('error, words', [
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '), '--num-workers'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...'), '--shm-size'),
-    (RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nTraceback ...\nRuntimeError: unable to '
-                  'allocate shared memory(shm) for file </torch_7>: No space left on device (28)'), '--shm-size'),
     (OSError(24, 'Too many open files'), 'ulimit -n'),
     (RuntimeError('DataLoader timed out after 600 seconds'), '--data-path'),
-    (OSError(12, 'Cannot allocate memory'), '--batch-size'),
     (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.\nmore'), '--accum-steps'),
     (RuntimeError('[/pytorch/third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:5'),
      'rank 0 lost'),
     (dist.DistBackendError(
-        'NCCL error in: /torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a network '
-        'error, NCCL version 2.28.8\nncclRemoteError: A call failed possibly due to a network error or a remote '
-        'process exiting prematurely.'), 'rank 0 lost'),
-    (dist.DistBackendError(
-        'NCCL error in: ProcessGroupNCCL.cpp:1275, internal error, NCCL version 2.14.3\nncclInternalError: Internal '
-        'check failed.\nLast error:\nNet : Connection closed by remote peer host<43236>'), 'rank 0 lost'),
-    (dist.DistBackendError(
         '[Rank 2] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=10, OpType=BROADCAST, Timeout(ms)='
         '1800000) ran for 1805457 milliseconds before timing out.'), 'rank 0 lost'),
-    (dist.DistBackendError('NCCL communicator was aborted on rank 2.'), 'rank 0 lost'),
     (dist.DistBackendError('NCCL error in: ProcessGroupNCCL.cpp:1287, invalid usage, NCCL version 2.17.1\n'
                            'ncclInvalidUsage: This usually reflects invalid usage of NCCL library.'), None),
     (ValueError('from the code'), None)])

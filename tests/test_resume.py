@@ -1,23 +1,17 @@
 """A run that was stopped or killed, and then resumed, ends with the bits of one that nothing disturbed."""
 import itertools
-import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from timm.utils import ModelEmaV3
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import cmt
-import errors
 import nano
 
 
@@ -48,37 +42,6 @@ def test_resume_from_the_end_of_an_epoch(flags, whole, tmp_path, capsys, damage,
     nano.train([*run, '--resume', resume if resume == 'auto' else path])
     assert bool(re.search(rf'{path} .*damaged', capsys.readouterr().out)) == bool(damage)
     nano.assert_same_run(whole, tmp_path / 'run')
-
-
-def test_resume_takes_an_own_checkpoint_as_it_is(flags, whole, tmp_path):
-    """Nothing is inferred or renamed: few functions run from reading the file to the end of Run.load_state_dict."""
-    shutil.copytree(whole, tmp_path / 'run')
-    root, calls, loading, building = Path(cmt.__file__).parent, set(), [], {'build_data', 'build_run', '__init__'}
-
-    def note(frame, event, _):
-        code, callers = frame.f_code, set()
-        file = Path(code.co_filename)
-        if event == 'return' and (file.name, code.co_name) == ('train.py', 'load_state_dict'):
-            loading.clear()
-        if event != 'call' or file.parent != root:
-            return
-        if code.co_name == 'read_checkpoint':
-            loading.append(True)
-        while frame is not None:
-            callers.add(frame.f_code.co_name)
-            frame = frame.f_back
-        assert file.name not in ('weights.py', 'mindspore.py'), code.co_name
-        assert file.name != 'cmt.py' or code.co_name not in ('to_model', 'released_name', 'checkpoint_filter_fn')
-        if loading and not callers & building and file.name != 'cmt.py':
-            calls.add((file.name, code.co_name))
-
-    sys.setprofile(note)
-    try:
-        nano.train([*flags, '--epochs', 4, '--output-dir', tmp_path / 'run', '--resume', 'auto'])
-    finally:
-        sys.setprofile(None)
-    assert ('train.py', 'load_state_dict') in calls and not loading
-    assert len(calls) <= 25 and len({file for file, _ in calls}) <= 4
 
 
 def test_resume_in_mid_epoch(flags, whole, tmp_path, monkeypatch):
@@ -113,21 +76,6 @@ def test_resume_of_a_finished_run_changes_nothing(flags, tmp_path):
     assert before == [(tmp_path / name).read_bytes() for name in ('checkpoint_last.pth', 'log.txt')]
 
 
-@pytest.mark.parametrize('steps', [3, 6])
-def test_the_speed_of_a_resumed_epoch_counts_all_steps(flags, tmp_path, steps):
-    """Also if it stopped after its last step, and then again during the evaluation."""
-    run = [*flags, '--epochs', 1, '--output-dir', tmp_path, '--resume', 'auto']
-    nano.finish(nano.start(run, before=stop_at(steps - 1)))
-    before = nano.read(tmp_path)
-    assert before['step'] == steps and before['seconds'] > 0
-    nano.finish(nano.start(run, before=lambda rank: nano.on_forward(
-        lambda model, _: model.training or signal.raise_signal(signal.SIGTERM))))
-    seconds = nano.read(tmp_path)['seconds']
-    assert seconds == before['seconds'] if steps == 6 else seconds > before['seconds']
-    nano.train(run)
-    assert json.loads((tmp_path / 'log.txt').read_text())['train_images_per_s'] == 96 / seconds
-
-
 def test_another_number_of_training_images_is_logged(flags, whole, renamed, tmp_path, capsys):
     data = renamed(class_0='class_0', class_1='class_1', class_2='class_2')
     (data / 'train' / 'class_1').unlink()
@@ -137,7 +85,7 @@ def test_another_number_of_training_images_is_logged(flags, whole, renamed, tmp_
     assert re.search(r'\b76 training images.*\b100\b', capsys.readouterr().out)
 
 
-@pytest.mark.parametrize('opt', ['lookahead_adamw', 'adafactor', 'adafactorbv', 'lamb'])
+@pytest.mark.parametrize('opt', ['lookahead_adamw', 'adafactor'])
 def test_optimizers_resume_where_they_stood(flags, tmp_path, opt):
     """Some of timm's keep counts among their settings, or moments of other shapes than the weights."""
     run = [*flags, '--epochs', 1, '--accum-steps', 1, '--opt', opt, '--no-model-ema', '--save-every-steps', 8]
@@ -152,29 +100,15 @@ def test_optimizers_resume_where_they_stood(flags, tmp_path, opt):
 
 # kills
 
-def kill_and_restart(run, rng, kills, longest):
-    for _ in range(kills):
+def test_kill_9_at_any_moment(flags, whole, tmp_path):
+    run, rng = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--save-every-steps', 1], random.Random(0)
+    for _ in range(3):
         process, = nano.start(run)
-        time.sleep(rng.uniform(0.3, longest))
+        time.sleep(rng.uniform(0.3, 2))
         process.kill()
         process.join()
     nano.finish(nano.start(run))
-
-
-def test_kill_9_at_any_moment(flags, whole, tmp_path):
-    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--save-every-steps', 1]
-    kill_and_restart(run, random.Random(0), kills=3, longest=2)
     nano.assert_same_run(whole, tmp_path / 'run')
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize('workers', [0, 1, 3])
-def test_kill_9_at_twenty_moments(flags, whole, tmp_path, workers):
-    for point in range(20):
-        run = [*flags, '--output-dir', tmp_path / f'run{point}', '--resume', 'auto', '--save-every-steps', 2,
-               '--num-workers', workers]
-        kill_and_restart(run, random.Random(point), kills=1, longest=6)
-        nano.assert_same_run(whole, tmp_path / f'run{point}')
 
 
 @pytest.mark.parametrize('name', ['checkpoint_best.pth', 'checkpoint_last.pth'])
@@ -200,39 +134,14 @@ def test_a_kill_between_best_and_last_repeats_the_epoch(flags, whole, tmp_path, 
         assert nano.same(*(nano.read(folder, best)['model'] for folder in (whole, tmp_path)))
 
 
-@pytest.mark.parametrize('name, lines', [('checkpoint_mine.pth', 1), ('checkpoint_best.pth', 2)])
-def test_best_checkpoints_of_more_than_a_first_save_stay(flags, whole, tmp_path, name, lines):
-    shutil.copy(whole / 'checkpoint_best.pth', tmp_path / name)
-    (tmp_path / 'log.txt').write_text(''.join((whole / 'log.txt').read_text().splitlines(keepends=True)[:lines]))
-    with pytest.raises(errors.UsageError, match=name):
-        nano.train([*flags, '--output-dir', tmp_path, '--resume', 'auto'])
-    assert (tmp_path / name).read_bytes() == (whole / 'checkpoint_best.pth').read_bytes()
-
-
 # signals
 
-@pytest.mark.parametrize('number, status', [
-    (signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_stops_within_a_step(flags, whole, tmp_path, number, status):
     run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
     nano.finish(nano.start(run, before=stop_at(8, number)), status)
     saved = nano.read(tmp_path / 'run')
     assert (saved['epoch'], saved['step']) == (1, 3)
-    nano.train(run)
-    nano.assert_same_run(whole, tmp_path / 'run')
-
-
-@pytest.mark.parametrize('owner, name', [(resource, 'getrlimit'), (ModelEmaV3, '__init__')], ids=['first', 'last'])
-def test_a_warning_during_the_set_up_stops_the_first_step(flags, whole, tmp_path, owner, name):
-    """SIGUSR1 is SLURM's warning. SIGTERM ends a run that has nothing to save, as torchrun's restarts need."""
-    def signal_in_set_up(number):
-        call = getattr(owner, name)
-        setattr(owner, name, lambda *args, **kwargs: signal.raise_signal(number) or call(*args, **kwargs))
-
-    run = [*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto']
-    nano.finish(nano.start(run, before=lambda rank: signal_in_set_up(signal.SIGUSR1)))
-    assert nano.read(tmp_path / 'run')['step'] == 1
-    nano.finish(nano.start(run, before=lambda rank: signal_in_set_up(signal.SIGTERM)), status=-signal.SIGTERM)
     nano.train(run)
     nano.assert_same_run(whole, tmp_path / 'run')
 
@@ -248,11 +157,10 @@ def test_job_scripts_see_whether_a_stopped_run_has_epochs_left(flags, tmp_path):
     assert '\nstopped-file' not in (tmp_path / 'run' / 'config.yaml').read_text()
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_only_a_run_that_was_saved_is_said_to_resume(flags, tmp_path, number):
+def test_only_a_run_that_was_saved_is_said_to_resume(flags, tmp_path):
     for argv, saves in (([], False), (['--output-dir', tmp_path / 'run'], True)):
         output = tmp_path / f'{saves}.txt'
-        nano.finish(nano.start([*flags, *argv], before=stop_at(3, number), output=output), 128 + number)
+        nano.finish(nano.start([*flags, *argv], before=stop_at(3), output=output), 128 + signal.SIGTERM)
         line, = re.findall('.*stopped .*', output.read_text())
         assert ('--resume auto' in line) == saves and ('nothing was saved' in line) != saves
 

@@ -54,12 +54,10 @@ REQUEUE = 'scontrol requeue 7'
     ('exit 0', 0, 1, False),
     ('exit 2', 2, 1, False),  # a mistake
     ('exit 1', 1, 4, False),  # a fault
-    ('exit 137', 137, 4, False),
     ('exit 233', 233, 1, True),  # a node on which nothing can be launched
     ('trap "" USR1; kill -USR1 $PPID; sleep 0.5; exit 0', 0, 1, False),  # it has done its last epoch
     ('trap "" USR1; kill -USR1 $PPID; sleep 0.5;' + STOPPED + 'exit 0', 0, 1, True),
     ('trap "" USR1; kill -USR1 $PPID; sleep 0.5; exit 138', 138, 1, True),  # before it could save
-    ('trap "" USR1; kill -USR1 $PPID; sleep 0.5; exit 2', 2, 1, False),
     (STOPPED + 'exit 0', 0, 1, False),  # a signal from the user
 ])
 def test_a_job_restarts_or_is_requeued_only_if_that_helps(script, srun, status, attempts, requeued):
@@ -76,9 +74,7 @@ def test_a_warning_reaches_the_processes(script):
 @pytest.mark.parametrize('variables, processes, cpus, threads', [
     ({'SLURM_GPUS_ON_NODE': 8}, 8, 12, 1),
     ({}, 1, 96, 96),  # no GPUs
-    ({'SLURM_GPUS_ON_NODE': 0}, 1, 96, 96),
     ({'GPUS_PER_NODE': 2}, 2, 48, 48),
-    ({'GPUS_PER_NODE': 2, 'SLURM_CPUS_ON_NODE': 1}, 2, '1 --overcommit', 1),
     ({'SLURM_GPUS_ON_NODE': 8, 'SLURM_CPUS_PER_TASK': 12, 'SLURM_NTASKS_PER_NODE': 8}, 8, 12, 1),
 ])
 def test_each_gpu_has_a_process(script, variables, processes, cpus, threads):
@@ -137,9 +133,9 @@ class Cluster(hosts.Slurm):
     def until(self, job, words) -> None:
         nano.wait_for(lambda: words in self.log(job), seconds=120)
 
-    def finish(self, job, state='COMPLETED') -> str:
+    def finish(self, job) -> str:
         end = self.wait_for(job, 'COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT')
-        assert end['JobState'] == state, (end, self.log(job))
+        assert end['JobState'] == 'COMPLETED', (end, self.log(job))
         return self.log(job)
 
     def run_again(self, job) -> None:
@@ -165,18 +161,16 @@ def undisturbed(flags, tmp_path_factory):
 
 @soak
 @pytest.mark.parametrize('what', [
-    'nothing', 'early warning', 'warning', 'time limit', 'requeue', 'scancel', 'process', 'node'])
+    'nothing', 'warning', 'time limit', 'requeue', 'process', 'node'])
 def test_a_job_ends_with_the_bits_of_an_undisturbed_run(cluster, flags, undisturbed, tmp_path, what):
     more = ['--time=2', '--signal=B:USR1@90'] if what == 'time limit' else ['--time=60']
     run = [*flags, *EPOCHS, '--save-every-steps', '2', '--output-dir', tmp_path / 'run']
     job = cluster.train(run, *more, pause=4 if what == 'time limit' else 0.5)
-    if what == 'early warning':
-        cluster.wait_for(job, 'RUNNING')
-    elif what == 'time limit':  # SLURM warns up to 60 s early.
+    if what == 'time limit':  # SLURM warns up to 60 s early.
         cluster.until(job, 'back into the queue')
     elif what != 'nothing':
         cluster.until(job, 'epoch 1/3  step 1/3')
-    if 'warning' in what:
+    if what == 'warning':
         cluster.run('scancel', '--batch', '--signal=USR1', job)
     if what == 'requeue':
         cluster.run('scontrol', 'requeue', job)
@@ -188,74 +182,9 @@ def test_a_job_ends_with_the_bits_of_an_undisturbed_run(cluster, flags, undistur
         cluster.wait_for(job, 'PENDING')
         cluster.start_node('n2')
         time.sleep(10)  # SLURM is still ending the job's first start on n2.
-    if what == 'scancel':
-        cluster.run('scancel', job)
-        cluster.finish(job, 'CANCELLED')
-        job = cluster.train(run, pause=0)
-    if what in ('early warning', 'warning', 'time limit', 'requeue', 'node'):
+    if what in ('warning', 'time limit', 'requeue', 'node'):
         cluster.run_again(job)
     text = cluster.finish(job)
-    assert ('resuming at epoch' in text) == (what not in ('nothing', 'early warning'))
+    assert ('resuming at epoch' in text) == (what != 'nothing')
     assert 'Traceback' not in text and ('train.py: error: rank' in text) == (what in ('process', 'node'))
     nano.assert_same_run(undisturbed, tmp_path / 'run')
-
-
-@soak
-def test_a_job_with_a_mistake_does_not_restart(cluster, flags):
-    for change in (['--lr', 'x'], ['--data-path', 'nowhere']):
-        job = cluster.train([*flags, *change, '--output-dir', 'out'])
-        text = cluster.finish(job, 'FAILED')
-        assert text.count('train.py: error: ') == 1 and 'attempt' not in text and 'Traceback' not in text
-        assert cluster.state(job)['ExitCode'] == '2:0' and cluster.state(job)['Restarts'] == '0'
-
-
-@soak
-def test_a_node_that_cannot_launch_requeues_the_job(cluster, flags, tmp_path):
-    job = cluster.train([*flags, '--output-dir', tmp_path / 'run'], '--begin=now', '--hold')
-    cluster.kill_host('n2')
-    cluster.run('scontrol', 'release', job)
-    try:
-        cluster.until(job, 'back into the queue')
-        assert 'in attempt' not in cluster.log(job)
-    finally:
-        cluster.start_node('n2')
-    cluster.run_again(job)
-    cluster.finish(job)
-
-
-@soak
-def test_steps_of_an_allocation_do_not_meet(cluster, flags, undisturbed, tmp_path):
-    """The allocation itself is one process. Two concurrent steps use both nodes, and a third step one node."""
-    def command(name):
-        return f'python train.py {" ".join(map(str, [*flags, *EPOCHS]))} --output-dir {tmp_path / name}'
-    cluster.wait_idle()  # SLURM cannot call back the shell that asks here.
-    done = cluster.run(
-        'salloc', '--nodes=2', '--ntasks=4', 'bash', '-c',
-        f'{command("alone")} --epochs 1; unset SLURM_NTASKS_PER_NODE;'
-        f'srun -N2 -n2 --exact {command("a")} & srun -N2 -n2 --exact {command("b")} & wait;'
-        f'srun -N1 -n2 -w n2 {command("third")}', cwd=cluster.repository, timeout=200)
-    assert done.returncode == 0 and 'srun python train.py' in done.stdout, done
-    assert 'accumulated x 1 processes' in done.stdout
-    assert nano.epochs(tmp_path / 'alone') == [0]
-    for name in ('a', 'b', 'third'):
-        nano.assert_same_run(undisturbed, tmp_path / name)
-
-
-@soak
-def test_nodes_without_gpus_train(flags, undisturbed, tmp_path):
-    with Cluster(tmp_path, nodes=1, gpus=0) as cluster:
-        for variables in ({}, {'GPUS_PER_NODE': '2'}):
-            job = cluster.submit(
-                '--nodes=1', '--gpus-per-node=0', '--cpus-per-task=2', 'scripts/slurm.sbatch', *flags, *EPOCHS,
-                '--output-dir', tmp_path / f'run{len(variables)}', cwd=cluster.repository, env=variables)
-            assert f'accumulated x {2 if variables else 1} processes' in cluster.finish(job)
-    nano.assert_same_run(undisturbed, tmp_path / 'run1')
-
-
-@soak
-def test_gres_and_arrays(cluster, flags, tmp_path):
-    job = cluster.submit('--nodes=1', '--gres=gpu:1', '--cpus-per-task=1', '--array=1-2', 'scripts/slurm.sbatch',
-                         *flags, '--seed', '%a', '--output-dir', f'{tmp_path}/%a', cwd=cluster.repository)
-    for task in ('1', '2'):
-        cluster.wait_for(f'{job}_{task}', 'COMPLETED')
-        assert nano.read(tmp_path / task)['args']['seed'] == int(task)

@@ -3,7 +3,6 @@ import io
 import logging
 import os
 import random
-import resource
 import shutil
 import struct
 import subprocess
@@ -24,7 +23,7 @@ from errors import UnreadableImage, UsageError
 from fast_transforms import FastTransform
 from loader import ValidationDataset, build_loader
 from samplers import TrainSampler
-from sources import ImageFolder, Samples, TarImages, open_image, tar_index
+from sources import ImageFolder, TarImages, open_image, tar_index
 from transforms import build_transform
 
 
@@ -88,12 +87,9 @@ def tars(images, tmp_path):
 
 
 @pytest.mark.parametrize('form', [
-    'folder of tars and of a link to one', 'train.tar', 'one tar', 'tar of class tars', 'folders of class tars',
-    'folders of tars'])
+    'folder of tars', 'train.tar', 'one tar', 'tar of class tars', 'folders of class tars', 'folders of tars'])
 def test_a_tar_gives_the_samples_of_the_folder(images, tars, form, tmp_path):
     path = tars / 'train.tar' if form == 'train.tar' else tars
-    if form == 'folder of tars and of a link to one':
-        (tars / 'ILSVRC2012_img_train.tar').symlink_to('train.tar')
     if form == 'one tar':
         path = pack(tmp_path / 'everything.tar', images, prefix='data/')
     for split in ('train', 'val'):
@@ -141,54 +137,19 @@ def test_classes_are_the_uppermost_folders(tmp_path):
     assert val_set(path).classes == ['train', 'val']
 
 
-def test_names_that_begin_with_a_dot_are_ignored(tmp_path):
-    inner = Path(members(tmp_path / 'inner.tar', ('0.png', b'0'))).read_bytes()
-    path = members(
-        tmp_path / 'classes.tar', ('._a.tar', b'x'), ('a.tar', inner), ('a/._0.png', b'x'), ('./b/1.png', b'1'),
-        ('b/.thumbnails/1.png', b'x'), ('.trash/2.png', b'x'))
-    assert named(train_set(path)) == [('a/0.png', 'a', b'0'), ('b/1.png', 'b', b'1')]
-    path = members(tmp_path / 'above.tar', ('../a/0.png', b'0'), ('../b/1.png', b'1'))
-    assert named(train_set(path)) == [('../a/0.png', 'a', b'0'), ('../b/1.png', 'b', b'1')]
-    path = members(tmp_path / 'shard.tar', ('._0.cls', b'\0'), ('0.cls', b'0'), ('._0.png', b'x'), ('0.png', b'0'))
-    assert named(train_set(path)) == [('0.png', '0', b'0')]
-
-
-def test_other_files_in_a_tar_are_counted(tmp_path, caplog):
-    caplog.set_level('INFO')
-    inner = Path(members(tmp_path / 'a.tar', ('0.png', b'0'), ('too_deep.tar', b''))).read_bytes()
-    path = members(tmp_path / 'train.tar', ('a.tar', inner), ('b/0.png', b''), ('b/1.eps', b''), ('b/.DS_Store', b''),
-                   ('a/1.eps', b''), ('notes.txt', b''), ('c', tarfile.SYMTYPE, 'b'))
-    assert len(train_set(path)) == 2
-    assert 'train.tar: 2 .eps, 1 .tar, 1 .txt, 1 no extension\n' in caplog.text
-
-
-@pytest.mark.parametrize('name, kind', [
-    ('a/1.png', tarfile.LNKTYPE), ('a/1.png', tarfile.SYMTYPE), ('b.tar', tarfile.SYMTYPE),
-    ('a/1.png', tarfile.GNUTYPE_SPARSE)])
-def test_links_and_sparse_images_in_a_tar_are_refused(tmp_path, name, kind):
-    path = members(tmp_path / 'links.tar', ('a/0.png', b'zero'), (name, kind, 'a/0.png'))
-    with pytest.raises(UsageError, match=f'links.tar holds {name} as a link or a sparse file: pack it by tar'):
+@pytest.mark.parametrize('kind', [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE])
+def test_links_and_sparse_images_in_a_tar_are_refused(tmp_path, kind):
+    path = members(tmp_path / 'links.tar', ('a/0.png', b'zero'), ('a/1.png', kind, 'a/0.png'))
+    with pytest.raises(UsageError, match='links.tar holds a/1.png as a link or a sparse file: pack it by tar'):
         train_set(path)
-
-
-def huge_size(data, at):
-    """Damage with a right checksum: a long name of 2 ** 68 bytes."""
-    head = bytearray(data[at:at + 512])
-    head[124:136], head[148:156], head[156:157] = b'\x80' + bytes(2) + b'\x10' + bytes(8), b' ' * 8, b'L'
-    head[148:156] = b'%06o\0 ' % sum(head)
-    return data[:at] + head + data[at + 512:]
 
 
 AFTER = 'truncated or damaged after class_.*: copy it again'
 DAMAGE = {  # of a tar, at one of its headers
     'truncated in an image': (lambda data, at: data[:at + 600], AFTER),
-    'truncated in a header': (lambda data, at: data[:at + 200], AFTER),
     'truncated before a header': (lambda data, at: data[:at], AFTER),
-    'a bit': (lambda data, at: data[:at + 20] + bytes([data[at + 20] ^ 4]) + data[at + 21:], AFTER),
-    'zeros': (lambda data, at: data[:at] + bytes(1024) + data[at + 1024:], AFTER),
     'a hole': (lambda data, at: data[:at] + bytes(2 ** 21), AFTER),
-    'empty': (lambda *_: b'', 'is not a tar'), 'text': (lambda *_: b'no tar ' * 200, 'is not a tar'),
-    'a huge size': (huge_size, AFTER),
+    'text': (lambda *_: b'no tar ' * 200, 'is not a tar'),
     'compressed': (lambda data, _: b'\x1f\x8b' + data, 'compressed: unpack it')}
 
 
@@ -228,13 +189,9 @@ def test_shards_take_their_classes_from_cls_files(images, tmp_path):
     members(tmp_path / 'imagenet1k-train-0000.tar', ('000000x.cls', b'cat'), mode='a')
     with pytest.raises(UsageError, match=r"000000x.cls holds 'cat', not the number"):
         train_set(tmp_path)
-
-
-def test_a_shard_with_several_images_of_a_key_is_refused(tmp_path):
-    path = members(tmp_path / 'train.tar', *[entry for i in range(3) for entry in (
-        (f'{i}.seg.png', b'mask'), (f'{i}.jpg', b'image'), (f'{i}.cls', b'%d' % i))])
+    two = members(tmp_path / 'train.tar', ('0.seg.png', b'mask'), ('0.jpg', b'image'), ('0.cls', b'0'))
     with pytest.raises(UsageError, match='train.tar has several images of one key'):
-        train_set(path)
+        train_set(two)
 
 
 def test_shards_number_the_classes_of_the_checkpoint(images, tmp_path):
@@ -279,10 +236,8 @@ def test_the_published_val_tar_takes_classes_from_the_devkit(images, tmp_path, m
 
 
 @pytest.mark.parametrize('name, split', [
-    ('train.tar', 'train'), ('training_2.tar', 'train'), ('train2017.tar', 'train'), ('my_train.tar', 'train'),
-    ('val-000.tar', 'val'), ('imagenet1k-validation-00.tar', 'val'), ('imagenet-train-000000.tar', 'train'),
-    ('ILSVRC2012_img_train.tar', 'train'), ('trainval.tar', None), ('train_and_val.tar', None), ('retrain.tar', None),
-    ('valley.tar', None), ('.train.tar', None), ('._imagenet-val.tar', None)])
+    ('training_2.tar', 'train'), ('train2017.tar', 'train'), ('val-000.tar', 'val'), ('my-validation-00.tar', 'val'),
+    ('ILSVRC2012_img_train.tar', 'train'), ('trainval.tar', None), ('valley.tar', None), ('._imagenet-val.tar', None)])
 def test_a_tar_belongs_to_the_split_in_its_name(tmp_path, name, split):
     (tmp_path / name).touch()
     assert [has_split(str(tmp_path), other) for other in ('train', 'val')] == [split == 'train', split == 'val']
@@ -313,7 +268,7 @@ def test_tars_without_classes_or_beside_folders_are_refused(tmp_path):
             (flat, 'has no classes: put images into class folders, or KEY.cls'),
             (tmp_path, 'has no classes'),  # several flat tars are not class tars outside of train/
             (tmp_path / 'nowhere.tar', 'no folder .*nowhere.tar'),
-            (text, 'no images in .*text.tar'), (text, 'no images in .*text.tar'),  # the second time from the index
+            (text, 'no images in .*text.tar'),
             (tmp_path / 'both', r'train holds both tars \(class_0.tar\) and folders \(class_0\): move')):
         with pytest.raises(UsageError, match=words):
             train_set(path)
@@ -324,9 +279,7 @@ def jpegs(*keys, beside=()):
     return [(f'{key}.{extension}', b'{}') for key in keys for extension in ('jpg', *beside)]
 
 
-@pytest.mark.parametrize('names, beside', [
-    (('00000', '00001'), ['json', 'txt']), (('00000', '00001'), []), (('shard-0', 'shard-1'), ['json']),
-    (('cats', 'dogs'), ['json']), (('0', '1', '2'), ['json'])])
+@pytest.mark.parametrize('names, beside', [(('00000', '00001'), []), (('cats', 'dogs'), ['json'])])
 def test_shards_without_labels_are_not_classes(tmp_path, names, beside):
     (tmp_path / 'train').mkdir()
     for i, name in enumerate(names):
@@ -334,16 +287,10 @@ def test_shards_without_labels_are_not_classes(tmp_path, names, beside):
     for _ in range(2):  # the second time from the index
         with pytest.raises(UsageError, match='has no classes: .* KEY.cls'):
             train_set(tmp_path)
-    labeled = [(f'{key}.{extension}', data) for key in range(10) for extension, data in (
-        ('jpg', b''), ('json', b'{}'), ('cls', b'%d' % (key % 2)))]
-    for name in names:
-        members(tmp_path / 'train' / f'{name}.tar', *labeled)
-    assert train_set(tmp_path).classes == ['0', '1']
 
 
 @pytest.mark.parametrize('names, others', [
-    (('n01440764', 'n01443537'), []), (('cat', 'dog'), [('about.json', b'{}'), ('list.txt', b'')]),
-    (('0', '1', '2'), []), (('0', '7', '10'), [])])
+    (('cat', 'dog'), [('about.json', b'{}'), ('list.txt', b'')]), (('0', '7', '10'), [])])
 def test_tars_named_as_classes_are_classes(tmp_path, names, others):
     (tmp_path / 'train').mkdir()
     for name in names:
@@ -355,13 +302,10 @@ def test_tars_named_as_classes_are_classes(tmp_path, names, others):
 def test_a_folder_of_training_shards_can_be_split(images, tmp_path):
     (tmp_path / 'shards').mkdir()
     pack(tmp_path / 'shards' / 'train-0.tar', images / 'train')
-    mixed = shutil.copytree(images / 'train', tmp_path / 'mixed')
-    pack(mixed / 'old_train.tar', images / 'val')
     for build, count in ((train_set, 80), (val_set, 20)):
         expected = build(images / 'train', val_split=0.2)
         assert len(expected) == count
         assert_same_samples(build(tmp_path / 'shards', val_split=0.2), expected)
-        assert_same_samples(build(mixed, val_split=0.2), expected)
     pack(tmp_path / 'shards' / 'val-0.tar', images / 'val')
     with pytest.raises(UsageError, match='leave --val-split out'):
         train_set(tmp_path / 'shards', val_split=0.2)
@@ -374,14 +318,11 @@ def scans(caplog, path) -> bool:
     return 'reading the index' in caplog.text
 
 
-def test_the_index_follows_the_tar_and_survives_damage(tars, caplog):
+def test_the_index_follows_the_tar(tars, caplog):
     caplog.set_level(logging.INFO)
-    path, index = tars / 'train.tar', tars / '.train.tar.index.npz'
+    path = tars / 'train.tar'
     assert scans(caplog, path) and not scans(caplog, path)
-    first, whole = tar_index(path), index.read_bytes()
-    for left in (100, 0):
-        index.write_bytes(whole[:left])
-        assert scans(caplog, path) and tar_index(path) == first
+    first = tar_index(path)
     with tarfile.open(path, 'a') as tar:
         tar.add(tars / 'val.tar', 'class_0/more.png')
     assert scans(caplog, path) and len(tar_index(path)) == len(first) + 1
@@ -391,23 +332,7 @@ def test_an_index_that_cannot_be_beside_its_tar_goes_home(tars, monkeypatch, tmp
     caplog.set_level(logging.INFO)
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
     (tars / '.train.tar.index.npz').mkdir()  # in the way
-    before = sorted(os.listdir(tars))
     assert scans(caplog, tars / 'train.tar') and not scans(caplog, tars / 'train.tar')
-    shutil.rmtree(tmp_path / 'home')
-    monkeypatch.delenv('HOME')
-    monkeypatch.setattr('pwd.getpwuid', {}.__getitem__)  # a user without an entry, as in containers
-    for _ in range(2):
-        assert scans(caplog, tars / 'train.tar') and 'could not be saved' in caplog.text
-    assert sorted(os.listdir(tars)) == before
-
-
-def test_samples_keep_names_and_classes():
-    names = ['a.png', 'ü/b.png', os.fsdecode(b'\xff.png'), '']
-    samples = Samples(names, [3, 1, 2, 0])
-    assert list(samples) == list(zip(names, [3, 1, 2, 0])) and samples[-1] == ('', 0) and len(samples) == 4
-    with pytest.raises(IndexError):
-        samples[4]
-    assert all(not isinstance(value, (list, tuple)) for value in vars(samples).values())
 
 
 @pytest.mark.parametrize('repeats', [1, 3])
@@ -432,25 +357,6 @@ def test_batches_depend_on_neither_workers_ranks_nor_entry(images, repeats, fast
         assert nano.same(batches(0, batch=4, rank=rank, world_size=4), [x[rank::4], targets[rank::4]])
 
 
-class Resident(ImageFolder):
-    """In the place of classes, the most memory that the process has had so far."""
-
-    def __getitem__(self, index):
-        return super().__getitem__(index)[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-@pytest.mark.parametrize('fast', [False, True])
-def test_workers_do_not_grow(images, fast):
-    transform = build_transform(True, 224)
-    dataset = Resident(images / 'train', FastTransform(transform) if fast else transform)
-    sampler = TrainSampler(len(dataset), 48, repeats=3)
-    loader, most = build_loader(dataset, 48, sampler=sampler, num_workers=1), []
-    for epoch in range(8):
-        sampler.set_position(epoch)
-        most.append(max(int(targets.max()) for _, targets in loader))
-    assert most[-1] < 1.05 * most[3]
-
-
 def gray16(value, suffix, mode) -> bytes:
     """An image of 16 x 12 pixels around `value`."""
     file = io.BytesIO()
@@ -464,14 +370,9 @@ def test_images_of_16_bits_keep_their_content(suffix, mode):
     """In both loaders. Pillow's conversion makes them white."""
     data = gray16(20_000, suffix, mode)
     want = (np.arange(192).reshape(12, 16) * 40 + 20_000) >> 8
-    for image in (data, Image.open(io.BytesIO(data))):
-        assert np.array_equal(np.array(open_image(image)), np.repeat(want[..., None], 3, 2))
-    transform = build_transform(True, 64, auto_augment=None, color_jitter=None)
-    fast = FastTransform(transform)
-    for apply, image in ((transform, open_image(data)), (fast, fast.open_image(data))):
-        random.seed(1)
-        out = apply(image).float()
-        assert want.min() - 3 <= out.min() and out.max() <= want.max() + 3
+    fast = FastTransform(build_transform(True, 64))
+    for image in (open_image(data), open_image(Image.open(io.BytesIO(data))), fast.open_image(data)):
+        assert np.array_equal(np.array(image), np.repeat(want[..., None], 3, 2))
 
 
 @pytest.mark.parametrize('mode', [np.int32, np.float32])
@@ -495,6 +396,7 @@ def test_what_pillow_opens_is_taken_and_the_rest_is_counted(tmp_path, caplog):
     assert len(dataset) == 9 and all(dataset[i][0].size == (8, 8) for i in range(9))
     assert [r.message for r in caplog.records] == [f'left out of {tmp_path}: 2 .txt, 1 no extension, 1 .json']
     assert len(TarImages([pack(tmp_path / 'train.tar', tmp_path)], 'train')) == 9
+    assert f'left out of {tmp_path}/train.tar: 2 .txt, 1 ' in caplog.text
 
 
 @pytest.mark.parametrize('name', ['.ipynb_checkpoints', '@eaDir', '__MACOSX', 'lost+found'])
@@ -509,31 +411,13 @@ def test_folders_of_systems_are_neither_classes_nor_searched(tmp_path, name):
 
 def test_links_to_folders_are_followed_and_loops_end(tmp_path, caplog):
     train = tmp_path / 'train'
-    save_images(train, 'a/more/0.png', 'b/more/0.png', 'b-2/x/0.png', 'c/y/0.png', '../val/a/1.png')
-    for link, target in (('a/loop', '..'), ('a/more/up', '../..'), ('b/self', '.'), ('b/other', '../a/more'),
-                         ('b/twice', 'more'), ('b-2/x/to_c', '../../c/y'), ('c/y/to_b', '../../b-2/x'),
-                         ('a/above', '../..'), ('above', '..'), ('self', '.'), ('c/me', 'me')):
+    save_images(train, 'a/more/0.png', 'b/more/0.png')
+    for link, target in (('a/loop', '..'), ('b/self', '.'), ('b/other', '../a/more'), ('b/twice', 'more'),
+                         ('above', '..')):
         (train / link).symlink_to(target)
     assert [name.removeprefix(f'{train}/') for name, _ in ImageFolder(train).samples] == [
-        'a/more/0.png', 'b/more/0.png', 'b/other/0.png', 'b-2/x/0.png', 'b-2/x/to_c/0.png', 'c/y/0.png',
-        'c/y/to_b/0.png']
-    assert caplog.text.count('already listed') == 8
-
-
-def test_folders_that_cannot_be_read_are_errors(tmp_path, monkeypatch):
-    save_images(tmp_path, 'a/more/x.png', 'b/x.png')
-
-    def scandir(path, listed=os.scandir):
-        if str(path).endswith('a/more'):
-            raise PermissionError(13, 'Permission denied', str(path))
-        return listed(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, 'scandir', scandir)
-        with pytest.raises(PermissionError, match='a/more'):
-            ImageFolder(tmp_path)
-    (tmp_path / 'zebra').symlink_to('/nowhere')
-    with pytest.raises(UsageError, match='zebra is a link to nothing'):
-        ImageFolder(tmp_path)
+        'a/more/0.png', 'b/more/0.png', 'b/other/0.png']
+    assert caplog.text.count('already listed') == 3
 
 
 def test_folders_of_splits_are_not_classes(images, tmp_path):
@@ -553,41 +437,33 @@ def rotated(kind: str, orientation: int, size=(12, 8), exif=None) -> bytes:
 
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'MPO', 'TIFF'])
-def test_images_in_folders_and_tars_are_upright(tmp_path, kind):
+def test_images_of_a_folder_are_upright(tmp_path, kind):
     """Unless --ignore-exif asks for the pixels that are stored; Pillow turns a TIFF in any case."""
     files = {f'train/a/{i}.{kind.lower()}': rotated(kind, i) for i in range(1, 9)}
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    (tmp_path / 'tar').mkdir()
-    members(tmp_path / 'tar' / 'train.tar',
-            *((name.removeprefix('train/'), data) for name, data in files.items()))
-    for path in (tmp_path, tmp_path / 'tar'):
-        upright, stored = train_set(path), train_set(path, ignore_exif=True)
-        for i, data in enumerate(files.values()):
-            expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-            assert expected.size == ((12, 8) if i < 4 else (8, 12))
-            assert upright[i][0].tobytes() == expected.convert('RGB').tobytes()
-            assert stored[i][0].tobytes() == Image.open(io.BytesIO(data)).convert('RGB').tobytes()
+    upright, stored = train_set(tmp_path), train_set(tmp_path, ignore_exif=True)
+    for i, data in enumerate(files.values()):
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert expected.size == ((12, 8) if i < 4 else (8, 12))
+        assert upright[i][0].tobytes() == expected.convert('RGB').tobytes()
+        assert stored[i][0].tobytes() == Image.open(io.BytesIO(data)).convert('RGB').tobytes()
 
 
 TURN = 0x0112, 3, 1, struct.pack('<HH', 6, 0)  # the orientation's tag, type, count and value
 
 
-def damaged_exif(*tags, length=None) -> bytes:
+def damaged_exif(*tags) -> bytes:
     body = struct.pack('<2sHIH', b'II', 42, 8, len(tags)) + b''.join(struct.pack('<HHI4s', *tag) for tag in tags)
-    return b'Exif\0\0' + (body + bytes(4))[:length]
+    return b'Exif\0\0' + body + bytes(4)
 
 
 @pytest.mark.parametrize('exif, turns', [
-    (damaged_exif(TURN, length=12), False), (b'Exif\0\0noise, not a header', False),
-    (damaged_exif((0x0112, 2, 2, b'6\0\0\0')), False), (damaged_exif((0x0112, 3, 1, b'\x09\0\0\0')), False),
-    (damaged_exif(TURN, (0x8769, 4, 1, bytes([255, 255, 9, 0]))), True),
-    (damaged_exif(TURN, (0x0100, 2, 4, b'abc\0')), True), (damaged_exif(TURN, (0x011a, 2, 4, b'abc\0')), True)])
-@pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
+    (b'Exif\0\0noise, not a header', False), (damaged_exif(TURN, (0x0100, 2, 4, b'abc\0')), True)])
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF data')
-def test_damaged_exif_data_leave_an_image_readable(exif, turns, kind):
-    data = rotated(kind, 6, exif=exif)
+def test_damaged_exif_data_leave_an_image_readable(exif, turns):
+    data = rotated('JPEG', 6, exif=exif)
     fast = FastTransform(build_transform(True, 32))
     for image in (open_image(data), fast.open_image(data)):
         assert image.size == ((8, 12) if turns else (12, 8))
@@ -628,16 +504,11 @@ def test_without_its_package_heic_is_counted_with_advice(tmp_path):
 
 
 def test_with_its_package_heic_is_an_image(tmp_path):
-    """Even in a tar whose index was written without the package."""
     pytest.importorskip('pillow_heif')
     save_images(tmp_path / 'train', 'a/0.png')
     for name in ('b/1.HEIC', 'b/2.heif'):
         (tmp_path / 'train' / 'b').mkdir(exist_ok=True)
         Image.new('RGB', (64, 48), 'red').save(tmp_path / 'train' / name, 'HEIF')
-    (tmp_path / 'tar').mkdir()
-    pack(tmp_path / 'tar' / 'train.tar', tmp_path / 'train')
-    assert run_without_heif(tmp_path / 'tar').stdout.split() == ['1']
-    for path in (tmp_path, tmp_path / 'tar'):
-        dataset = train_set(path)
-        assert [dataset[i][0].size for i in range(3)] == [(8, 8), (64, 48), (64, 48)]
-        assert np.abs(np.array(dataset[1][0], int) - (255, 0, 0)).max() < 9
+    dataset = train_set(tmp_path)
+    assert [dataset[i][0].size for i in range(3)] == [(8, 8), (64, 48), (64, 48)]
+    assert np.abs(np.array(dataset[1][0], int) - (255, 0, 0)).max() < 9

@@ -104,31 +104,27 @@ def test_a_run_learns_and_writes_what_design_says(whole):
 
 
 def test_the_smallest_and_the_largest_class_are_logged(flags, images, renamed, capsys):
-    """And the classes without validation images, at most five of them by name."""
+    """And a class without validation images."""
     nano.train([*flags, *ONE_STEP, '--data-path', images])
     printed = capsys.readouterr().out
     assert '24 (class_1) to 40 (class_0)' in printed and 'no validation images' not in printed
-    data = renamed(**{name: 'class_1' for name in 'abcdefgh'})
-    for missing, words in (('g', 'of g\n'), ('abcdef', 'of a, b, c, d, e and 2 more\n')):
-        for name in missing:
-            (data / 'val' / name).unlink()
-        nano.train([*flags, *ONE_STEP, '--data-path', data])
-        assert f'no validation images {words}' in capsys.readouterr().out
+    data = renamed(a='class_0', b='class_0', c='class_0')
+    (data / 'val' / 'c').unlink()
+    nano.train([*flags, *ONE_STEP, '--data-path', data])
+    assert 'no validation images of c\n' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('number, counts', [(3, {1}), (31, {10, 11}), (100, {24, 36, 40})])
-def test_max_train_images_trains_on_so_many_in_each_resume(flags, images, tmp_path, capsys, number, counts):
+def test_max_train_images_trains_on_so_many_in_each_resume(flags, images, tmp_path, capsys):
     """And as a folder of these images does."""
     flags = [*flags, '--batch-size', 2, '--resume', 'auto']
-    run = [*flags, '--max-train-images', number, '--output-dir', tmp_path / 'run']
+    run = [*flags, '--max-train-images', 31, '--output-dir', tmp_path / 'run']
     for epochs in (1, 2):
         nano.train([*run, '--epochs', epochs])
-        assert nano.read(tmp_path / 'run')['training_images'] == number
-        assert f'{min(counts)} (class_' in capsys.readouterr().out
-    shares = {100: (40, 24, 36), 31: (11, 10, 10), 3: (1, 1, 1)}[number]
+        assert nano.read(tmp_path / 'run')['training_images'] == 31
+        assert '10 (class_' in capsys.readouterr().out
     (tmp_path / 'short').mkdir()
     (tmp_path / 'short' / 'val').symlink_to(images / 'val')
-    for label, share in enumerate(shares):
+    for label, share in enumerate((11, 10, 10)):
         folder = tmp_path / 'short' / 'train' / f'class_{label}'
         folder.mkdir(parents=True)
         for file in sorted((images / 'train' / folder.name).iterdir())[:share]:
@@ -191,8 +187,9 @@ def test_vectors_do_not_decay_and_rates_follow_depth():
     assert [rates[f'{name}.weight'] for name in depths] == [0.5 ** i for i in range(5, -1, -1)]
 
 
-@pytest.mark.parametrize('mixes', [True, False])
-def test_smoothing_reaches_the_loss(flags, mixes):
+@pytest.mark.parametrize('mixes, more', [
+    (True, []), (True, ['--mixup', 0]), (False, ['--mixup', 0, '--cutmix', 0])])
+def test_the_loss_is_of_mixed_or_smoothed_targets(flags, mixes, more):
     losses = []
 
     def note(module, inputs, loss):
@@ -200,13 +197,12 @@ def test_smoothing_reaches_the_loss(flags, mixes):
             losses.append((*inputs, loss.item()))
 
     with register_module_forward_hook(note):
-        nano.train([*flags, *ONE_STEP, '--smoothing', 0.3, *([] if mixes else ['--mixup', 0, '--cutmix', 0])])
+        nano.train([*flags, *ONE_STEP, '--smoothing', 0.3, *more])
     outputs, targets, loss = losses[0]
     if mixes:
         assert targets.min().item() == pytest.approx(0.1, rel=1e-5)  # a third of 0.3 for each of three classes
-    else:
-        expected = torch.nn.functional.cross_entropy(outputs, targets, label_smoothing=0.3)
-        assert loss == pytest.approx(expected.item(), rel=1e-5)
+    expected = torch.nn.functional.cross_entropy(outputs, targets, label_smoothing=0. if mixes else 0.3)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_time_left_counts_training_and_due_validations(flags, capsys, monkeypatch):
@@ -293,7 +289,7 @@ def test_classes_are_scored_under_the_checkpoints_indices(flags, images, whole, 
     assert correct / 27 == pytest.approx(of_all, abs=1e-3)
 
 
-@pytest.mark.parametrize('ranks, workers', [(1, 0), (1, 2), (2, 0), (2, 2)])
+@pytest.mark.parametrize('ranks, workers', [(1, 0), (2, 2)])
 def test_eval_counts_the_images_that_exif_rotates(flags, images, whole, tmp_path, ranks, workers):
     """Once, over all ranks and workers; without the rotations it gives the score of the stored images."""
     shutil.copytree(images / 'val', tmp_path / 'val')

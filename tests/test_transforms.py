@@ -132,15 +132,6 @@ def test_decoded_pixels_are_pillows(subsampling, options):
         assert image.decode(scale).shape == expected.shape and np.abs(image.decode(scale) - expected).mean() < 3
 
 
-def test_an_image_that_pillow_finds_too_large_is_left_to_it(monkeypatch):
-    data = jpeg(PHOTOGRAPHS[0])
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 427 * 640 // 2)
-    open_jpeg(data)
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 427 * 640 // 2 - 1)
-    with pytest.raises(Image.DecompressionBombError):
-        open_jpeg(data)
-
-
 @pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear', 'random'])
 def test_large_crops_are_decoded_at_a_scale(interpolation):
     files = [jpeg(pixels) for pixels in (PHOTOGRAPHS[0][:300], np.tile(PHOTOGRAPHS[0], (3, 3, 1)))]
@@ -189,10 +180,6 @@ def odd_files() -> dict[str, bytes]:
         image.save(file, kind, **options)
         return file.getvalue()
 
-    offset = good.index(b'\xff\xc0') + 5  # of the height in the header
-    twelve, no_table = bytearray(good), bytearray(jpeg(pixels, progressive=True))
-    twelve[offset - 1] = 12
-    no_table[no_table.rfind(b'\xff\xc4') + 1] = 0xc8  # libjpeg warns of rows left over, and fails after that
     return {
         'gray': jpeg(image.convert('L')), 'cmyk': jpeg(image.convert('CMYK')), 'exif': jpeg(image, exif=exif),
         'one pixel wide': jpeg(pixels[:, :1]), 'one pixel high': jpeg(pixels[:1]),
@@ -200,11 +187,8 @@ def odd_files() -> dict[str, bytes]:
         'transparent': saved(image.convert('RGBA'), 'PNG'), 'webp': saved(image, 'WEBP'),
         '16 bits': saved(Image.fromarray(pixels[..., 0].astype(np.uint16) * 200), 'PNG'),
         'truncated': good[:len(good) // 2], 'without its end': good[:-2], 'with a tail': good + b'tail',
-        '12 bits': bytes(twelve), 'noise inside': good[:4000] + bytes(500) + good[4500:],
-        'empty': b'', 'text': b'no image', 'header alone': good[:offset + 2], 'no rows': good[:offset] + bytes(2) +
-        good[offset + 2:], 'rgb': jpeg(image, keep_rgb=True), 'arithmetic': good.replace(b'\xff\xc0', b'\xff\xc9', 1),
-        'no table': bytes(no_table), 'filled': good[:2] + b'\xff\xff' + good[2:],
-        'a comment': jpeg(image, comment=b'\xff\xc0' * 50)}
+        'noise inside': good[:4000] + bytes(500) + good[4500:], 'empty': b'', 'text': b'no image',
+        'rgb': jpeg(image, keep_rgb=True)}
 
 
 @pytest.mark.parametrize('kind', odd_files())
@@ -218,11 +202,6 @@ def test_odd_files_are_read_as_the_reference_reads_them(kind):
         return
     for a, b in both(data, 64, range(6), **OFF):
         assert np.abs(a - b).mean() < 4
-
-
-def test_a_single_pixel_is_read_though_its_crop_may_be_empty():
-    images = [a for a, b in both(jpeg(PHOTOGRAPHS[0][:1, :1]), 64, range(30), **OFF) if np.abs(a - b).max() <= 1]
-    assert len(images) == 30 and {image.max() == 0 for image in images} == {False, True}
 
 
 @pytest.mark.parametrize('draws', [300, pytest.param(20000, marks=pytest.mark.soak)])
@@ -252,22 +231,20 @@ def test_without_its_packages_the_fast_loader_is_refused(monkeypatch):
     build_transform(True, 64)
 
 
-def turned(pixels, orientation, xmp=False, **options) -> bytes:
-    """Return a JPEG with an orientation in its EXIF data, or in XMP, which Pillow reads too."""
+def turned(pixels, orientation) -> bytes:
+    """Return a JPEG with an orientation in its EXIF data."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    text = f'<tiff:Orientation>{orientation}</tiff:Orientation>'.encode()
-    return jpeg(pixels, **(dict(xmp=text) if xmp else dict(exif=exif)), **options)
+    return jpeg(pixels, exif=exif)
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-@pytest.mark.parametrize('xmp', [False, True])
-def test_both_loaders_turn_images_upright(orientation, xmp):
+def test_both_loaders_turn_images_upright(orientation):
     """With the same draws and close pixels, from whole crops, scaled crops and files that only Pillow decodes."""
     large, small = np.tile(PHOTOGRAPHS[0], (3, 3, 1))[:1277, :1909], PHOTOGRAPHS[1][:301, :203]
-    good = turned(small, orientation, xmp)
-    damaged, cmyk = good[:-4000] + bytes(99) + good[-3901:], turned(Image.fromarray(small).convert('CMYK'), orientation)
-    for data, size in ((turned(large, orientation, xmp), 64), (damaged, 96), (cmyk, 96), (good, 96), (good, 256)):
+    good, cmyk = (turned(image, orientation) for image in (small, Image.fromarray(small).convert('CMYK')))
+    damaged = good[:-4000] + bytes(99) + good[-3901:]
+    for data, size in ((turned(large, orientation), 64), (damaged, 96), (cmyk, 96), (good, 96), (good, 256)):
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert('RGB')
         for image in (open_image(data), open_jpeg(data)):
             assert image.size == expected.size

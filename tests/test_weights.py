@@ -1,7 +1,6 @@
 """Weights of any origin: MindSpore, the authors' release, other tools, this project; and files that hold none."""
 import argparse
 import contextlib
-import random
 import re
 import zlib
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import cmt
 import convert_checkpoint
-import errors
 import export
 import mindspore
 import nano
@@ -151,26 +149,6 @@ def test_mindspore_files_of_other_sizes(tmp_path, sizes, img_size, layout):
         assert torch.equal(model(x), source(x))
 
 
-def test_damaged_mindspore_files(tmp_path):
-    write_mindspore(tmp_path / 'whole.ckpt', {'a.gamma': np.ones(100, np.float32)}, crc=True)
-    data, path = (tmp_path / 'whole.ckpt').read_bytes(), tmp_path / 'a.ckpt'
-    for content in (data[:1], data[:30], data[:len(data) // 2], data[:-1], data[:-18],
-                    data[:100] + bytes([data[100] ^ 1]) + data[101:],
-                    field(1, field(1, b'a') + field(2, b'\x18\x07')),  # a number in place of the content
-                    field(1, field(1, b'a') + b'\x10\x07'), b'\x08\x01',
-                    b'\xff' * 1_000_000):  # refused at once
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r'a\.ckpt'):
-            weights.read_weights(str(path))
-    rng = random.Random(0)
-    for _ in range(300):  # without the checksum
-        content = bytearray(data[:-17])
-        content[rng.randrange(40)] = rng.randrange(256)
-        path.write_bytes(content)
-        with contextlib.suppress(errors.UsageError):
-            mindspore.read(path)
-
-
 @pytest.mark.parametrize('form', [MINDCV_FORM, {}], ids=['MindCV', 'released'])
 @pytest.mark.parametrize('name', cmt.MODELS)
 def test_shapes_of_published_weights_give_the_model(name, form):
@@ -180,16 +158,11 @@ def test_shapes_of_published_weights_give_the_model(name, form):
     assert [stage.blocks[0].lmhsa.num_heads for stage in again.stages] == [1, 2, 4, 8]
 
 
-@pytest.mark.parametrize('origin', ['MindCV', 'MindCV of another width', 'other size', 'channels'])
+@pytest.mark.parametrize('origin', ['MindCV', 'other size'])
 def test_runs_keep_the_form_of_their_weights(flags, tmp_path, origin):
     """A run from such weights is killed and resumed, evaluated, exported, and fine-tuned."""
-    size = 32
-    if origin == 'MindCV':
-        source = str(MINDCV)
-    elif origin == 'MindCV of another width':
-        source = tmp_path / 'a.ckpt'
-        write_mindspore(source, mindspore_tensors(num_classes=3, depths=(1, 2, 1, 1), img_size=32)[1])
-    else:  # weights of 32 px for a run at 96 px
+    source, size = MINDCV, 32
+    if origin == 'other size':  # weights of 32 px for a run at 96 px
         source, size = tmp_path / 'a.pth', 96
         torch.save({'model': small(num_classes=3, img_size=32).state_dict()}, source)
     run = [*flags[2:], '--input-size', size, '--finetune', source, '--epochs', 2]
@@ -201,17 +174,13 @@ def test_runs_keep_the_form_of_their_weights(flags, tmp_path, origin):
 
     best = tmp_path / 'run' / 'checkpoint_best.pth'
     content = nano.read(best.parent, best.name)
-    if origin == 'channels':  # A run of the user's own code on images of four channels.
-        model = cmt.CMT(**{**content['model_args'], 'in_chans': 4}).eval()
-        torch.save({**content, 'model_args': model.model_args, 'model': model.state_dict()}, best)
-    else:
-        model = cmt.CMT(**content['model_args']).eval()
-        model.load_state_dict(content['model'])
-        with models_called() as models:
-            nano.train(['--eval', '--resume', best])
-        assert same(models[0], model)
-        nano.train([*flags[2:], '--input-size', size, '--finetune', best, '--epochs', 1])
-    x = torch.randn(2, model.in_chans, size, size)
+    model = cmt.CMT(**content['model_args']).eval()
+    model.load_state_dict(content['model'])
+    with models_called() as models:
+        nano.train(['--eval', '--resume', best])
+    assert same(models[0], model)
+    nano.train([*flags[2:], '--input-size', size, '--finetune', best, '--epochs', 1])
+    x = torch.randn(2, 3, size, size)
     assert torch.equal(build(best)(x), model(x))
     assert build(best, num_classes=7, img_size=64)(x[..., :32, :32].repeat(1, 1, 2, 2)).shape == (2, 7)
     export.main([str(best), str(tmp_path / 'a.ts')])
@@ -234,33 +203,9 @@ def test_own_files_are_built_from_their_arguments(flags, tmp_path):
     nano.train([*run, '--epochs', 1])
     nano.train([*run, '--epochs', 2, '--resume', 'auto'])
     assert nano.read(tmp_path / 'run')['model_args']['norm_eps'] == 0.1 and nano.epochs(tmp_path / 'run') == [0, 1]
-    torch.save({'format': 1}, tmp_path / 'c.pth')
-    with pytest.raises(ValueError, match=r'c\.pth'):
-        build(tmp_path / 'c.pth')
-    torch.save({'format': torch.ones(2), 'model': small().state_dict()}, tmp_path / 'd.pth')
-    assert same(build(tmp_path / 'd.pth'), small())
-    for key in ('head.weight', 'stages.0.position_bias'):
-        torch.save({**content, 'model': {**content['model'], key: torch.zeros(3)}}, tmp_path / 'b.pth')
-        with pytest.raises(ValueError, match=r'b\.pth'):
-            build(tmp_path / 'b.pth')
 
 
 # files of every origin
-
-@pytest.mark.parametrize('change', [
-    lambda state: {name: torch.empty(0) for name in state},
-    lambda state: {**state, 'blocks_a.0.attn.k.weight': state['blocks_a.0.attn.k.weight'][:, :3]},
-    lambda state: {**state, 'head.weight': torch.tensor(0.)},
-    lambda state: {**state, 'relative_pos_b': state['relative_pos_b'][None]},
-    lambda state: {**state, 'patch_embed_c.proj.weight': state['patch_embed_c.proj.weight'].flatten()},
-    lambda state: {**state, 'blocks_b.0.mlp.conv1.0.weight': torch.empty(0, 16, 1, 1)},
-], ids=['all empty', 'half a key', 'scalar', 'bias', 'flat', 'nothing hidden'])
-def test_tensors_of_odd_shapes_are_refused(change):
-    state = change(cmt.to_released(small().state_dict()))
-    for load in (lambda: build({'model': state}), lambda: weights.load_weights(small(), of({'model': state}))):
-        with pytest.raises(ValueError, match=r'a\.pth'):
-            load()
-
 
 def test_other_input_channels_come_from_three_alone():
     with pytest.raises(ValueError, match='stem.conv1.weight'):
@@ -357,17 +302,6 @@ def test_tensors_of_other_modules_are_left_out_and_named(prefix, others):
     assert 'optimizer' in load({**source.state_dict(), 'optimizer': {'state': {}}}, source)
 
 
-def test_real_wrappers():
-    """Average, compile and wrap a model as their users do, and save the state dict that results."""
-    source = timm.create_model('cmt_nano', **FILE)
-    averaged = torch.optim.swa_utils.AveragedModel(source)
-    assert 'n_averaged' in averaged.state_dict()
-    load(averaged.state_dict(), source)
-    module = torch.nn.Module()
-    module.net, module.criterion = torch.compile(torch.nn.DataParallel(source)), torch.nn.Linear(2, 2)
-    load({'state_dict': module.state_dict(), 'hyper_parameters': {'lr': 1}}, source)
-
-
 @pytest.mark.parametrize('first, second, names', [
     ('student.', 'teacher.', ('student.', 'teacher.')), ('', 'ema.', ('ema.',)), ('module.', '', ('module.stem',)),
     ('model.', 'model.ema.module.', ('model.', 'model.ema.'))])
@@ -394,19 +328,13 @@ def test_keys_of_weights_and_of_their_ema(keys, is_ema):
                     assert nano.same(state, dict(states[not use_ema]))
 
 
-def test_keys_without_tensors_are_skipped():
-    source = timm.create_model('cmt_nano', **FILE)
-    load({'ema': 0.999, 'model': {'name': 'nano'}, 'net': {}, 'classes': 3, 'state_dict': source.state_dict()}, source)
-    student = {'student': source.state_dict(), 5: 6}
-    for checkpoint, key in ((student, 'student'), ({}, ''), ({'model': {'a': 1}}, 'model')):
-        with pytest.raises(ValueError, match=rf'a\.pth.*{key}'):
-            of(checkpoint)
-    with pytest.raises(ValueError, match=r'a\.pth.*generator'):
-        build({'step': torch.zeros(1), 'generator': dict(source.state_dict())})
+def test_a_file_without_a_known_key_names_its_keys():
+    with pytest.raises(ValueError, match=r'a\.pth.*student'):
+        of({'student': small().state_dict(), 5: 6})
 
 
 def test_files_with_a_prefix(tmp_path, capsys):
-    """Read and convert safetensors and a Lightning checkpoint; one that would run code stays refused."""
+    """Read and convert safetensors and a Lightning checkpoint."""
     source = small(1)
     state = {f'model.{name}': value for name, value in source.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / 'a.safetensors')
@@ -416,9 +344,6 @@ def test_files_with_a_prefix(tmp_path, capsys):
         convert_checkpoint.main([str(tmp_path / name), str(tmp_path / f'{name}.pth')])
         assert 'model.' in capsys.readouterr().out
         assert same(build(tmp_path / f'{name}.pth'), source)
-    torch.save({'state_dict': state, 'hyper_parameters': Path('a')}, tmp_path / 'code.ckpt')
-    with pytest.raises(ValueError, match=r'code\.ckpt.*pathlib'):
-        weights.read_weights(str(tmp_path / 'code.ckpt'))
 
 
 @pytest.mark.parametrize('name', ['resnet10t', 'iformer_t'])  # The second has modules named `module`.
@@ -441,8 +366,7 @@ def by_timm(checkpoint, **kwargs):
         'state_dict': checkpoint, 'num_classes': 3}, **{**FILE, **kwargs})
 
 
-@pytest.mark.parametrize('kwargs', [
-    {}, dict(num_classes=37), dict(num_classes=0), dict(features_only=True), dict(in_chans=1)])
+@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=37), dict(features_only=True)])
 @pytest.mark.parametrize('change, name', [
     (lambda s: {name: v for name, v in s.items() if 'stages.2' not in name}, 'stages.2.position_bias'),
     (lambda s: {**s, 'stages.1.blocks.1.lpu.dw.bias': torch.zeros(16)}, 'stages.1.blocks.1.lpu.dw.bias'),
@@ -483,20 +407,17 @@ def test_files_without_weights_of_the_model_are_named(tmp_path, capsys, flag):
     torch.save({'model': state}, tmp_path / 'whole.pth')
     safetensors.torch.save_file(state, tmp_path / 'whole.safetensors')
     damaged = {
-        'empty.pth': b'', 'text.ckpt': b'hello world\n' * 50, 'short.pth': (tmp_path / 'whole.pth').read_bytes()[:9999],
-        'short.ckpt': MINDCV.read_bytes()[:200000], 'empty.safetensors': b'',
+        'empty.pth': b'', 'short.pth': (tmp_path / 'whole.pth').read_bytes()[:9999],
+        'short.ckpt': MINDCV.read_bytes()[:200000],
         'short.safetensors': (tmp_path / 'whole.safetensors').read_bytes()[:-4]}
     for name, content in damaged.items():
         (tmp_path / name).write_bytes(content)
     torch.save(timm.create_model('resnet18', num_classes=1).state_dict(), tmp_path / 'resnet.pth')
-    (tmp_path / 'run').mkdir()
-    (tmp_path / 'run' / 'checkpoint_best.pth').touch()
     model = timm.create_model('cmt_s', img_size=32, num_classes=10, dtype=torch.bfloat16)
     torch.save({'model': cmt.to_released(model.state_dict())}, tmp_path / 's.pth')
     for path, words, *more in (
             *((tmp_path / name, name) for name in [*damaged, 'resnet.pth']),
             ('nowhere.pth', 'nowhere.pth'), ('cmt_small.pth', 'cmt_small.pth'),
-            (tmp_path / 'run', 'checkpoint_best.pth'),
             (tmp_path / 's.pth', '--model cmt_s', '--model', 'cmt_ti')):
         argv = [*more, *flag, path, '--data-set', 'DIGITS', '--device', 'cpu', '--num-workers', 0, '--input-size', 32]
         assert train.cli([str(arg) for arg in argv]) == 2

@@ -3,7 +3,6 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +15,6 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**nano.ENVIRONMENT, 'PYTHONPATH': os.pathsep.join(map(str, (
     ROOT / 'tests' / 'windows', ROOT, ROOT / 'scripts', ROOT / 'tests'))), 'PYTHONIOENCODING': 'cp1252'}
 NAMES = 'Bär', 'Öl', 'ß'
-DIGITS = ['--data-set', 'DIGITS', '--model', 'cmt_nano', '--device', 'cpu', '--input-size', 32, '--batch-size', 64,
-          '--num-workers', 2, '--epochs', 2, '--cooldown-epochs', 0, '--warmup-epochs', 0, '--test-freq', 1,
-          '--no-repeated-aug', '--save-every-steps', 5]
-
-
 COMMANDS = '''
 import sys
 
@@ -44,26 +38,11 @@ def start(*argv, **options):
                             stderr=subprocess.PIPE)
 
 
-def run(*argv, status=0):
+def run(*argv):
     process = start(*argv)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == status, err.decode('cp1252')[-3000:]
-    return out.decode('utf-8', 'replace'), err.decode('cp1252')
-
-
-def test_digits_killed_and_resumed_on_windows_have_the_same_bits(tmp_path):
-    here, there = tmp_path / 'here', tmp_path / 'windows'
-    nano.finish(nano.start([*DIGITS, '--output-dir', here]))
-    process = start(nano.__file__, *DIGITS, '--output-dir', there, NANO_PAUSE='0.7')
-    nano.wait_for((there / 'config.yaml').exists)
-    # Another run is refused while this one has the lock.
-    assert str(there) in run(nano.__file__, *DIGITS, '--output-dir', there, '--resume', 'auto', status=2)[1]
-    nano.wait_for((there / 'checkpoint_prev.pth').exists)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    log, _ = run(nano.__file__, *DIGITS, '--output-dir', there, '--resume', 'auto')
-    assert 'SIGUSR1' in log and 'resuming at epoch' in log
-    nano.assert_same_run(here, there)
+    assert process.returncode == 0, err.decode('cp1252')[-3000:]
+    return out.decode('utf-8', 'replace')
 
 
 @pytest.fixture(scope='module')
@@ -74,7 +53,8 @@ def umlauts(images, tmp_path_factory):
         (folder / 'data' / split).mkdir(parents=True)
         for i, name in enumerate(NAMES):
             shutil.copytree(images / split / f'class_{i}', folder / 'data' / split / name)
-    flags = [*nano.FLAGS, '--epochs', 1, '--data-path', folder / 'data', '--output-dir', folder / 'run']
+    flags = [*nano.FLAGS, '--epochs', 1, '--num-workers', 1, '--data-path', folder / 'data', '--output-dir',
+             folder / 'run']
     run(nano.__file__, *flags)
     return folder
 
@@ -82,7 +62,7 @@ def umlauts(images, tmp_path_factory):
 def test_umlauts_survive_every_command_on_windows(umlauts, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(COMMANDS, 'utf-8')
-    out, _ = run(script, umlauts / 'run' / 'checkpoint_best.pth', umlauts / 'data', tmp_path)
+    out = run(script, umlauts / 'run' / 'checkpoint_best.pth', umlauts / 'data', tmp_path)
     out, answers = out.split('\n[\n')
     assert 'Acc@1' in out
     answers = json.JSONDecoder().raw_decode('[' + answers)[0]
