@@ -4,7 +4,6 @@ import errno
 import hashlib
 import logging
 import os
-import pickle
 import re
 import shutil
 import textwrap
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.models._hub import download_cached_file
+from torch.utils._pytree import tree_map_only
 
 from errors import UsageError, one_line
 from system import atomic_write
@@ -27,10 +28,7 @@ FORMAT = 1  # marks this project's checkpoints
 
 def is_own(checkpoint: dict[str, Any]) -> bool:
     """Return whether this project wrote a checkpoint, so that nothing in it needs to be inferred."""
-    has_parts = all(isinstance(checkpoint.get(key), dict) for key in ('model', 'model_args', 'args'))
-    has_tensors = all(isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
-                      for state in (checkpoint.get('model'), checkpoint.get('model_ema') or {}))
-    return has_parts and has_tensors and type(checkpoint.get('format')) is int and checkpoint['format'] == FORMAT
+    return checkpoint.get('format') == FORMAT
 
 
 def class_names(checkpoint: dict[str, Any]) -> list[str] | None:
@@ -56,13 +54,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], file: str) 
 
 def to_cpu(state: Any) -> Any:
     """Copy nested dicts and lists, with their tensors copied to the CPU."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to('cpu', copy=True)
-    if isinstance(state, dict):
-        return {key: to_cpu(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(to_cpu(value) for value in state)
-    return state
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to('cpu', copy=True), state)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -88,19 +80,14 @@ def no_checkpoint(name: str) -> str:
 
 
 def download(url: str) -> Path:
-    """Download `url` unless it is cached, and return the file.
-
-    torch.hub names files after the last part of the URL, so the checkpoints of two runs would collide.
-    """
-    file = Path(torch.hub.get_dir(), 'checkpoints', f'{hashlib.sha256(url.encode()).hexdigest()}.pth')
-    if file.exists():
-        logger.info('using the cached download %s of %s; delete it to download again', file, url)
-        return file
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Download `url` unless it is cached, and return the file."""
+    # timm names files after the last part of the URL, so the checkpoints of two runs would collide.
+    name = f'{hashlib.sha256(url.encode()).hexdigest()}.pth'
     try:
-        torch.hub.download_url_to_file(url, str(file))
+        file = Path(download_cached_file((url, name), progress=True))
     except Exception as error:  # urllib raises many types.
         raise UsageError(f'{url} could not be downloaded ({one_line(error)})') from None
+    logger.info('using the cached download %s of %s; delete it to download again', file, url)
     return file
 
 
@@ -130,25 +117,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     # every call, since timm's load_checkpoint removes it.
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
-        damaged = None
         if zipfile.is_zipfile(name):  # torch.load does not verify the checksums.
             with zipfile.ZipFile(name) as archive:
-                damaged = archive.testzip()
-        state = None if damaged else torch.load(name, map_location='cpu', weights_only=True)
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+        state = torch.load(name, map_location='cpu', weights_only=True)
     except Exception as error:  # A damaged file can raise anything.
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
             # The file may be intact, so do not fall back to an older one.
             raise OSError(error.errno, error.strerror, error.filename or name) from None
-        code = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if code:
-            reason = f'{name} would run {code[1]} when loaded: save only its state dict'
-        elif name.endswith(('.onnx', '.pt2', '.ts', '.torchscript')) or 'TorchScript' in str(error):
-            reason = f'{name} is an exported model: use the checkpoint it was exported from'
-        else:
-            reason = f'{name} is truncated, damaged, or not a checkpoint'
-        raise UsageError(reason) from None
-    if damaged:
-        raise UsageError(f'{name} is damaged: the checksum of {damaged} is wrong')
+        code = re.search(r'GLOBAL ([\w.]+)', str(error))
+        reason = f'would run {code[1]} when loaded: save only its state dict' if code else \
+            'is truncated, damaged, or not a checkpoint'
+        raise UsageError(f'{name} {reason}') from None
     if not isinstance(state, dict):
         raise UsageError(f'{name} contains a {type(state).__name__}, not a checkpoint')
     return state

@@ -33,10 +33,6 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ['CMT', 'MODELS', 'checkpoint_filter_fn', 'to_released']
 
-# Released checkpoints contain a Namespace of training arguments. This lets torch.load(weights_only=True), and so timm's
-# pretrained=True, read them. Unpickling a Namespace runs no code.
-torch.serialization.add_safe_globals([argparse.Namespace])
-
 
 def check_multiples(height: int, width: int) -> Tuple[int, int]:
     """Return height and width, or raise ValueError if they are not multiples of 32."""
@@ -123,7 +119,6 @@ def _copied_buffers(module: nn.Module):
             m._buffers.update(buffers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The paper's blocks, in its order.
 
 class GELU(nn.GELU):
@@ -543,18 +538,9 @@ class CMT(nn.Module):
             self, x: torch.Tensor, indices: Optional[Union[int, List[int]]] = None, norm: bool = False,
             stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Return the final features and the stages' feature maps.
+        """Return the final features (B, num_features, H / 32, W / 32) and a list of the stages' maps (B, C, h, w).
 
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: number of last stages, list of stage indices, or None for all.
-            norm: ignored, since the stages end without a norm.
-            stop_early: stop after the last of `indices`.
-            output_fmt: 'NCHW'.
-            intermediates_only: return only the maps.
-
-        Returns:
-            The final features (B, num_features, H / 32, W / 32), and a list of maps (B, C, h, w).
+        The arguments are those of timm's models. `norm` is ignored, since the stages end without a norm.
         """
         assert output_fmt == 'NCHW', 'Output format must be NCHW.'
         intermediates = []
@@ -694,13 +680,7 @@ def to_model(state_dict: Dict[str, torch.Tensor], model: CMT) -> Dict[str, torch
 
 
 def to_released(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Map weights under this project's names and shapes to those of the authors' code; K and V are copies.
-
-    Raises:
-        ValueError: the weights have no position bias (MindCV's form), and the authors' code has no such model.
-    """
-    if not any(name.endswith('.position_bias') for name in state_dict):
-        raise ValueError("weights without position bias (MindCV's form) do not fit the authors' code")
+    """Map weights under this project's names and shapes to those of the authors' code; K and V are copies."""
     out = {}
     for name, value in state_dict.items():
         released = released_name(name)
@@ -757,16 +737,17 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_cmt(variant: str, pretrained: bool, **kwargs) -> CMT:
-    torch.serialization.add_safe_globals([argparse.Namespace])  # Again, since timm's load_checkpoint removes it.
+    # Let pretrained=True read the Namespace of training arguments in released files. Unpickling it runs no code. Each
+    # call registers it, since timm's load_checkpoint removes it.
+    torch.serialization.add_safe_globals([argparse.Namespace])
     if kwargs.get('dynamic_img_size', False):
         kwargs['pretrained_cfg_overlay'] = dict(kwargs.get('pretrained_cfg_overlay') or {}, fixed_input_size=False)
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    model_args = dict(MODELS[variant].model_args, img_size=cfg.input_size[-2:])
     return build_model_with_cfg(
         CMT, variant, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3)),
-        **dict(model_args, **kwargs),
+        **{'img_size': cfg.input_size[-2:], **MODELS[variant].model_args, **kwargs},
     )
 
 

@@ -107,9 +107,7 @@ def build_dataset(
         name: str, is_train: bool, data_path: str | None, input_size: int, transform: Callable | None = None,
         classes: list[str] | None = None, val_split: float = 0., class_map: str | None = None, category: str = 'name',
         is_whole: bool = False, **reading) -> Dataset:
-    """Build a data set of (image, class index) samples.
-
-    Its attribute `classes` lists the class names in index order.
+    """Build a data set of (image, class index) samples, with its class names in index order as `classes`.
 
     Args:
         name: one of options.DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, or 'wds/NAME'.
@@ -184,9 +182,7 @@ def open_split(data_path: str, split: str, transform: Callable | None, classes: 
     contains tars of each split. A tar belongs to a split if its name has the word train (training) or val (validation)
     between non-letters, such as imagenet-val-000.tar. If `data_path` is a tar, the other split is in tars next to it,
     or the tar contains both splits as folders. A tar with any other name contains training images, or both splits.
-
-    Raises:
-        UsageError: there are no images of that split, or a tar is damaged.
+    Raise UsageError if there are no images of that split, or a tar is damaged.
     """
     path = Path(data_path)
     tars = _tars(path, split)
@@ -341,8 +337,7 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
                              '--data-path') from None
         raise UsageError(f'{name} is not in {root} and could not be downloaded ({first_line(error)})') from error
     dataset = loaded[0] if len(loaded) == 1 else ConcatDataset(loaded)
-    classes = getattr(loaded[0], 'classes', None)
-    if classes is None:
+    if not hasattr(loaded[0], 'classes'):
         raise UsageError(f'--data-set {name} does not name its classes')
-    dataset.classes = list(classes)
+    dataset.classes = list(loaded[0].classes)
     return dataset

@@ -21,7 +21,7 @@ import reports
 from engine import Preprocessor, evaluate
 from errors import TrainingFault, UsageError, first_line, one_line, printable
 from samplers import eval_indices
-from sources import EXTENSIONS, HEIF, open_image
+from sources import EXTENSIONS, HEIF, IGNORED, is_image, log_left_out, open_image, walk
 from system import write_file
 from transforms import build_transform
 from utils import Progress
@@ -91,6 +91,16 @@ def class_words(names: list[str]) -> list[str]:
 
 # Single images
 
+def list_images(folder: str) -> list[str]:
+    """List the images in a folder at any depth, and log what is left out; raise UsageError if there are none."""
+    files = [Path(where, name) for where, names in walk(folder, set()) for name in names if not IGNORED.search(name)]
+    images = sorted(str(file) for file in files if is_image(file.name))
+    log_left_out((file.name for file in files if not is_image(file.name)), folder)
+    if not images:
+        raise UsageError(f'no images in {folder}')
+    return images
+
+
 def read_names(file: str) -> list[str]:
     """Read class names in index order, one per line."""
     try:
@@ -114,10 +124,6 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, list[str], dic
         logger.warning('; '.join(["using the EMA (--no-model-ema uses the model's own weights)", *weights.notes]))
     if args.crop_pct:
         model.pretrained_cfg['crop_pct'] = args.crop_pct
-    if model.img_size[0] != model.img_size[1]:
-        raise UsageError(f'{args.model} takes images of {model.img_size}, but crops are square: set --input-size')
-    if model.num_classes == 0:
-        raise UsageError(f'{args.model} has no classifier: use weights that have one')
     saved, indices = weights.class_names(model), [str(i) for i in range(model.num_classes)]
     folders = saved or (IMAGENET if model.num_classes == 1000 else [f'class {i}' for i in indices])
     names = read_names(args.class_names) if args.class_names else class_words(folders)

@@ -1,7 +1,6 @@
 """Read which launcher started this process: torchrun, mpirun or srun. Nothing here imports torch."""
 import os
 import re
-import sys
 from typing import NamedTuple
 
 from errors import UsageError
@@ -23,12 +22,7 @@ def read_launch() -> Launch:
     SLURM job for tasks that srun started.
     """
     def integer(name: str, default: int = 0) -> int:
-        value = os.environ.get(name, default)
-        try:
-            return int(value)
-        except ValueError:
-            sys.stderr.write(f'error: environment variable {name} is {value!r}, not an integer: unset it\n')
-            raise SystemExit(2) from None
+        return int(os.environ.get(name, default))
 
     torchrun = {'LOCAL_RANK', 'RANK', 'WORLD_SIZE'} & set(os.environ)
     if not {'RANK', 'WORLD_SIZE'} <= torchrun:  # Some scripts set only one of these under srun or mpirun.

@@ -20,7 +20,6 @@ from system import leave_signals_to_the_run, signals_blocked
 logger = logging.getLogger(__name__)
 
 BAD_IMAGES_IN_A_ROW = 10
-PREFETCH = 2  # batches that each worker keeps ready, torch's default
 
 
 class _Wrapper(Dataset):
@@ -89,11 +88,6 @@ class SignalSafeLoader(DataLoader):
         batches = iter(self)
         self.started = itertools.chain(list(itertools.islice(batches, 1)), batches)
 
-    def stop(self) -> None:
-        """Stop the workers; the next iteration starts new ones."""
-        with signals_blocked():  # Python ignores a KeyboardInterrupt in __del__.
-            self.started = self._iterator = None
-
     def __iter__(self):
         if self.started is not None:
             batches, self.started = self.started, None
@@ -136,7 +130,6 @@ def build_loader(
         dataset, batch_size, sampler=order, num_workers=num_workers, pin_memory=pin_memory, collate_fn=collate_fn,
         worker_init_fn=leave_signals_to_the_run,
         timeout=timeout if num_workers else 0,
-        prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # The loader draws a base seed; the global generator must not change.
     )

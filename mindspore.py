@@ -8,32 +8,22 @@ import torch
 
 from errors import UsageError
 
-DTYPES = {
-    'Float16': torch.float16, 'Float32': torch.float32, 'Float64': torch.float64, 'BFloat16': torch.bfloat16,
-    'Int8': torch.int8, 'Int16': torch.int16, 'Int32': torch.int32, 'Int64': torch.int64, 'UInt8': torch.uint8,
-    'Bool': torch.bool}
 CRC_TAIL = 17  # bytes: b'crc_num', then the CRC-32 of everything before it as 10 bytes, big-endian
-
-
-class _Damaged(Exception):
-    """Report bytes that are not a MindSpore file."""
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     """Return the protobuf number at offset `at`, and the offset after it."""
-    value = shift = 0
-    while at < len(data) and shift <= 63:
-        byte = data[at]
-        at, value, shift = at + 1, value | (byte & 0x7f) << shift, shift + 7
+    value = 0
+    for shift in range(0, 64, 7):
+        byte, at = data[at], at + 1
+        value |= (byte & 0x7f) << shift
         if byte < 0x80:
             return value, at
-    raise _Damaged
+    raise ValueError
 
 
-def _fields(data: int | memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Yield (number, value) of each field of a protobuf message: wire types 0 (number) and 2 (bytes)."""
-    if isinstance(data, int):
-        raise _Damaged
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -41,17 +31,8 @@ def _fields(data: int | memoryview) -> Iterator[tuple[int, int | memoryview]]:
         if key & 7 == 2 and at + value <= len(data):
             value, at = data[at:at + value], at + value
         elif key & 7 != 0:
-            raise _Damaged
+            raise ValueError
         yield key >> 3, value
-
-
-def _tensor(message: memoryview) -> tuple[list[int], str, memoryview]:
-    """Return (dims, type, content) of a Tensor message. In proto2, dims are not packed."""
-    fields = list(_fields(message))
-    if any(isinstance(item, int) != (number == 1) for number, item in fields):
-        raise _Damaged
-    last = {2: b'Float32', 3: b'', **dict(fields)}
-    return [item for number, item in fields if number == 1], bytes(last[2]).decode(errors='replace'), last[3]
 
 
 def to_torch(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -85,22 +66,19 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         for _, value in _fields(memoryview(data)):
             entry = dict(_fields(value))
-            if not isinstance(entry.get(1), memoryview) or not isinstance(entry.get(2), memoryview):
-                raise _Damaged
-            dims, kind, content = _tensor(entry[2])
-            name = bytes(entry[1]).decode(errors='replace')
+            tensor = list(_fields(entry[2]))
+            dims = [item for number, item in tensor if number == 1]  # In proto2, dims are not packed.
+            name, kind, content = str(entry[1], 'utf-8'), str(dict(tensor)[2], 'utf-8'), dict(tensor)[3]
             slices.setdefault(name, (dims, kind, bytearray()))[2].extend(content)
-    except _Damaged:
+    except (LookupError, TypeError, ValueError):
         slices = {}
     if not slices:
         raise UsageError(f'{path} is truncated, damaged, or not a MindSpore file')
     tensors = {}
     for name, (dims, kind, content) in slices.items():
-        if kind not in DTYPES:
-            raise UsageError(f'{path}: {name} has unsupported type {kind}')
-        dtype = DTYPES[kind]
+        dtype = getattr(torch, kind.lower(), None)  # such as Float32 and BFloat16
         shape = [] if dims == [0] else dims  # MindSpore writes a scalar with dims [0]
-        if not content or len(content) != math.prod(shape) * dtype.itemsize:
-            raise UsageError(f'{path}: {name} has {len(content)} bytes for shape {tuple(shape)}')
+        if not isinstance(dtype, torch.dtype) or len(content) != math.prod(shape) * dtype.itemsize:
+            raise UsageError(f'{path}: {name} has {len(content)} bytes of type {kind} for shape {tuple(shape)}')
         tensors[name] = torch.frombuffer(content, dtype=dtype).reshape(shape)
     return tensors

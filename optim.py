@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from errors import UsageError, first_line
 
@@ -16,29 +16,19 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
     Raises:
         UsageError: timm has no such optimizer, or it refuses a setting.
     """
-    settings = dict(eps=args.opt_eps)
-    if args.opt_betas:
-        settings['betas'] = tuple(args.opt_betas)
+    settings = {**optimizer_kwargs(args), 'lr': lr}
     if args.opt in ('adamw', 'adam'):
         settings['fused'] = True  # Only a fused optimizer can skip a step without a host sync.
     try:
-        return create_optimizer_v2(
-            model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum,
-            layer_decay=args.layer_decay, **settings)
+        return create_optimizer_v2(model, **settings)
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         raise UsageError(f'--opt {args.opt}: {first_line(error)}') from None
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
     """Build timm's scheduler; return it and the number of epochs, including the cool-down."""
-    noise = args.lr_noise[0] if args.lr_noise and len(args.lr_noise) == 1 else args.lr_noise
-    return create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
-        cooldown_epochs=args.cooldown_epochs, decay_rate=args.decay_rate,
-        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs,
-        warmup_prefix=args.warmup_prefix, noise=noise,
-        noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed,
-        step_on_epochs=not args.sched_on_updates, updates_per_epoch=updates_per_epoch)
+    settings = {**scheduler_kwargs(args), 'decay_milestones': (90, 180, 270)}  # create_scheduler_v2's default
+    return create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
 
 
 def schedule_warnings(args: argparse.Namespace, lr: float, updates: int) -> list[str]:

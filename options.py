@@ -94,7 +94,8 @@ def in_range(kind: type, low: float, high: float = float('inf'), above: bool = F
 
 
 count, positive = in_range(int, 0), in_range(int, 1)
-non_negative, positive_float, fraction = in_range(float, 0), in_range(float, 0, above=True), in_range(float, 0, 1)
+non_negative, positive_float = in_range(float, 0), in_range(float, 0, above=True)
+fraction, positive_fraction = in_range(float, 0, 1), in_range(float, 0, 1, above=True)
 
 
 def image_size(text: str) -> int:
@@ -106,12 +107,7 @@ def image_size(text: str) -> int:
     return size
 
 
-def path(text: str) -> str:
-    """Expand ~, which the shell does not do in --flag=~/folder and in YAML."""
-    expanded = os.path.expanduser(text)
-    if expanded.startswith('~'):
-        raise argparse.ArgumentTypeError(f"'{text}': no such home folder (use ./~ for a folder with that name)")
-    return expanded
+path = os.path.expanduser  # The shell does not expand ~ in --flag=~/folder, nor does YAML.
 
 
 def data_set(name: str) -> str:
@@ -148,7 +144,7 @@ def add_classifier_flags(parser: argparse.ArgumentParser) -> None:
                         help='a checkpoint, a converted folder, or a name with published weights')
     parser.add_argument('--class-names', type=path, metavar='FILE', help='class names in index order, one per line')
     parser.add_argument('--input-size', type=image_size, metavar='N', help="pixels (default: the checkpoint's)")
-    parser.add_argument('--crop-pct', type=in_range(float, 0, 1, above=True), metavar='FRACTION',
+    parser.add_argument('--crop-pct', type=positive_fraction, metavar='FRACTION',
                         help="fraction of an image's short side to keep (default: the checkpoint's)")
     add_weights_flag(parser)
     parser.add_argument('--device', help='default: cuda if available')
@@ -167,8 +163,7 @@ def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) 
     g.add_argument('--seed', type=in_range(int, 0, 2 ** 32 - 1), default=seed)
     g.add_argument('--num-workers', type=count, default=num_workers, help='data loading workers of each process')
     g.add_argument('--amp-dtype', default='auto', choices=('auto', *DTYPES),
-                   help='auto: float32 on CPU, bfloat16 on CUDA, float16 on CUDA devices without bfloat16; '
-                   'tf32: float32 with matrix products in TF32 on CUDA')
+                   help='auto: float32 on CPU, bfloat16 or else float16 on CUDA; tf32: float32, TF32 products on CUDA')
     g.add_argument('--fast-norm', action=argparse.BooleanOptionalAction, default=False,
                    help="compute LayerNorm in autocast's dtype instead of float32")
     g.add_argument('--device', choices=('cuda', 'mps', 'cpu'), help='default: cuda if available, else cpu')
@@ -206,16 +201,14 @@ def get_parser() -> argparse.ArgumentParser:
                    'folder with the JSON files; others: folder of the data set, or to download the data set to')
     g.add_argument('--class-map', type=path, metavar='FILE', help='IMNET: file with the class folders in index order')
     g.add_argument('--val-split', type=fraction, help='fraction of each class to hold out if there is no val/ folder')
-    g.add_argument('--skip-damaged', action=toggle, default=False,
-                   help='decode every image at the start and leave out damaged ones, for small data sets')
+    g.add_argument('--skip-damaged', action=toggle, default=False, help='decode all images and omit damaged ones')
     g.add_argument('--max-train-images', type=positive, help='train on this many images, balanced over the classes')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES, help='INAT: taxonomic rank of classes')
-    g.add_argument('--ignore-exif', action=toggle, default=False,
-                   help='ignore the EXIF orientation of images, as published scores do')
+    g.add_argument('--ignore-exif', action=toggle, default=False, help='ignore EXIF rotations, as published scores do')
     g.add_argument('--max-image-pixels', type=positive, default=64_000_000, help='larger images are not decoded')
     g.add_argument('--input-size', type=image_size, default=224, help='height and width in pixels, a multiple of 32')
-    g.add_argument('--crop-pct', '--eval-crop-ratio', type=in_range(float, 0, 1, above=True), help='fraction '
-                   "of the short side that evaluation keeps (default: the checkpoint's, else 0.875, or 1 up to 32 px)")
+    g.add_argument('--crop-pct', '--eval-crop-ratio', type=positive_fraction, help='fraction of the short side '
+                   "that evaluation keeps (default: the checkpoint's, else 0.875, or 1 up to 32 px)")
     g.add_argument('--valid-labels', type=path, help='with --eval: score only among the class indices in '
                    "FILE, one per line, or 'all' (default: all; for ImageNet's classes, those in the data)")
     g.add_argument('--real-labels', type=path, nargs='?', const='', help='with --eval: also score by the '
@@ -225,8 +218,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--loader', choices=('fast', 'reference'), help='transform training images with libjpeg-turbo and '
                    'OpenCV (fast, the default if they are installed) or with Pillow (reference)')
     g.add_argument('--pin-mem', action=toggle, default=True, help='load batches into pinned memory for CUDA')
-    g.add_argument('--repeated-aug', action=toggle, default=True,
-                   help='train on a third of the images in each epoch, with three augmented copies of each')
+    g.add_argument('--repeated-aug', action=toggle, default=True, help='use a third of the images, three copies each')
 
     g = parser.add_argument_group('augmentation')
     g.add_argument('--color-jitter', type=non_negative, default=0.4, help='strength, used with --aa none')
@@ -243,29 +235,24 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--cutmix-minmax', type=fraction, nargs=2, help="range of the CutMix box's sides; turns CutMix on")
     g.add_argument('--mixup-prob', type=fraction, default=1.0, help='probability of mixup or CutMix')
     g.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='probability of CutMix where both are on')
-    g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'),
-                   help='draw once per batch, per pair or per image')
+    g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='per batch, pair or image')
     g.add_argument('--smoothing', type=fraction, default=0.1, help='label smoothing')
 
     g = parser.add_argument_group('model')
     g.add_argument('--model', default='cmt_s', help="name of a CMT (default: cmt_s, or the checkpoint's model)")
-    g.add_argument('--freeze-stages', type=in_range(int, 0, 4), default=0,
-                   help='freeze the stem and this many stages; 0 freezes nothing')
+    g.add_argument('--freeze-stages', type=in_range(int, 0, 4), default=0, help='freeze the stem and this many stages')
     g.add_argument('--drop', type=fraction, default=0.0, help='dropout in LMHSA and IRFFN')
     g.add_argument('--head-drop', type=fraction, help="dropout before the classifier (default: the model's)")
     g.add_argument('--drop-path', type=fraction, default=0.1, help='rate in the last block, rising linearly from 0')
     g.add_argument('--grad-checkpointing', action=toggle, default=False, help='recompute activations to save memory')
     g.add_argument('--compile', action=toggle, default=False, help='run the training step through torch.compile')
-    g.add_argument('--sync-bn', action=toggle, default=False,
-                   help='compute BatchNorm statistics over the batches of all ranks (CUDA only)')
-    g.add_argument('--bn-momentum', type=in_range(float, 0, 1, above=True),
-                   help="momentum of BatchNorm's running statistics (default: the model's, 0.1)")
+    g.add_argument('--sync-bn', action=toggle, default=False, help='BatchNorm over the batches of all ranks (CUDA)')
+    g.add_argument('--bn-momentum', type=positive_fraction, help="of BatchNorm (default: the model's, 0.1)")
     g.add_argument('--dist-bn', default='broadcast', choices=('broadcast', 'reduce'),
                    help="BatchNorm statistics before evaluation: rank 0's, or the mean of all ranks")
     g.add_argument('--model-ema', action=toggle, default=True, help='keep an EMA of the weights; --eval scores it')
     g.add_argument('--model-ema-decay', type=fraction, default=0.99996, help='decay of the EMA in each optimizer step')
-    g.add_argument('--model-ema-warmup', action=toggle, default=False,
-                   help='raise the decay from 0 to --model-ema-decay, as 1 - n^(-2/3) in optimizer step n')
+    g.add_argument('--model-ema-warmup', action=toggle, default=False, help='cap the decay at 1 - n^(-2/3) in step n')
     g.add_argument('--model-ema-force-cpu', action=toggle, default=False, help='keep the EMA in host memory (slow)')
 
     g = parser.add_argument_group('distillation')
@@ -279,7 +266,7 @@ def get_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group('optimizer')
     g.add_argument('--opt', default='adamw', help="name of one of timm's optimizers")
     g.add_argument('--opt-eps', type=positive_float, default=1e-8, help='epsilon of the optimizer')
-    g.add_argument('--opt-betas', type=fraction, nargs='+', help="two betas (default: the optimizer's)")
+    g.add_argument('--opt-betas', type=fraction, nargs=2, help="two betas (default: the optimizer's)")
     g.add_argument('--momentum', type=fraction, default=0.9, help='momentum of SGD and its relatives')
     g.add_argument('--weight-decay', type=non_negative, default=0.05, help='weight decay of all but 1-D parameters')
     g.add_argument('--layer-decay', type=fraction, help='factor on the learning rate for each layer below the head')
@@ -293,8 +280,7 @@ def get_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group('schedule')
     g.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly'))
     g.add_argument('--sched-on-updates', action=toggle, default=False, help='update the learning rate after each step')
-    g.add_argument('--lr', type=positive_float, default=5e-4,
-                   help='learning rate for a global batch of 512, scaled linearly with the global batch')
+    g.add_argument('--lr', type=positive_float, default=5e-4, help='rate for a global batch of 512, scaled linearly')
     g.add_argument('--lr-noise', type=float, nargs='+', help='fractions of the run at which noise starts and ends')
     g.add_argument('--lr-noise-pct', type=float, default=0.67, help='limit of the noise as a fraction of the rate')
     g.add_argument('--lr-noise-std', type=float, default=1.0, help='standard deviation of the noise')
@@ -409,20 +395,19 @@ def find_mistake(args: argparse.Namespace) -> str | None:
     """Describe the first combination of flags that cannot work, or return None."""
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     distils, teacher = args.distillation_type != 'none', args.teacher_model or args.teacher_path
-    valid, has_real = args.valid_labels, args.real_labels is not None
+    has_real = args.real_labels is not None
     checks = [
         (mixes and args.batch_size % 2 and not (args.eval or args.throughput),
          f'--batch-size {args.batch_size} is odd, but mixup and CutMix pair the images of a batch: use an even number'),
         (distils and not teacher,
          f'--distillation-type {args.distillation_type} needs --teacher-model or --teacher-path'),
         (teacher and not distils, 'a teacher needs --distillation-type soft or hard'),
-        (args.opt_betas and len(args.opt_betas) != 2, '--opt-betas needs two numbers'),
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
-        ((valid or has_real or args.report) and not args.eval,
+        ((args.valid_labels or has_real or args.report) and not args.eval,
          '--valid-labels, --real-labels and --report need --eval'),
-        (args.report and os.path.isfile(args.report), f'--report {args.report} is a file: use a folder'),
-        (valid and has_real, '--real-labels scores among all classes: leave out --valid-labels'),
-        (valid not in (None, 'all') and not os.path.isfile(valid), f'--valid-labels {valid}: no such file'),
+        (args.valid_labels and has_real, '--real-labels scores among all classes: leave out --valid-labels'),
+        (args.valid_labels not in (None, 'all') and not os.path.isfile(args.valid_labels),
+         f'--valid-labels {args.valid_labels}: no such file'),
         (args.data_set == 'DIGITS' and args.data_path,
          f'--data-set DIGITS takes no --data-path {args.data_path}: use --data-set IMNET to train on your own images'),
     ]

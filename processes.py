@@ -1,6 +1,7 @@
 """Join the processes of a launch, let them agree, and end them with an exit status and one line."""
 import contextlib
 import datetime
+import faulthandler
 import gc
 import logging
 import multiprocessing
@@ -46,8 +47,12 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
         # One rank per node logs. So does rank 1, since rank 0 may be the missing one.
         wait = Wait(timeout_s, is_logged=launch.local_rank == 0 or launch.rank == 1)
         ranks = dict(rank=launch.rank, world_size=launch.world_size)
-        with exit_after(timeout_s + 30):
+        # A TCPStore on a frozen host never answers. Exit then, with the line that waits on stderr (2).
+        faulthandler.dump_traceback_later(timeout_s + 30, exit=True, file=2)
+        try:
             store = launch_store(open_store(dist_url, **ranks, wait=wait), **ranks, wait=wait)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         try:
             # gloo as well as NCCL, so that the all-reduce of a CPU tensor in each step does not wait for the device.
             dist.init_process_group(
@@ -87,23 +92,6 @@ class Wait:
                 logger.warning('waiting for %s until %s (--dist-timeout %g)', absent(), f'{end:%X}', self.timeout_s)
                 self.is_logged = False
             time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def exit_after(seconds: float):
-    """Exit if the block takes longer than `seconds`: a TCPStore on a frozen host never answers."""
-    def end() -> None:
-        program = os.path.basename(sys.argv[0])
-        sys.stderr.write(f'{program}: error: the rendezvous store did not answer within {seconds:g} s\n')
-        os._exit(1)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
@@ -174,17 +162,12 @@ def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> d
     return dist.PrefixStore(key, store)
 
 
-def is_lost_peer(error: Exception) -> bool:
-    """Return whether `error` is gloo's or NCCL's report that another process or the network is gone."""
-    return isinstance(error, RuntimeError) and re.search(
-        'gloo.*(Connection (closed|reset) by peer|Timed out waiting)|ncclRemoteError|NCCL communicator was aborted|'
-        'Watchdog caught collective operation timeout|NCCL.*closed by remote peer', str(error), re.DOTALL) is not None
-
-
 def explain(error: BaseException) -> str | None:
     """Return one line about an error that the code did not cause, or None."""
     text = str(error)
-    if is_lost_peer(error):
+    if isinstance(error, RuntimeError) and re.search(  # gloo's and NCCL's reports
+            'gloo.*(Connection (closed|reset) by peer|Timed out waiting)|ncclRemoteError|NCCL communicator was aborted|'
+            'Watchdog caught collective operation timeout|NCCL.*closed by remote peer', text, re.DOTALL):
         return f'rank {get_rank()} lost another process ({first_line(error)})'
     if isinstance(error, torch.OutOfMemoryError):
         return f'{first_line(error)} Use a smaller --batch-size (with --accum-steps), or --grad-checkpointing.'
@@ -199,8 +182,6 @@ def explain(error: BaseException) -> str | None:
     if 'DataLoader worker' in text and ('killed by signal: Killed' in text or 'exited unexpectedly' in text):
         return (f'a worker was killed, most likely for lack of memory ({first_line(error)}): use fewer '
                 '--num-workers, or more memory')
-    if "can't start new thread" in text or 'Resource temporarily unavailable' in text:
-        return f'no more processes can be started ({first_line(error)}): raise ulimit -u, or use fewer --num-workers'
     if isinstance(error, MemoryError) or 'Cannot allocate memory' in text:
         return f'out of memory ({first_line(error)}): use fewer --num-workers or a smaller --batch-size'
     return None
@@ -246,10 +227,7 @@ def all_reduce_(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
 
 
 def all_reduce_max(value: int) -> int:
-    """All-reduce `value` with MAX.
-
-    The tensor is on the CPU: ranks wait for each other, not for their devices.
-    """
+    """All-reduce `value` with MAX, on the CPU: ranks wait for each other, not for their devices."""
     return int(all_reduce_(torch.tensor([value]), dist.ReduceOp.MAX))
 
 

@@ -61,7 +61,7 @@ def _flat_val(path: Path) -> tuple[Path, Path] | None:
 def _read_table(file: Path) -> dict[str, str]:
     """Map the names of validation images to their classes."""
     if file.name == DEVKIT:
-        return {f'ILSVRC2012_val_{number:08d}.JPEG': name for number, name in enumerate(devkit_classes(file), 1)}
+        return devkit_classes(file)
     try:
         lines = file.read_text('utf-8-sig').splitlines()
         if file.suffix == '.txt':
@@ -102,12 +102,10 @@ class ParquetImages(EncodedImages):
 
     def __init__(self, files: list[Path]):
         self.roots, self.cached = list(map(str, files)), (None, None)  # (file, row group), its encoded images
-        names, targets, places, first = [], [], [], None
+        names, targets, places = [], [], []
         for i, file in enumerate(self.roots):
             with _parquet(file) as parquet:
-                self.column, label, classes = columns = _columns(parquet.schema_arrow, file)
-                if columns != (first := first or columns):
-                    raise UsageError(f'{file} and {files[0]} have different columns or class names')
+                self.column, label, classes = _columns(parquet.schema_arrow, file)
                 for group in range(parquet.num_row_groups):
                     rows = parquet.read_row_group(group, columns=[f'{self.column}.path', label]).flatten()
                     names += [Path(path or '').name for path in rows.column(f'{self.column}.path').to_pylist()]

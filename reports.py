@@ -233,21 +233,13 @@ def _text_width(text: str, **font) -> float:
 
 @dataclass
 class Predictions:
-    """Hold the top predictions for all images of a data set, in its order.
-
-    Attributes:
-        paths: file of each image.
-        names, words: class names, and readable class names.
-        targets: class index of each image (N,).
-        classes: indices of the k most probable classes (N, k), the most probable first; k is at most 5.
-        probabilities: probabilities of these classes (N, k).
-    """
-    paths: list[str]
-    names: list[str]
-    words: list[str]
-    targets: np.ndarray
-    classes: np.ndarray
-    probabilities: np.ndarray
+    """Hold the top predictions for all images of a data set, in its order."""
+    paths: list[str]  # file of each image
+    names: list[str]  # class names
+    words: list[str]  # readable class names
+    targets: np.ndarray  # class index of each image (N,)
+    classes: np.ndarray  # indices of the k <= 5 most probable classes (N, k), the most probable first
+    probabilities: np.ndarray  # probabilities of these classes (N, k)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of predictions.csv."""

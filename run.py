@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import shlex
-import signal
 import sys
 import threading
 import time
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 LOG, CONFIG = 'log.txt', 'config.yaml'
 # Keys that best checkpoints keep.
 DESCRIPTION = 'format', 'model_args', 'detector', 'args', 'classes', 'training_images', 'epoch'
-METRICS = 'acc1', 'box_ap'  # train.py and detection.py choose the best checkpoint by these scores.
 # Flags that apply to one launch, so config.yaml omits them. The output folder is the one that contains config.yaml.
 UNSAVED_FLAGS = 'config', 'eval', 'local_rank', 'output_dir', 'overwrite', 'resume', 'stopped_file', 'throughput'
 
@@ -42,8 +40,6 @@ def setup_process(args: argparse.Namespace) -> torch.device:
     utils.setup_logging()
     system.raise_file_limit()
     torch.set_num_threads(min(torch.get_num_threads(), system.cores()))  # torch ignores a container's CPU quota.
-    if system.missing():
-        logger.info(system.missing())
     with usage_errors():
         return processes.init_distributed(args.device, args.dist_url, args.dist_timeout)
 
@@ -80,7 +76,7 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
             exists = False
         if not exists:
             logger.warning('%s of epoch %d is not in %s: the best score starts over', name, epoch, place)
-            for key in ('epoch', *METRICS):
+            for key in ('epoch', 'acc1', 'box_ap'):  # box_ap is detection.py's score.
                 best.pop(f'{prefix}{key}', None)
     return file, checkpoint
 
@@ -95,9 +91,6 @@ def check_output_dir(folder: Path, may_hold_run: bool) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UsageError(f'--output-dir {folder}: {existing} is not a writable folder')
-    for path in (folder / LOG, folder / utils.WANDB_ID, folder / CONFIG, *folder.glob('*.pth')):
-        if path.is_dir():
-            raise UsageError(f'--output-dir {folder}: {path} is a folder')
     if not may_hold_run and (run_files(folder) or any(folder.glob('checkpoint_*.pth'))):
         raise UsageError(f'{folder} contains a run: --resume auto resumes it, --overwrite replaces it')
 
@@ -272,13 +265,3 @@ def check_written(writer: RunWriter | None) -> None:
     errors = [error for error in processes.gather_from_ranks(error) if error]
     if errors:
         raise TrainingFault(errors[0])
-
-
-def raise_stopped(args: argparse.Namespace, stop_signal: int, where: str, is_complete: bool) -> None:
-    """Log where a signal stopped the run, touch --stopped-file, and raise SystemExit with the run's exit status."""
-    outcome = ', which was the last' if is_complete else '; --resume auto resumes there'
-    logger.info('stopped %s%s', where, outcome if args.output_dir else '; nothing was saved (no --output-dir)')
-    if args.stopped_file and args.output_dir and processes.get_rank() == 0 and not is_complete:
-        Path(args.stopped_file).touch()
-    resumes_itself = args.resume == 'auto' and stop_signal != signal.SIGINT
-    raise SystemExit(0 if resumes_itself else 128 + stop_signal)

@@ -38,14 +38,10 @@ with contextlib.suppress(ImportError):
     EXTENSIONS += HEIF
 UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
            6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # by EXIF orientation
-
-
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # check_pixels is stricter.
 # Only these are opened: Pillow would start Ghostscript for a PostScript file, whatever its extension.
 FORMATS = sorted(
     {name for extension, name in Image.registered_extensions().items() if extension in EXTENSIONS} & set(Image.OPEN))
-
-
 MARKER = re.compile(b'\xff[^\0\xd0-\xd7\xff]')  # starts a JPEG segment; other markers occur within a scan
 
 
@@ -196,52 +192,37 @@ def is_image(name: str) -> bool:
 def log_left_out(files: Iterable[str], where: str | Path) -> None:
     """Log how many files are not images, by extension, with advice on HEIF."""
     counts = Counter(printable(os.path.splitext(file)[1].lower()) or 'no extension' for file in files)
-    heif = sum(counts[extension] for extension in HEIF)
-    left_out = ', '.join(f'{count} {extension}' for extension, count in counts.most_common(5)) + \
-        ', ...' * (len(counts) > 5) + f' ({heif} HEIC: pip install pillow-heif)' * (heif > 0)
-    if left_out:
-        logger.info('left out of %s: %s', printable(str(where)), left_out)
-
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Return whether an entry is a folder or a link to one; entry.is_dir() fails on a link to itself."""
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+    if counts:
+        logger.info('left out of %s: %s%s%s', printable(str(where)),
+                    ', '.join(f'{count} {extension}' for extension, count in counts.most_common(5)),
+                    ', ...' * (len(counts) > 5), ' (HEIC: pip install pillow-heif)' * any(map(counts.get, HEIF)))
 
 
 def walk(folder: str, visited: set[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield `folder` and the folders below it, following links, with the names of their files.
 
-    Skip folders with real paths in `visited`, and add the others to it. os.walk would follow link loops, and would
-    silently skip folders that cannot be listed.
+    Skip folders with real paths in `visited`, which ends link loops, and add the others to it.
     """
-    real = os.path.realpath(folder)
-    if real in visited:
-        logger.warning('skipping %s: it links to %s, which is already listed', folder, real)
-        return
-    visited.add(real)
-    files, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            (folders if is_folder(entry) else files).append(entry.name)
-    yield folder, sorted(files)
-    for name in sorted(folders):
-        if not IGNORED.search(name):
-            yield from walk(f'{folder}/{name}', visited)
+    def fail(error: OSError):  # os.walk would skip folders that cannot be listed.
+        raise error
+
+    for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(path)
+        if real in visited:
+            logger.warning('skipping %s: it links to %s, which is already listed', path, real)
+            folders.clear()
+        else:
+            visited.add(real)
+            folders[:] = sorted(name for name in folders if not IGNORED.search(name))
+            yield path.replace(os.sep, '/'), sorted(files)
 
 
 class ImageFolder(EncodedImages):
-    """List a folder's images in the order of torchvision's ImageFolder, without ignored ones.
+    """List the images in a folder's class folders, in the order of torchvision's ImageFolder.
 
     torchvision's does not report folders that cannot be listed, link loops, or files that are left out. It also cannot
-    use the class indices of another folder, which a validation set needs.
-
-    Args:
-        root: folder with a subfolder for each class.
-        transform: as in EncodedImages.
-        classes: class names in index order; None for those of `root`, sorted. `root` may lack some.
-
-    Raises:
-        UsageError: no such folder, no classes, a class without images, or a class that `classes` lacks.
+    use the class indices of another folder (`classes`, in index order), which a validation set needs. Raise UsageError
+    for a missing folder, no classes, a class without images, or a class that `classes` lacks.
     """
 
     def __init__(self, root: str | Path, transform: Callable | None = None, classes: list[str] | None = None):
@@ -251,19 +232,19 @@ class ImageFolder(EncodedImages):
             raise UsageError(f'no folder {root if parent.is_dir() else parent}: --data-path takes a folder with train/ '
                              'and val/, or with tars that have these words in their names; to train on a folder of '
                              'classes, add --val-split 0.1')
-        entries = [entry for entry in os.scandir(root) if not IGNORED.search(entry.name)]
         above = {os.path.realpath(root), *map(str, Path(root).resolve().parents)}  # Links to these are skipped.
-        folders = sorted(entry.name for entry in entries
-                         if is_folder(entry) and not (entry.is_symlink() and os.path.realpath(entry.path) in above))
+        names = [name for name in sorted(os.listdir(root)) if not IGNORED.search(name)]
+        folders = [name for name in names if os.path.isdir(f'{root}/{name}')
+                   and os.path.realpath(f'{root}/{name}') not in above]
         if not folders:
             raise UsageError(f'no class folders in {root}: put images into {root}/CLASS/')
-        dangling = [entry.path for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]
+        dangling = [name for name in names if not os.path.exists(f'{root}/{name}')]
         if dangling:
-            raise UsageError(f'{dangling[0]} is a link to nothing: fix or remove it')
+            raise UsageError(f'{root}/{dangling[0]} is a link to nothing: fix or remove it')
         self.classes = classes or folders
         self.roots = [root]
         index = index_of(self.classes, folders, root)
-        names, targets, left_out, empty = [], [], [], []
+        names, targets, left_out = [], [], []
         for label in folders:
             count = len(names)
             for folder, files in sorted(walk(f'{root}/{label}', set(above))):
@@ -272,9 +253,9 @@ class ImageFolder(EncodedImages):
                 if len(images) < len(files):
                     left_out += [file for file in files if not is_image(file) and not IGNORED.search(file)]
             targets += [index[label]] * (len(names) - count)
-            if len(names) == count:
-                empty.append(label)
         log_left_out(left_out, root)
+        present = set(targets)
+        empty = [label for label in folders if index[label] not in present]
         if empty:
             raise UsageError(f'no images in {Path(root) / empty[0]}'
                              f'{f" and {len(empty) - 1} other class folders" if empty[1:] else ""}: '
@@ -301,13 +282,10 @@ class TarImages(EncodedImages):
     order of the tars.
 
     Args:
-        paths: the tars.
+        paths: the tars. UsageError is raised for damaged or compressed ones, and if they have no images with classes.
         split: 'train' or 'val'; the folder to read if the tars contain folders of both names.
         transform: as in EncodedImages.
         classes: class names in index order; None for those of the tars, sorted.
-
-    Raises:
-        UsageError: a tar that is damaged or compressed, or that contains no images with classes.
     """
 
     def __init__(
@@ -331,8 +309,9 @@ class TarImages(EncodedImages):
         else:
             images, names = self._by_class(images, split)
         if '' in names:
-            raise UsageError(f'{where} has no class for {images[names.index("")].name}: put images into class '
-                             'folders, or a KEY.cls file next to each image')
+            raise UsageError(f'{where} has no classes: put images into class folders, or KEY.cls with the number of '
+                             f"the class next to each KEY.jpg, or {DEVKIT} next to ImageNet's validation tar "
+                             f'({images[names.index("")].name} has no class)')
         if labels:
             indices = list(map(int, names))
             classes = classes or [str(i) for i in range(max(indices) + 1)]
@@ -354,7 +333,8 @@ class TarImages(EncodedImages):
     def _by_class(self, images: list[Member], split: str) -> tuple[Sequence[Member], Sequence[str]]:
         """Return the images in the order of ImageFolder, and the class name of each.
 
-        The class is the top folder below the folder `split`, or below the folders that all images share; '' for none.
+        The class is the top folder below the folder `split`, or below the folders that all images share, or what the
+        development kit lists; '' for none.
         """
         paths = [m.name.split('/')[:-1] for m in images]
         if all(split_folder(m.name) == split for m in images):
@@ -365,18 +345,15 @@ class TarImages(EncodedImages):
                 shared -= 1  # All images are in one folder, the only class.
             paths = [folders[shared:] for folders in paths]
         names = [''.join(folders[:1]) for folders in paths]
-        if not any(names) and self.roots[1:] and Path(self.roots[0]).parent.name == split:  # SPLIT/CLASS.tar
-            names = [Path(self.roots[m.tar]).stem for m in images] if not self._are_shards(images) else names
+        if not any(names) and self.roots[1:] and Path(self.roots[0]).parent.name == split:
+            stems = [Path(root).stem for root in self.roots]  # SPLIT/CLASS.tar, unless shards are numbered from 00 on
+            names = names if re.fullmatch(r'(.*\D)?00+', stems[0]) else [stems[m.tar] for m in images]
         names, images = zip(*sorted(zip(names, images), key=lambda pair: (pair[0], *os.path.split(pair[1].name))))
-        return images, names if any(names) else _published_val_classes(Path(self.roots[0]), images)
-
-    def _are_shards(self, images: list[Member]) -> bool:
-        """Return whether the tars are numbered from 00000.tar on, or the first holds a KEY.json next to an image."""
-        path, keys = Path(self.roots[0]), {key_of(m.name) for m in images if m.tar == 0}
-        with open(path, 'rb') as file:  # The saved index has no JSON files.
-            names = [name for _, (name, _) in zip(range(1000), _files(file, 0, path.stat().st_size, str(path)))]
-        return any(name.endswith('.json') and key_of(name) in keys for name in names) or \
-            path.stem.startswith('00') and all(Path(root).stem.isdecimal() for root in self.roots)
+        kit = find_devkit(Path(self.roots[0]))
+        if kit and not any(names):  # ImageNet's validation tar
+            ids = devkit_classes(kit)
+            names = [ids.get(posixpath.basename(m.name), '') for m in images]
+        return images, names
 
     def _read_bytes(self, tar: int, offset: int, size: int) -> bytes:
         with open(self.roots[tar], 'rb') as file:
@@ -409,17 +386,13 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
     """Map each image (also HEIF) and label in a tar, and in its inner tars, to (offset, size) in bytes.
 
     The index is saved next to the tar, else in ~/.cache/cmt, and used until the tar's size or modification time
-    changes.
-
-    Raises:
-        UsageError: a tar that is damaged or compressed.
+    changes. Raise UsageError for a tar that is damaged or compressed.
     """
     stat = path.stat()
     stamp = [stat.st_size, stat.st_mtime_ns]
-    index_files = [path.with_name(f'.{path.name}.index.npz')]
-    with contextlib.suppress(RuntimeError):  # neither HOME nor a passwd entry
-        index_files.append(
-            Path.home() / '.cache' / 'cmt' / (re.sub(r'[/\\:]', '%', str(path.resolve()))[-200:] + '.index.npz'))
+    name = re.sub(r'[/\\:]', '%', str(path.resolve()))[-200:]
+    index_files = (path.with_name(f'.{path.name}.index.npz'),
+                   Path(os.path.expanduser('~/.cache/cmt'), f'{name}.index.npz'))
     for index_file in index_files:
         with contextlib.suppress(Exception), np.load(index_file) as saved:  # missing or damaged
             if saved['stamp'].tolist() == stamp:
@@ -461,7 +434,6 @@ def _files(file: BinaryIO, start: int, end: int, where: str, depth: int = 1) -> 
 
 
 PADDING = 2 ** 20  # bytes: the most zeros that tar appends with its usual blocking factors
-COMPRESSED = b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd'  # magic numbers of gzip, bzip2, xz and zstd
 
 
 def _headers(file: BinaryIO, start: int, end: int, where: str) -> Iterator[tarfile.TarInfo]:
@@ -478,10 +450,8 @@ def _headers(file: BinaryIO, start: int, end: int, where: str) -> Iterator[tarfi
         # Zeros end a tar. More zeros than tar writes are left by an interrupted download.
         if 512 <= len(rest) <= PADDING and not rest.strip(b'\0'):
             return
-    file.seek(start)
-    if last == 'at its start' and file.read(6).startswith(COMPRESSED):
-        raise UsageError(f'{where} is compressed: unpack it to a plain .tar, which can be read in place')
-    raise UsageError(f'{where} is not a tar, or is truncated or damaged {last}: copy it again')
+    raise UsageError(f'{where} is compressed (unpack it to a plain .tar), is not a tar, or is truncated or damaged '
+                     f'{last}: copy it again')
 
 
 DEVKIT = imagenet.ARCHIVE_META['devkit'][0]  # lists the classes of the published validation images
@@ -493,24 +463,13 @@ def find_devkit(path: Path) -> Path | None:
     return next((folder / DEVKIT for folder in folders if (folder / DEVKIT).is_file()), None)
 
 
-def devkit_classes(kit: Path) -> list[str]:
-    """Return the WordNet ids of ILSVRC2012_val_00000001.JPEG and so on, which the development kit lists."""
+def devkit_classes(kit: Path) -> dict[str, str]:
+    """Map ILSVRC2012_val_00000001.JPEG and so on to their WordNet ids, which the development kit lists."""
     with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks the kit into the kit's own folder.
         shutil.copy(kit, Path(folder) / DEVKIT)
         try:
             imagenet.parse_devkit_archive(folder)
-            return imagenet.load_meta_file(folder)[1]
+            ids = imagenet.load_meta_file(folder)[1]
         except (RuntimeError, OSError) as error:
             raise UsageError(f'{kit}: {error}') from None
-
-
-def _published_val_classes(path: Path, images: Sequence[Member]) -> list[str]:
-    """Return the WordNet ids of published validation images, whose tar `path` has no folders."""
-    matches, kit = [re.search('ILSVRC2012_val_([0-9]{8})[^/]*$', m.name) for m in images], find_devkit(path)
-    if not kit or not all(matches):
-        raise UsageError(f'{path} has no classes: put images into class folders, or KEY.cls with the number of the '
-                         f"class next to each KEY.jpg, or {DEVKIT} next to ImageNet's validation tar")
-    ids, indices = devkit_classes(kit), [int(match[1]) - 1 for match in matches]
-    if max(indices) >= len(ids):
-        raise UsageError(f'{path} has more images than the validation set that {kit} describes')
-    return [ids[index] for index in indices]
+    return {f'ILSVRC2012_val_{number:08d}.JPEG': name for number, name in enumerate(ids, 1)}

@@ -1,12 +1,10 @@
 """Handle what differs between operating systems: signals, locks, files, limits, cores. Nothing here imports torch."""
 import contextlib
 import errno
-import math
 import multiprocessing
 import os
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,13 +21,6 @@ from errors import UsageError
 # These signals ask a run to stop. A closing terminal sends SIGHUP, and SLURM sends SIGUSR1 before the time limit.
 STOP_SIGNALS = {name: getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
                 if hasattr(signal, name)}  # Windows has the first two.
-
-
-def missing() -> str:
-    """Say in one line what this system lacks; '' if nothing."""
-    lacks = ['SIGHUP and SIGUSR1 (only Ctrl-C saves and stops)'] * ('SIGUSR1' not in STOP_SIGNALS) + \
-        ['peak memory in log.txt'] * (resource is None)
-    return f'this system does not support {", ".join(lacks)}' if lacks else ''
 
 
 # Signals
@@ -196,27 +187,7 @@ def raise_file_limit(limit: int = 65536) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def peak_memory() -> float | None:
-    """Return the peak resident memory of this process in MiB, None if unknown."""
-    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # macOS counts bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else None
-
-
-def cores(root: str = '/') -> int:
-    """Count the cores that affinity and cgroups let this process use.
-
-    joblib.cpu_count reads only the top cgroup's limit, which is right only in a container with its own cgroup view.
-    """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # not on macOS
-    limits, groups = [], Path(root, 'proc/self/cgroup')
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controllers, path = line.split(':', 2)
-        if controllers and 'cpu' not in controllers.split(','):
-            continue
-        folder = Path(root, 'sys/fs/cgroup', 'cpu' * bool(controllers), path.lstrip('/'))  # no controllers: version 2
-        for group in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or 'max' for no limit
-                quota, period = (group / 'cpu.max').read_text().split() if not controllers else (
-                    (group / f'cpu.cfs_{name}_us').read_text() for name in ('quota', 'period'))
-                limits.append(math.ceil(int(quota) / int(period)))
-    return max(1, min(affinity, *(limit for limit in limits if limit > 0), affinity))
+def cores() -> int:
+    """Count the cores that affinity and cgroups let this process use."""
+    import joblib  # It comes with scikit-learn, and imports NumPy.
+    return joblib.cpu_count()

@@ -17,10 +17,11 @@ import functools
 import logging
 import os
 import shlex
+import signal
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from losses import DistillationLoss, Teacher, build_criterion
 from optim import build_optimizer, build_scheduler, load_optimizer, position_schedule, schedule_warnings
 from precision import ApexScaler, NativeScaler, autocast_to, build_precision, configure_cuda, load_scaler, resolve_dtype
 from processes import usage_errors
-from run import CONFIG, LOG, RunWriter, check_written, find_checkpoint, open_run, raise_stopped, setup_process
+from run import CONFIG, LOG, RunWriter, check_written, find_checkpoint, open_run, setup_process
 from samplers import TrainSampler
 from sources import EncodedImages, ImageFolder
 from transforms import build_transform
@@ -125,6 +126,7 @@ class Run:
             'classes': list(self.val_loader.dataset.dataset.classes), 'training_images': self.sampler.length,
         }
 
+    @usage_errors()
     def load_state_dict(self, checkpoint: dict[str, Any], file: str) -> None:
         """Load a checkpoint, except `model`: it was loaded when the model was built, before apex and DDP.
 
@@ -132,8 +134,6 @@ class Run:
         weights and epoch, since its optimizer orders the parameters differently.
         """
         epoch = checkpoint.get('epoch', self.args.start_epoch - 1)
-        if type(epoch) is not int or epoch < -1:
-            raise UsageError(f'the epoch in {file} is {epoch!r}: start from its weights with --finetune')
         self.state = RunState(epoch + 1)
         if is_own(checkpoint):
             if checkpoint['args']['opt'] != self.args.opt:
@@ -150,16 +150,10 @@ class Run:
         else:
             logger.warning('%s has no optimizer state of this project: moments start at zero', file)
             if self.ema is not None:
-                weights = Weights.from_checkpoint(checkpoint, file, use_ema=True)
-                load_weights(self.ema.module, replace(weights, notes=()))  # The notes are for users of the EMA.
+                load_weights(self.ema.module, Weights.from_checkpoint(checkpoint, file, use_ema=True))
         saved_images, images = checkpoint.get('training_images'), self.sampler.length
         if saved_images not in (None, images):
             logger.info('%d training images now, %d before', images, saved_images)
-        saved_world_size, world_size = checkpoint.get('world_size'), self.sampler.world_size
-        if saved_world_size not in (None, world_size):
-            logger.info('%d processes now, %d before: %d samples of epoch %d are done, the base learning rate is %g',
-                        world_size, saved_world_size, self.state.samples_seen, self.state.epoch,
-                        learning_rate(self.args, self.sampler))
         logger.info('resuming at epoch %d, step %d', self.state.epoch, self.state.step)
 
     def save(self, best: dict[str, float] | None = None) -> None:
@@ -207,9 +201,8 @@ def main(args: argparse.Namespace) -> None:
         return
 
     run = build_run(args, model, train_set, val_set, device)
-    with usage_errors():
-        if initial.checkpoint is not None:
-            run.load_state_dict(initial.checkpoint, initial.file)
+    if initial.checkpoint is not None:
+        run.load_state_dict(initial.checkpoint, initial.file)
     run.stop = stop
     if args.compile and run.state.epoch < run.num_epochs:
         with usage_errors():
@@ -263,15 +256,10 @@ def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[a
         if model.in_chans != 3:
             raise UsageError(f'{weights.file if weights else args.model} has {model.in_chans} input channels, but '
                              'images have 3')
-    if args.eval and weights.input_size not in (None, args.input_size) and processes.get_rank() == 0:
-        logger.warning('%s was trained at %d px and is evaluated at %d px. Use --input-size %d for its own size.',
-                       weights.file, weights.input_size, args.input_size, weights.input_size)
 
-    loader = args.loader or ('fast' if HAS_FAST else 'reference')
-    if is_training and loader != args.loader and loader == 'reference':
-        logger.info('simplejpeg or OpenCV is not installed: using --loader reference')
-    name = args.model or (weights.name if weights else saved_name)
-    args = argparse.Namespace(**{**vars(args), 'model': name, 'loader': loader})
+    args = argparse.Namespace(**{
+        **vars(args), 'model': args.model or (weights.name if weights else saved_name),
+        'loader': args.loader or ('fast' if HAS_FAST else 'reference')})
     return args, InitialState(weights, checkpoint, file)
 
 
@@ -545,8 +533,6 @@ def describe(run: Run) -> None:
     logger.info('%d epochs, %d of them cool-down', run.num_epochs, args.cooldown_epochs)
     for warning in schedule_warnings(args, rate, updates) if processes.get_rank() == 0 else ():
         logger.warning(warning)
-    if run.state.epoch >= run.num_epochs:
-        logger.info('nothing left to do: %d of %d epochs are done', run.state.epoch, run.num_epochs)
 
 
 def describe_classes(train_set: Dataset, val_set: Dataset) -> None:
@@ -558,8 +544,7 @@ def describe_classes(train_set: Dataset, val_set: Dataset) -> None:
     logger.info('training images per class: %d (%s) to %d (%s)', *min(zip(counts, names)), *max(zip(counts, names)))
     missing = [name for name, count in zip(names, val_counts) if not count]
     if missing:
-        logger.warning('no validation images of %s%s', ', '.join(missing[:5]),
-                       f' and {len(missing) - 5} more' if missing[5:] else '')
+        logger.warning('classes without validation images (%d): %s', len(missing), ', '.join(missing[:5]))
 
 
 # An epoch
@@ -651,15 +636,7 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
             break
         if next(model.parameters()).device.type != run.device.type:  # --model-ema-force-cpu
             model = copy.deepcopy(model).to(run.device)
-        try:
-            scores[prefix], columns = score(
-                model, run.val_loader, run.device, run.eval_autocast, lambda: run.stop.signal)
-        except Exception:  # Such as an unreadable image, or workers that cannot be started.
-            if world_size == 1 and run.writer is not None:  # With more ranks, all of them would have to save.
-                run.train_loader.stop()  # Its open files may exhaust the limit.
-                run.save_in_epoch()
-                run.writer.wait()
-            raise
+        scores[prefix], columns = score(model, run.val_loader, run.device, run.eval_autocast, lambda: run.stop.signal)
         if state.epoch == run.num_epochs - 1 and scores[prefix] == max(scores.values(), key=lambda s: s['acc1']):
             run.report = 'EMA' if prefix else 'model', model, columns
     if run.stop_signal():
@@ -704,17 +681,26 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
 
 
 def finish(run: Run) -> None:
-    """Write the results of a complete run and wait for the last checkpoint; raise its error or the stop signal."""
+    """Write the results of a complete run, and wait for the last checkpoint.
+
+    After a signal, touch --stopped-file if epochs are left, and raise SystemExit with the run's exit status.
+    """
+    args, state, is_complete = run.args, run.state, run.state.epoch >= run.num_epochs
     if run.profiler is not None:
         run.profiler.stop()
-    if run.writer is not None and run.state.epoch >= run.num_epochs:
+    if run.writer is not None and is_complete:
         write_results(run)
     check_written(run.writer)
-    stop_signal, state = run.stop_signal(), run.state
-    if stop_signal:
-        where = f'in epoch {state.epoch} after {state.step} of its steps' if state.step else \
-            f'after epoch {state.epoch - 1}'
-        raise_stopped(run.args, stop_signal, where, is_complete=state.epoch >= run.num_epochs)
+    stop_signal = run.stop_signal()
+    if not stop_signal:
+        return
+    where = f'in epoch {state.epoch} after {state.step} steps' if state.step else f'after epoch {state.epoch - 1}'
+    outcome = ', which was the last' if is_complete else '; --resume auto resumes there'
+    logger.info('stopped %s%s', where, outcome if args.output_dir else '; nothing was saved (no --output-dir)')
+    if args.stopped_file and args.output_dir and processes.get_rank() == 0 and not is_complete:
+        Path(args.stopped_file).touch()
+    resumes_itself = args.resume == 'auto' and stop_signal != signal.SIGINT
+    raise SystemExit(0 if resumes_itself else 128 + stop_signal)
 
 
 def write_results(run: Run) -> None:

@@ -32,32 +32,25 @@ def build_transform(
         is_train: True for random augmentation, False for evaluation, which ignores the arguments after `crop_pct`.
         input_size: height and width of the result (pixels).
         crop_pct: fraction of the short side that evaluation keeps; None for 0.875, or 1 up to 32 px, as for CIFAR.
-        auto_augment: timm's policy, such as rand-m9-mstd0.5-inc1; None for no policy.
+        auto_augment: timm's policy, such as rand-m9-mstd0.5-inc1; None for no policy. An unknown one is a UsageError.
         color_jitter: strength of timm's color jitter, which applies without a policy.
         interpolation: bicubic, bilinear, or random to draw one of the two for each image.
         hflip: probability of a horizontal flip.
         scale, ratio: ranges of the crop's area, as a fraction of the image's, and of its aspect ratio (width / height);
             None for timm's.
-
-    Raises:
-        UsageError: timm has no such policy.
     """
     if not is_train:
         crop_pct = crop_pct or (1. if input_size <= SMALL else 0.875)
         return create_transform(input_size, interpolation='bicubic', crop_pct=crop_pct, normalize=False)
     for name in ('Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'):
         augment.NAME_TO_OP[name] = _posterize
-    if auto_augment:
-        kinds = {'rand': augment.rand_augment_transform, 'augmix': augment.augment_and_mix_transform}
-        kind = next((kinds[name] for name in kinds if auto_augment.startswith(name)), augment.auto_augment_transform)
-        try:  # create_transform raises the same errors, but this would also hide bugs in other transforms.
-            kind(auto_augment, {})
-        except (AssertionError, ValueError) as error:
-            raise UsageError(f'--aa {auto_augment}: {first_line(error)}; use a policy such as rand-m9-mstd0.5-inc1, '
-                             'or none') from None
-    transform = create_transform(
-        input_size, is_training=True, color_jitter=color_jitter, auto_augment=auto_augment,
-        interpolation=interpolation, hflip=hflip, scale=scale, ratio=ratio, normalize=False)
+    try:
+        transform = create_transform(
+            input_size, is_training=True, color_jitter=color_jitter, auto_augment=auto_augment,
+            interpolation=interpolation, hflip=hflip, scale=scale, ratio=ratio, normalize=False)
+    except (AssertionError, ValueError) as error:
+        raise UsageError(f'--aa {auto_augment}: {first_line(error)}; use a policy such as rand-m9-mstd0.5-inc1, '
+                         'or none') from None
     if input_size <= SMALL:
         transform.transforms[0] = tv_transforms.Compose([  # An image of this size is only cropped.
             tv_transforms.Resize(input_size, tv_transforms.InterpolationMode.BICUBIC),

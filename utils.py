@@ -19,7 +19,7 @@ from tqdm import tqdm
 from errors import UsageError, first_line
 from launch import read_launch
 from processes import get_world_size
-from system import cores, peak_memory
+from system import cores, resource
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +66,14 @@ def describe_system(device: torch.device) -> str:
 
 def memory_mb(device: torch.device) -> dict[str, float]:
     """Return the peak memory of this process in MiB, for log.txt: allocated on a CUDA device, or resident if known."""
-    memory = torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == 'cuda' else peak_memory()
-    return {} if memory is None else {'memory_mb': memory}
+    if device.type == 'cuda':
+        return {'memory_mb': torch.cuda.max_memory_allocated(device) / 2 ** 20}
+    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # macOS counts bytes.
+    return {'memory_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit} if resource else {}
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise UsageError if torch.compile cannot compile here, such as on a CPU without a C++ compiler.
-
-    The check takes 3 s, or half a minute while torch.compile's cache is empty.
-    """
+    """Raise UsageError if torch.compile cannot compile here, such as on a CPU without a C++ compiler."""
     logger.info('trying torch.compile')
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))

@@ -4,8 +4,6 @@ Origins: runs of this project, the authors' release, safetensors, MindCV's MindS
 Hugging Face Hub.
 """
 import argparse
-import contextlib
-import copy
 import logging
 import math
 import os
@@ -28,7 +26,6 @@ from errors import UsageError, first_line
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 8  # tensors listed in an error
 EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'
 
 # Keys of checkpoints, in order of preference.
@@ -84,30 +81,23 @@ class Weights:
         name, size = args.get('model'), args.get('input_size')  # Other tools may write anything here.
         if is_own(checkpoint):
             key = 'model_ema' if use_ema and checkpoint.get('model_ema') else 'model'
-            state, notes, model_args = checkpoint[key], [], checkpoint['model_args']
+            state, notes = checkpoint[key], []
+            model_args = {arg: tuple(value) if isinstance(value, list) else value  # config.json has lists.
+                          for arg, value in checkpoint['model_args'].items()}
         else:
             state, key = find_state_dict(checkpoint, use_ema)
-            try:
-                state, notes = clean_names(state)
-            except UsageError as error:
-                raise UsageError(f'{file}: {error}') from None
+            state, notes = clean_names(state, file)
             state = mindspore.to_torch(state) if any(tensor.endswith('.moving_mean') for tensor in state) else state
             model_args = model_args_of(state)
             if not isinstance(name, str) or name in (*cmt.MODELS, *cmt.ALIASES) or not timm.is_model(name):
                 name = variant_of(model_args)  # Shapes are more reliable.
         if not state:
-            keys = ', '.join(map(str, list(checkpoint)[:MAX_LISTED])) + ', ...' * (len(checkpoint) > MAX_LISTED)
-            raise UsageError(f"{file}: no weights under a known key; its keys are {keys or 'none'}: save the model's "
-                             "state dict under 'model'")
+            keys = ', '.join(map(str, list(checkpoint)[:8])) or 'none'
+            raise UsageError(f"{file}: no weights under a known key ({keys}): save the state dict under 'model'")
         epoch = checkpoint.get('epoch')
         if checkpoint.get('meters') and isinstance(epoch, int):  # This epoch was not completed.
             epoch -= 1
-        share = _initial_share(checkpoint, args) if key in EMA_KEYS else 0
-        if share > 0.05:
-            notes.append(f"{share:.0%} of this EMA is still the initial weights of the run, since its decay is slow; "
-                         "the model's own weights, in the same file, may be better (--no-model-ema)")
-        size = model_args.get('img_size', (size,))
-        size = size[0] if isinstance(size, (list, tuple)) and size else None
+        size = model_args['img_size'][0] if 'img_size' in model_args else size
         size = size if isinstance(size, int) and size > 0 and size % 32 == 0 else None
         crop = args.get('crop_pct') or args.get('eval_crop_ratio')  # DeiT's name
         if not isinstance(crop, (int, float)) or not 0 < crop <= 1:
@@ -130,13 +120,13 @@ class Weights:
     def check_name(self, name: str | None) -> None:
         """Raise UsageError if the weights do not belong to the model `name`; None allows any model."""
         if not self.model_args:
-            tensors = '; '.join([', '.join(list(self.state)[:3]) + ', ...', *self.notes])
-            raise UsageError(f'{self.file} does not fit the model: it is not a CMT ({tensors})')
+            tensors = ', '.join(list(self.state)[:3])
+            raise UsageError(f'{self.file} does not fit the model: it is not a CMT ({tensors}, ...)')
         is_mindcv = not self.model_args.get('position_bias', True)  # MindCV uses the same names for other widths.
         if name in (None, self.name) or is_mindcv and not variant_of(self.model_args):
             return
         args = create_cmt(name, device='meta').model_args
-        if any(_as_tuple(args[key]) != _as_tuple(self.model_args[key]) for key in ('stem_chs', 'embed_dims', 'depths')):
+        if any(args[key] != self.model_args[key] for key in ('stem_chs', 'embed_dims', 'depths')):
             hint = f': it contains {self.name}; use --model {self.name}' if self.name else ''
             raise UsageError(f'{self.file} does not fit the model {name}{hint}')
 
@@ -156,10 +146,10 @@ def unwrapped_name(name: str) -> str:
     return '.'.join(component for component in name.split('.') if component not in _WRAPPERS)
 
 
-def clean_names(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+def clean_names(state_dict: dict[str, Any], file: str) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Remove wrappers' components from the names and, for a CMT, a prefix and the tensors of other modules.
 
-    Return tensors by name, and notes on what was removed. Raise UsageError for a state dict of two models.
+    Return tensors by name, and notes on what was removed. Raise UsageError if `file` contains two models.
     """
     tensors, names, others, notes = {}, {}, [], []
     for name, value in state_dict.items():
@@ -167,32 +157,22 @@ def clean_names(state_dict: dict[str, Any]) -> tuple[dict[str, torch.Tensor], li
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             others.append(str(name))
         elif plain in tensors:
-            raise UsageError(f'{names[plain]} and {name} belong to two models: save the weights of one of them')
+            raise UsageError(f'{file}: {names[plain]} and {name} belong to two models: save only one of them')
         else:
             tensors[plain], names[plain] = value, name
     matches = [map(re.compile(rf'(.*\.)?{anchor}').fullmatch, tensors) for anchor in _ANCHORS]
     prefixes = sorted(set.intersection(*({match[1] or '' for match in anchor if match} for anchor in matches)))
     if len(prefixes) > 1:
         names = ' and '.join(prefix or '(none)' for prefix in prefixes)
-        raise UsageError(f'it contains models under the prefixes {names}: save the weights of one of them')
+        raise UsageError(f'{file} contains models under the prefixes {names}: save only one of them')
     for prefix in prefixes:
         names = {name for name in tensors if name.startswith(prefix) and _COMPONENTS.match(name, len(prefix))}
         others += [name for name in tensors if name not in names]
         tensors = {name[len(prefix):]: value for name, value in tensors.items() if name in names}
         notes += [f'prefix {prefix} removed'] if prefix else []
     if others:
-        notes.append(f'{len(others)} other{"s" * (len(others) > 1)} left out: '
-                     + ', '.join([*others[:3], *['...'] * (len(others) > 3)]))
+        notes.append(f'left out {len(others)} other entries, such as {", ".join(others[:3])}')
     return tensors, notes
-
-
-def _initial_share(checkpoint: dict[str, Any], args: dict[str, Any]) -> float:
-    """Return the share of a run's initial weights in the EMA of its checkpoint; 0 if unknown."""
-    try:
-        updates = max(float(state['step']) for state in checkpoint['optimizer']['state'].values())
-        return 0 if args.get('model_ema_warmup') else args['model_ema_decay'] ** updates
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # Another tool wrote the file.
-        return 0
 
 
 # Reading
@@ -204,13 +184,11 @@ def read_weights(file: str, use_ema: bool = False) -> Weights:
 
 def best_of_run(name: str, use_ema: bool = True) -> str:
     """Return the best checkpoint of a run folder by accuracy, else its last one; `name` if it is not a run folder."""
-    files, scores = [file for file in (LAST, *list(BEST)[:1 + use_ema]) if Path(name, file).is_file()], {}
+    files = [file for file in (LAST, *list(BEST)[:1 + use_ema]) if Path(name, file).is_file()]
     if timm.is_model(name) or not files:
         return name
-    for file in filter(BEST.__contains__, files):
-        with contextlib.suppress(UsageError):  # damaged
-            scores[file] = read_checkpoint(Path(name, file)).get('acc1', 0)
-    best = Path(name, max(scores, key=scores.get, default=files[0]))
+    scores = {file: read_checkpoint(Path(name, file)).get('acc1', 0) for file in files if file in BEST}
+    best = Path(name, max(scores, key=scores.get, default=LAST))
     logger.warning('%s is a run folder, reading %s', name, best.name)
     return str(best)
 
@@ -234,8 +212,8 @@ def read(file: str) -> dict[str, Any]:
     # timm would parse cmt_small.pth as the model cmt_small with the tag pth.
     is_name = file.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or \
         timm.is_model(file.split('.')[0]) and not file.endswith(EXTENSIONS)
-    if not os.path.exists(file) and not is_name and not file.startswith(('http://', 'https://')):
-        raise UsageError(f'{no_checkpoint(file)}, and no model of that name ({_names()})')
+    if not is_name and not os.path.exists(file) and not file.startswith(('http://', 'https://')):
+        raise UsageError(f'{no_checkpoint(file)}, and no model has that name')
     if os.path.isfile(file) or not is_name:
         return read_file(file)
     if timm.is_model(file.split('.')[0]):
@@ -269,9 +247,6 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 # The model that weights fit
 
-SHARED = dict(num_heads=(1, 2, 4, 8), sr_ratios=(8, 4, 2, 1), num_features=1280, qkv_bias=True)  # for all variants
-
-
 def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Infer the arguments of cmt.CMT from the names and shapes of weights.
 
@@ -284,21 +259,14 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """
     shapes = {cmt.released_name(name): tuple(value.shape) for name, value in weights.items()}
     stages = [c for c in 'abcdefgh' if f'patch_embed_{c}.proj.weight' in shapes]
-    depths = [len({n.split('.')[1] for n in shapes if n.startswith(f'blocks_{c}.')}) for c in stages]
     tables = [shapes.get(f'relative_pos_{c}') for c in stages]  # position biases
-
-    def has_dimensions(name: str) -> bool:
-        ndims = (3, 5) if name.startswith('relative_pos') else (2,) if name == 'head.weight' else (4,)
-        return name in shapes and len(shapes[name]) in ndims and 0 not in shapes[name]
-
-    used = [f'{name}.weight' for c in stages for name in (f'patch_embed_{c}.proj', f'blocks_{c}.0.mlp.conv1.0')] + [
-        name for name in shapes if re.fullmatch(r'relative_pos_.|head\.weight|blocks_.\.0\.attn\.sr\.0\.weight', name)]
-    if not stages or not all(map(has_dimensions, ['stem_conv1.weight', '_fc.weight', *used])):
+    convs = ['stem_conv1', '_fc', *(f'blocks_{c}.0.mlp.conv1.0' for c in stages)]
+    if not stages or any(len(shapes.get(f'{name}.weight', ())) != 4 for name in convs):
         return {}
     dims = [shapes[f'patch_embed_{c}.proj.weight'][0] for c in stages]
     args = dict(
         stem_chs=shapes['stem_conv1.weight'][0], in_chans=shapes['stem_conv1.weight'][1], embed_dims=tuple(dims),
-        depths=tuple(depths),
+        depths=tuple(len({n.split('.')[1] for n in shapes if n.startswith(f'blocks_{c}.')}) for c in stages),
         sr_ratios=tuple(shapes.get(f'blocks_{c}.0.attn.sr.0.weight', (1,))[-1] for c in stages),
         mlp_ratios=tuple(_ratio(d, shapes[f'blocks_{c}.0.mlp.conv1.0.weight'][0]) for c, d in zip(stages, dims)),
         num_features=shapes['_fc.weight'][0], num_classes=shapes.get('head.weight', (0,))[0],
@@ -308,11 +276,10 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
                     position_bias=False, act_layer='gelu_tanh', norm_eps=1e-7)
     else:
         args['num_heads'] = tuple(table[0] for table in tables)
-        size = (4 * tables[0][1], 4 * tables[0][2]) if len(tables[0]) == 5 else (4 * math.isqrt(tables[0][1]),) * 2
-        is_square = len(tables[0]) == 5 or size[0] ** 2 == 16 * tables[0][1]
-        if is_square and not any(side % 32 for side in size):
-            args['img_size'] = size
-    return args if all(heads <= dim for heads, dim in zip(args['num_heads'], dims)) else {}
+        height, width = tables[0][1:3] if len(tables[0]) == 5 else [math.isqrt(tables[0][1])] * 2
+        if len(tables[0]) == 5 or height * width == tables[0][1]:
+            args['img_size'] = (4 * height, 4 * width)
+    return args
 
 
 def _ratio(dim: int, hidden: int) -> float:
@@ -323,17 +290,10 @@ def _ratio(dim: int, hidden: int) -> float:
 
 def variant_of(model_args: dict[str, Any]) -> str | None:
     """Return the name of the published model with these arguments, if any."""
-    keys = *SHARED, 'stem_chs', 'embed_dims', 'depths'
+    shared = dict(num_heads=(1, 2, 4, 8), sr_ratios=(8, 4, 2, 1), num_features=1280, qkv_bias=True)
+    keys = *shared, 'stem_chs', 'embed_dims', 'depths'
     return next((name for name, variant in cmt.MODELS.items() if all(
-        _as_tuple(model_args.get(key)) == {**SHARED, **variant.model_args}[key] for key in keys)), None)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # JSON has lists.
-
-
-def _names() -> str:
-    return ', '.join(timm.list_models('cmt_*', module='cmt'))
+        model_args.get(key) == {**shared, **variant.model_args}[key] for key in keys)), None)
 
 
 def create_cmt(name: str, **kwargs) -> cmt.CMT:
@@ -343,7 +303,7 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
         UsageError: no model of that name, or one that is not a CMT.
     """
     if not timm.is_model(name):
-        raise UsageError(f'unknown model {name}: choose from {_names()}')
+        raise UsageError(f"unknown model {name}: choose from {', '.join(timm.list_models('cmt_*', module='cmt'))}")
     architecture = name.split('.')[0]
     entrypoint = timm.models.model_entrypoint(cmt.ALIASES.get(architecture, architecture))
     if entrypoint.__module__.startswith('timm.'):
@@ -377,7 +337,7 @@ def load_weights(model: cmt.CMT, weights: Weights, new_head: bool = False) -> st
     adapted to a different number of input channels.
 
     Raises:
-        UsageError: tensors are missing, unexpected or of another shape; `model` is unchanged.
+        UsageError: tensors are missing, unexpected or of another shape.
     """
     model_state, notes, new = model.state_dict(), list(weights.notes), []  # new: tensors that keep `model`'s values
     try:
@@ -386,7 +346,7 @@ def load_weights(model: cmt.CMT, weights: Weights, new_head: bool = False) -> st
         if weights.is_own:
             raise
         raise UsageError(f'{weights.file} does not fit the model: {error}') from None
-    before, now = _as_tuple(weights.model_args.get('img_size')), model.img_size
+    before, now = weights.model_args.get('img_size'), model.img_size
     resampled = sum(name.endswith('position_bias') for name in model_state) if before not in (None, now) else 0
     if resampled:
         notes.append(f'{resampled} position biases resampled from {before[0]}x{before[1]} to {now[0]}x{now[1]}')
@@ -399,16 +359,13 @@ def load_weights(model: cmt.CMT, weights: Weights, new_head: bool = False) -> st
             notes.append(f'newly initialized: {", ".join(new)}')
         first = 'stem.conv1.weight'
         if first in state and state[first].shape[1] != model.in_chans:
-            note = f'{first} adapted from {state[first].shape[1]} to {model.in_chans} input channels'
-            try:
-                state[first] = adapt_input_conv(model.in_chans, state[first])
-            except (NotImplementedError, AssertionError):
+            if state[first].shape[1] != 3:
                 raise UsageError(f'{weights.file}: {first} can be adapted only from 3 input channels, not from '
-                                 f'{state[first].shape[1]}') from None
-            notes.append(note)
+                                 f'{state[first].shape[1]}')
+            state[first] = adapt_input_conv(model.in_chans, state[first])
+            notes.append(f'{first} adapted from 3 to {model.in_chans} input channels')
     state.update({name: model_state[name] for name in new})
-    load_strictly(copy.deepcopy(model), state, weights.file)  # So that a failure leaves `model` unchanged.
-    model.load_state_dict(state)
+    load_strictly(model, state, weights.file)
     kind = 'EMA weights' if weights.is_ema else 'weights'
     form = '' if weights.model_args.get('position_bias', True) else " in MindCV's form"
     line = '; '.join([f'{weights.file}: {kind}{form}, {len(state) - len(new)} tensors', *notes])
@@ -456,26 +413,21 @@ def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.
     Raises:
         UsageError: no such model or file, or the teacher has other classes.
     """
-    if path is None:
-        try:
-            model = timm.create_model(name, pretrained=True)
-        except Exception as error:  # Hub clients raise anything.
-            raise UsageError(f'--teacher-model {name}: {first_line(error)}') from None
-    elif name is None or name.startswith('cmt_'):
+    if path is not None and (name is None or name.startswith('cmt_')):
         weights = read_weights(path)
         model = build_model(weights, name)
         if weights.class_names(model) not in (None, list(classes)):
             raise UsageError(f'--teacher-path {path}: the teacher has other classes than the data')
-    elif timm.is_model(name):
-        try:
-            model = timm.create_model(name, num_classes=len(classes))
-        except RuntimeError as error:  # an unknown tag
-            raise UsageError(f'--teacher-model {name}: {error}') from None
-        names = {unwrapped_name(key): key for key in model.state_dict()}  # timm's iformer has modules named `module`.
-        state, _ = find_state_dict(read_file(path))
-        load_strictly(model, {names.get(unwrapped_name(str(key)), key): v for key, v in state.items()}, path)
     else:
-        raise UsageError(f'unknown --teacher-model {name}')
+        settings = dict(pretrained=True) if path is None else dict(num_classes=len(classes))
+        try:
+            model = timm.create_model(name, **settings)
+        except Exception as error:  # Hub clients raise anything.
+            raise UsageError(f'--teacher-model {name}: {first_line(error)}') from None
+        if path is not None:
+            names = {unwrapped_name(key): key for key in model.state_dict()}  # iformer has modules named `module`.
+            state, _ = find_state_dict(read_file(path))
+            load_strictly(model, {names.get(unwrapped_name(str(key)), key): v for key, v in state.items()}, path)
     if model.num_classes != len(classes):
         raise UsageError(f'the teacher has {model.num_classes} classes, but the data has {len(classes)}: '
                          '--teacher-path needs a teacher that was trained on this data')

@@ -248,8 +248,6 @@ def main() -> None:
     groups = [[setup for setup in group if setup.exists()] for group in groups]
     if not any(groups):
         parser.error('nothing to measure: CMT does not train fused, and other models have only eager and compiled')
-    if 'cuda' in args.devices and not torch.cuda.is_available():
-        parser.error('--devices cuda: no CUDA device found')
     for setup in itertools.chain(*groups):
         if not timm.is_model(setup.model) or setup.model.startswith('cmt') and (setup.size or 32) % 32:
             parser.error(f'{setup.model}: no such timm model, or --sizes is not a multiple of 32 (CMT)')

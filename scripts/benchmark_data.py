@@ -1,8 +1,8 @@
 """python scripts/benchmark_data.py --data-path imagenet --loaders reference fast timm torchvision --sizes 224 160
 
 Measure the images per second of the training loaders, in total and per core, with the published augmentation. A
-loader's result is the normalized float batch on the device. Other libraries' loaders follow the recipe as far as they
-can.
+loader's result is the normalized float batch on the device. torchvision and DALI have their own RandAugment, with one
+strength (no mstd0.5, inc1); torchvision's is bilinear.
 
 Loaders without workers alternate batch by batch, so that a slow minute of the machine affects all of them. Their images
 per core are images per second of CPU time, which other jobs affect less. Results are medians over epochs.
@@ -19,15 +19,9 @@ from collections.abc import Iterator
 from importlib.metadata import distributions
 
 import _path
-from errors import UnreadableImage, UsageError, one_line
+from errors import UsageError
 from options import Parser, count, output_file, path, positive
 from system import cores
-
-DIFFERENCES = {  # how each loader's augmentation differs from the recipe
-    'reference': '', 'fast': '', 'timm': '',
-    'torchvision': "RandAugment with torchvision's operations, of one strength (no mstd0.5, inc1), bilinear",
-    'dali': "RandAugment with DALI's operations, of one strength (no mstd0.5, inc1)",
-}
 
 
 @_path.parse_first
@@ -38,7 +32,8 @@ def build_parser() -> Parser:
                         help='folder with train/ or val/, folder of classes, or tar')
     parser.add_argument('--prepared', type=path, help='the same images, prepared by scripts/prepare_data.py: '
                         'each loader is measured on both')
-    parser.add_argument('--loaders', nargs='+', default=['reference', 'fast'], choices=tuple(DIFFERENCES),
+    parser.add_argument('--loaders', nargs='+', default=['reference', 'fast'],
+                        choices=('reference', 'fast', 'timm', 'torchvision', 'dali'),
                         help="this project's two loaders, and those of timm, torchvision (v2) and DALI (on the CPU; "
                         'pip install nvidia-dali-cuda120)')
     parser.add_argument('--sizes', nargs='+', type=positive, default=[224], help='input sizes (pixels)')
@@ -68,14 +63,9 @@ from samplers import TrainSampler
 from sources import EncodedImages
 from transforms import build_transform
 
-PACKAGES = ('torch', 'timm', 'pillow', 'simplejpeg', 'opencv', 'nvidia-dali')  # and those that begin with these names
-
 
 def torchvision_transform(size: int) -> v2.Compose:
-    """Return torchvision's transforms v2 on uint8 tensors.
-
-    Pillow decodes, as in torchvision's reference scripts: torchvision's own decoders are deprecated since 0.29.
-    """
+    """Return torchvision's transforms v2 on uint8 tensors. Its reference scripts also decode with Pillow."""
     return v2.Compose([
         v2.PILToTensor(),
         v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC),
@@ -87,10 +77,7 @@ def torchvision_transform(size: int) -> v2.Compose:
 class DaliBatches:
     """Decode and augment in DALI's CPU pipeline: uint8 images (B, 3, H, W), in the data set's order.
 
-    Nothing is loaded ahead of time, so that the CPU time belongs to the measured batch.
-
-    Raises:
-        UsageError: DALI is not installed.
+    Nothing is loaded ahead of time, so that the CPU time belongs to the measured batch. Raise UsageError without DALI.
     """
 
     def __init__(self, dataset: EncodedImages, size: int, batch_size: int, threads: int):
@@ -138,9 +125,8 @@ class Case:
 
     def __init__(self, args: argparse.Namespace, dataset: EncodedImages, data: str, loader: str, size: int,
                  workers: int, device: torch.device):
-        self.dataset, self.data, self.loader, self.size = dataset, data, loader, size
-        self.workers, self.device = workers, device
-        self.batch_size = args.batch_size
+        self.dataset, self.device, self.batch_size = dataset, device, args.batch_size
+        self.setting = {'data': data, 'loader': loader, 'size': size, 'workers': workers}
         self.sampler = TrainSampler(len(dataset), args.batch_size, repeats=3 if args.repeated_aug else 1, even=True)
         if loader == 'timm':
             self.batches = create_loader(
@@ -164,7 +150,7 @@ class Case:
             began, cpu_began = time.perf_counter(), time.process_time()
             batch = next(batches)
             random_seed(step)
-            if self.loader != 'timm':  # timm's loader normalizes and erases by itself.
+            if self.setting['loader'] != 'timm':  # timm's loader normalizes and erases by itself.
                 self.preprocess(*batch)
             if self.device.type == 'cuda':
                 torch.cuda.synchronize()
@@ -173,7 +159,7 @@ class Case:
             images += len(batch[1])
             yield
         if epoch:
-            busy = min(self.workers, cores())
+            busy = min(self.setting['workers'], cores())
             self.per_s.append(images / seconds)
             self.per_s_per_core.append(images / seconds / busy if busy else images / cpu_seconds)
 
@@ -182,16 +168,14 @@ class Case:
         results = {}
         for name, values in (('images_per_s', self.per_s), ('images_per_s_per_core', self.per_s_per_core)):
             results |= {name: statistics.median(values), f'{name}_min': min(values), f'{name}_max': max(values)}
-        return {'data': self.data, 'loader': self.loader, 'size': self.size, 'workers': self.workers,
-                'device': self.device.type, 'batch': self.batch_size, **results, 'repeats': len(self.per_s)}
+        return {**self.setting, 'device': self.device.type, 'batch': self.batch_size, **results,
+                'repeats': len(self.per_s)}
 
 
 def measure(cases: list[Case], repeats: int) -> list[dict]:
-    """Measure all cases in `repeats` epochs.
-
-    Cases with workers run alone, since workers would load ahead while another case is measured.
-    """
-    groups = [[case for case in cases if not case.workers], *([case] for case in cases if case.workers)]
+    """Measure all cases in `repeats` epochs. Cases with workers run alone, since workers load ahead."""
+    groups = [[case for case in cases if not case.setting['workers']],
+              *([case] for case in cases if case.setting['workers'])]
     for epoch in range(repeats + 1):
         for group in groups:
             running = [case.run(epoch) for case in group]
@@ -199,8 +183,8 @@ def measure(cases: list[Case], repeats: int) -> list[dict]:
                 running = [run for run in running if next(run, run) is None]
     records = [case.record() for case in cases]
     for record, case in zip(records, cases):
-        reference = next((other for other in cases if (other.data, other.loader) == ('original', 'reference') and
-                          (other.size, other.workers) == (case.size, case.workers)), None)
+        setting = {**case.setting, 'data': 'original', 'loader': 'reference'}
+        reference = next((other for other in cases if other.setting == setting), None)
         record['ratio'] = statistics.median(
             a / b for a, b in zip(case.per_s_per_core, reference.per_s_per_core)) if reference else None
     return records
@@ -209,22 +193,18 @@ def measure(cases: list[Case], repeats: int) -> list[dict]:
 def table(records: list[dict]) -> str:
     """Return the records as Markdown."""
     lines = ['| data | loader | pixels | workers | images/s (smallest to largest) '
-             '| images/s a core (smallest to largest) | x reference | differs from the recipe |', '|---' * 8 + '|']
+             '| images/s a core (smallest to largest) | x reference |', '|---' * 7 + '|']
     for r in records:
         spreads = [f'{r[name]:.0f} ({r[f"{name}_min"]:.0f} to {r[f"{name}_max"]:.0f})'
                    for name in ('images_per_s', 'images_per_s_per_core')]
         ratio = f"{r['ratio']:.2f}" if r['ratio'] else ''
-        lines.append(f"| {r['data']} | {r['loader']} | {r['size']} | {r['workers']} | {' | '.join(spreads)} | {ratio} "
-                     f"| {DIFFERENCES[r['loader']]} |")
+        cells = [r['data'], r['loader'], r['size'], r['workers'], *spreads, ratio]
+        lines.append(f'| {" | ".join(map(str, cells))} |')
     return '\n'.join(lines)
 
 
 def build_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """Build the cases of all combinations of flags.
-
-    Raises:
-        UsageError: the data cannot be opened, or --prepared contains other images.
-    """
+    """Build the cases of all combinations of flags; raise UsageError if --prepared contains other images."""
     folders = {'original': args.data_path} | ({'prepared': args.prepared} if args.prepared else {})
     cases = [Case(args, open_images(folders[data], loader, size), data, loader, size, workers, device)
              for size, workers, data, loader in itertools.product(args.sizes, args.workers, folders, args.loaders)]
@@ -238,17 +218,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
+    with parser.usage_errors():
         records = measure(build_cases(args, device), args.repeats)
-    except UsageError as error:
-        parser.error(one_line(error))
-    except (OSError, UnreadableImage) as error:
-        reason = error.line if isinstance(error, UnreadableImage) else one_line(error)
-        parser.error(f'--data-path {args.data_path}: {reason}')
     print(table(records))
     if args.json:
-        versions = {package.name: package.version for package in distributions()
-                    if package.name.lower().startswith(PACKAGES)}
+        versions = {package.name: package.version for package in distributions()}
         args.json.write_text(encoding='utf-8', data=json.dumps({
             'command': f'python {shlex.join(sys.argv)}', 'system': utils.describe_system(device), 'versions': versions,
             'load': os.getloadavg(), 'records': records}, indent=1) + '\n')

@@ -51,7 +51,7 @@ from timm.models._hub import save_config_for_hf
 
 import cmt
 import utils
-from checkpoints import FORMAT, check_output, is_own
+from checkpoints import FORMAT, check_output
 from system import atomic_write
 from weights import Weights, best_of_run, build_model, create_cmt, read
 
@@ -75,7 +75,7 @@ def write_safetensors(path: Path, model: cmt.CMT) -> None:
 def model_card(title: str, source: str, model: cmt.CMT, weights: Weights, checkpoint: dict[str, Any],
                license_id: str | None) -> str:
     """Return the README.md of a converted folder; `source` is its name for timm.create_model."""
-    run = checkpoint if is_own(checkpoint) else {'args': {}}  # Other tools write anything under these keys.
+    run = checkpoint if weights.is_own else {'args': {}}  # Other tools write anything under these keys.
     args, accuracy, published = run['args'], run.get('acc1'), is_published(weights)
     origin, names, data = args.get('finetune') or '', weights.class_names(model), args.get('data_set') or ''
     if license_id is None and (published or timm.is_model(origin)):

@@ -34,9 +34,8 @@ import torch.nn as nn
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from evaluation import grad_cam, load_classifier, read_images
+from evaluation import grad_cam, list_images, load_classifier, read_images
 from reports import overlay
-from sources import is_image, walk
 
 
 def build_page(model: nn.Module, names: list[str], examples: list[str]):
@@ -81,11 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         if importlib.util.find_spec('gradio') is None:
             raise UsageError('the page needs gradio: pip install gradio')
         model, names, _ = load_classifier(args)
-        files = [Path(folder, name) for folder, names in walk(args.examples, set())
-                 for name in names if is_image(name)] if args.examples else []
-        if args.examples and not files:
-            raise UsageError(f'no images in --examples {args.examples}')
-        page = build_page(model, names, sorted(map(str, files))[::-(-len(files) // MAX_EXAMPLES) or 1])
+        files = list_images(args.examples) if args.examples else []
+        page = build_page(model, names, files[::-(-len(files) // MAX_EXAMPLES) or 1])
         try:
             page.launch(server_name=args.host, server_port=args.port, max_file_size=MAX_FILE_SIZE, footer_links=[])
         except OSError:

@@ -22,7 +22,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from colorsys import hsv_to_rgb
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +88,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error('--data-path is missing: the folder that contains annotations/, train2017/ and val2017/')
     if args.fpn_channels % 8:
         parser.error(f'--fpn-channels {args.fpn_channels} is not a multiple of 8')
-    if args.input_size and args.input_size[0] > args.input_size[1]:
-        parser.error('--input-size: give the short side first')
     options.make_paths_absolute(args)
     return args
 
@@ -106,9 +103,9 @@ from timm.layers import freeze_batch_norm_2d, set_fast_norm
 from timm.models import FeatureListNet
 from timm.optim import create_optimizer_v2
 from timm.utils import distribute_bn, random_seed
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
-from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.datasets import CocoDetection
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -153,9 +150,7 @@ def build_detector(
         backbone, weights: name of the CMT; file or name with its weights (the EMA if there is one), or None.
         frozen_bn: freeze BatchNorm of the backbone, for small batches.
         input_size: short side that images are resized to, and the largest long side (pixels).
-        fpn_channels: width of the pyramid and of the mask head, a multiple of 8.
-        anchor_size: side of the smallest anchors (pixels), doubled from level to level.
-        proposals: regions of an image that the second stage of Faster and Mask R-CNN classifies.
+        fpn_channels, anchor_size, proposals: as the flags; each level doubles the side of the anchors.
 
     Raises:
         UsageError: no such backbone, or weights that do not fit it.
@@ -196,14 +191,7 @@ def build_detector(
 
 # The data
 
-class CocoImages(CocoDetection):
-    """Read images as sources.open_image does, without EXIF's orientation: boxes are those of the stored pixels."""
-
-    def _load_image(self, id: int) -> Image.Image:
-        return open_image(Path(self.root, self.coco.imgs[id]['file_name']).read_bytes(), ignore_exif=True)
-
-
-class CocoDataset(Dataset):
+class CocoDataset(CocoDetection):
     """Read a data set in COCO's format for torchvision's detectors: labels 1 to K, whatever the category ids.
 
     Args:
@@ -211,7 +199,7 @@ class CocoDataset(Dataset):
         train, hflip: flip images with probability `hflip`, and drop crowds.
         masks: read masks too.
 
-    Boxes without area are dropped, with a line in the log.
+    Boxes with a side below one pixel are left out of samples. The evaluation counts them, as pycocotools does.
 
     Raises:
         UsageError: a missing image, JSON that is not COCO's, or objects without masks.
@@ -222,63 +210,51 @@ class CocoDataset(Dataset):
         self.masks = masks
         with contextlib.redirect_stdout(io.StringIO()):
             try:
-                self.data = CocoImages(images, annotations)
-            except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError):
+                super().__init__(images, annotations)
+            except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
                 raise UsageError(f'{annotations} is not a JSON file in COCO\'s format') from None
-            self.coco = self.data.coco
             check_annotations(self.coco, annotations, Path(images), masks)
-            objects = [a for a in self.coco.dataset['annotations'] if min(a['bbox'][2:]) > 0]
-            if len(objects) < len(self.coco.dataset['annotations']):
-                logger.info('%s: skipping %d boxes without area', annotations,
-                            len(self.coco.dataset['annotations']) - len(objects))
+            objects = self.coco.dataset['annotations']
             self.coco.dataset['annotations'] = [a for a in objects if not (train and a['iscrowd'])]
             self.coco.createIndex()
         self.categories = sorted(self.coco.cats)  # COCO's own ids have gaps.
         self.classes = [self.coco.cats[category]['name'] for category in self.categories]
-        self.samples = [(str(Path(images) / self.coco.imgs[i]['file_name']), i) for i in self.data.ids]
-        self.wrapped = wrap_dataset_for_transforms_v2(self.data, target_keys=('boxes', 'labels', *['masks'] * masks))
+        self.samples = [(str(Path(images) / self.coco.imgs[i]['file_name']), i) for i in self.ids]
         self.transform = v2.Compose([
             v2.ToImage(), v2.RandomHorizontalFlip(hflip if train else 0), v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes()])
 
-    def __len__(self) -> int:
-        return len(self.data)
-
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return an image (3, H, W), uint8, and boxes (N, 4), labels (N,) and masks (N, H, W) of its objects."""
-        image, target = self.wrapped[index]
-        size = image.size[::-1]
-        # An image without objects has neither boxes nor labels nor masks.
-        boxes = target.get('boxes', torch.zeros(0, 4))
-        labels = target.get('labels', torch.zeros(0, dtype=torch.int64))
-        objects = {'boxes': tv_tensors.BoundingBoxes(boxes.float(), format='XYXY', canvas_size=size),
-                   'labels': torch.from_numpy(np.searchsorted(self.categories, labels.numpy())) + 1}
+        # COCO's boxes are for the stored pixels.
+        image = open_image(Path(self.samples[index][0]).read_bytes(), ignore_exif=True)
+        size, objects = image.size[::-1], self.coco.imgToAnns[self.ids[index]]
+        boxes = box_convert(torch.tensor([a['bbox'] for a in objects], dtype=torch.float32).view(-1, 4), 'xywh', 'xyxy')
+        labels = [self.categories.index(a['category_id']) + 1 for a in objects]
+        target = {'boxes': tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size),
+                  'labels': torch.tensor(labels, dtype=torch.int64)}
         if self.masks:
-            objects['masks'] = tv_tensors.Mask(target.get('masks', torch.zeros(0, *size, dtype=torch.uint8)))
-        return self.transform(image, objects)
+            masks = np.array([self.coco.annToMask(a) for a in objects], np.uint8).reshape(-1, *size)
+            target['masks'] = tv_tensors.Mask(torch.from_numpy(masks))
+        return self.transform(image, target)
 
 
 def check_annotations(coco: Any, name: str, images: Path, masks: bool) -> None:
     """Check what the evaluation and the detectors need; arguments and errors are those of CocoDataset."""
-    if not (coco.imgs and coco.cats and isinstance(coco.dataset.get('annotations'), list)):
+    if not (coco.imgs and coco.cats and 'annotations' in coco.dataset):
         raise UsageError(f'{name} is not a JSON file in COCO\'s format: it needs images, annotations and categories')
-    for kind, key in ('categories', 'name'), ('images', 'file_name'):
-        if not all(isinstance(entry.get(key), str) for entry in coco.dataset[kind]):
-            raise UsageError(f'{name}: each of its {kind} needs a {key}')
     missing = [image['file_name'] for image in coco.imgs.values() if not (images / image['file_name']).is_file()]
     if missing:
         raise UsageError(f'{images} lacks {len(missing)} of the {len(coco.imgs)} images of {name}: {missing[0]}'
                          + ', ...' * (len(missing) > 1))
     for a in coco.dataset['annotations']:
-        box = a.get('bbox')
-        is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, (int, float)) for side in box)
-        if not is_box or a.get('image_id') not in coco.imgs or a.get('category_id') not in coco.cats:
+        if len(a.get('bbox', ())) != 4 or a['image_id'] not in coco.imgs or a['category_id'] not in coco.cats:
             raise UsageError(f'{name}: annotation {a["id"]} needs an image_id and a category_id of the file, and a '
-                             f'bbox of x, y, width and height, not {box}')
+                             'bbox of x, y, width and height')
         if masks and not a.get('segmentation'):
             raise UsageError(f'{name}: annotation {a["id"]} has no segmentation, and Mask R-CNN needs one')
         a.setdefault('iscrowd', 0)  # pycocotools needs these two.
-        a.setdefault('area', box[2] * box[3])
+        a.setdefault('area', a['bbox'][2] * a['bbox'][3])
 
 
 def write_shapes(folder: Path, train: int = 320, val: int = 64, size: int = 128, seed: int = 0) -> None:
@@ -366,7 +342,7 @@ def detect(
     """
     from pycocotools import mask as coco_mask
     model.eval()
-    image_ids = iter(data.data.ids[processes.get_rank()::processes.get_world_size()])
+    image_ids = iter(data.ids[processes.get_rank()::processes.get_world_size()])
     results: dict[str, list] = {'box': [], 'mask': []} if data.masks else {'box': []}
     with contextlib.closing(Progress('test', len(loader), enabled=processes.get_rank() == 0)) as progress:
         for images, _ in loader:
@@ -414,7 +390,7 @@ def average_precision(data: CocoDataset, results: dict[str, list]) -> dict[str, 
 def draw(model: nn.Module, data: CocoDataset, device: torch.device, images: int = 4, side: int = 320) -> Image.Image:
     """Draw the first images of `data` in pairs, with the truth on the left and detections on the right."""
     model.eval()
-    hues = [tuple(round(255 * c) for c in hsv_to_rgb(i * 0.618 % 1, 0.8, 0.8)) for i in range(len(data.classes))]
+    hues = [f'hsv({round(222.48 * i) % 360}, 80%, 80%)' for i in range(len(data.classes))]
     resize, cells = v2.Resize(None, max_size=side), []
     for image, target in (data[i] for i in range(min(images, len(data)))):
         output = model([image.to(device).float() / 255])[0]
@@ -432,9 +408,7 @@ def draw(model: nn.Module, data: CocoDataset, device: torch.device, images: int 
                     cell = draw_segmentation_masks(cell, objects['masks'].bool(), 0.5, colors)
                 cell = draw_bounding_boxes(cell, objects['boxes'], names, colors, width=2, label_colors='white',
                                            fill_labels=True)
-            cells.append(cell)
-    height, width = (max(cell.shape[i] for cell in cells) for i in (1, 2))
-    cells = [v2.functional.pad(cell, [0, 0, width - cell.shape[2], height - cell.shape[1]], fill=255) for cell in cells]
+            cells.append(v2.functional.pad(cell, [0, 0, side - cell.shape[2], side - cell.shape[1]], fill=255))
     return to_pil_image(make_grid(cells, 4, padding=6, pad_value=255))
 
 
@@ -531,7 +505,6 @@ def evaluate(
 
 # The command line
 
-
 def main(args: argparse.Namespace) -> None:
     """Train or evaluate a detector; errors are those of train.py's main."""
     device = setup_process(args)
@@ -541,7 +514,7 @@ def main(args: argparse.Namespace) -> None:
         file, checkpoint = find_checkpoint(args, is_training=not args.eval)
         if args.config:
             options.check_paths(args, args.config, resumes=checkpoint is not None)
-    args.input_size = args.input_size or ([800, 1333] if device.type == 'cuda' else [256, 427])
+    args.input_size = sorted(args.input_size or ([800, 1333] if device.type == 'cuda' else [256, 427]))
     args.backbone_bn = args.backbone_bn or ('frozen' if args.weights else 'train')
     if device.type == 'cuda':
         configure_cuda(args.amp_dtype, is_training=not args.eval, fixed_size=False)
@@ -605,13 +578,7 @@ def end_epoch(
     if processes.get_world_size() > 1:  # So that the saved weights are the scored ones.
         distribute_bn(core, processes.get_world_size(), reduce=True)
     if (epoch + 1) % args.eval_every == 0 or epoch == args.epochs - 1:
-        try:
-            record |= score()
-        except Exception:  # Such as an unreadable image: save the epoch first.
-            if writer is not None:
-                writer.save({**state, 'best': best})
-                writer.wait()
-            raise
+        record |= score()
         if record.get('box_ap', -1) > best.get('box_ap', -1):  # COCOeval gives no AP without annotations.
             scored = {'box_ap': record['box_ap']}
             best = {**scored, 'epoch': epoch}

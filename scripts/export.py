@@ -68,8 +68,8 @@ from tqdm import tqdm
 import cmt
 from checkpoints import check_output
 from datasets import build_dataset, drop_damaged, has_split
-from evaluation import IMAGENET
-from sources import EncodedImages, Samples, is_image, log_left_out, walk
+from evaluation import IMAGENET, list_images
+from sources import EncodedImages, Samples
 from system import write_file
 from transforms import build_transform
 from weights import build_model, read_weights
@@ -167,9 +167,7 @@ def read_batches(dataset: Dataset, model: cmt.CMT, title: str) -> Batches:
 
 def open_calibration(folder: str, transform: Callable) -> EncodedImages:
     """Open images in a folder, drawn at random: one half for calibration, the other for comparison."""
-    found = [(where, file) for where, files in walk(folder, set()) for file in files]
-    log_left_out((file for _, file in found if not is_image(file)), folder)
-    names = sorted(f'{where}/{file}' for where, file in found if is_image(file))
+    names = list_images(folder)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:2 * CALIBRATION_IMAGES]
     dataset = EncodedImages(Samples([names[i] for i in order], [-1] * len(order)), transform)
     dataset.roots = [folder]
@@ -181,9 +179,8 @@ def open_calibration(folder: str, transform: Callable) -> EncodedImages:
 
 def open_eval_data(folder: str, transform: Callable, classes: list[str], used: set[str]) -> EncodedImages:
     """Open labeled images whose real paths are not in `used`."""
-    if not classes or not os.path.exists(folder):
-        raise UsageError(f'--eval-data {folder}: no such folder or tar' if classes else
-                         '--eval-data needs class names, which these weights lack: export the checkpoint of a run')
+    if not classes:
+        raise UsageError('--eval-data needs class names, which these weights lack: export the checkpoint of a run')
     dataset = build_dataset('IMNET', False, folder, 0, transform, classes, is_whole=not has_split(folder, 'val'))
     others = [i for i, (name, _) in enumerate(dataset.samples) if os.path.realpath(name) not in used]
     if not others:
@@ -227,20 +224,6 @@ def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fu
     return content, exported, difference
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise UsageError for flags that do not go together, and for missing packages."""
-    suffix = args.output.suffix.lower()
-    if suffix not in FORMATS:
-        raise UsageError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
-    missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
-    if suffix == '.onnx' and missing:
-        raise UsageError(f'.onnx needs packages that are not installed: pip install {" ".join(missing)}')
-    if suffix != '.onnx' and (args.int8, args.opset) != (None, None):
-        raise UsageError('--int8 and --opset are for .onnx')
-    if args.input_size and len(args.input_size) > 2:
-        raise UsageError('--input-size needs one number, or height and width')
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
@@ -248,7 +231,14 @@ def main(argv: list[str] | None = None) -> None:
     for name in ('datasets', 'sources'):  # which images are damaged or left out
         logging.getLogger(name).setLevel(logging.INFO)
     with parser.usage_errors():
-        check_flags(args)
+        suffix = args.output.suffix.lower()
+        if suffix not in FORMATS:
+            raise UsageError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
+        missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
+        if suffix == '.onnx' and missing:
+            raise UsageError(f'.onnx needs packages that are not installed: pip install {" ".join(missing)}')
+        if suffix != '.onnx' and (args.int8, args.opset) != (None, None):
+            raise UsageError('--int8 and --opset are for .onnx')
         check_output(args.output, args.source, args.overwrite)
         changes = {'dynamic_img_size': True} if args.dynamic_img_size else {}
         if args.input_size:
@@ -268,7 +258,6 @@ def main(argv: list[str] | None = None) -> None:
             data = Subset(images, range(half, len(images)))
         if args.eval_data is not None:
             data = open_eval_data(args.eval_data, transform, classes or IMAGENET * (model.num_classes == 1000), used)
-        suffix = args.output.suffix.lower()
         content, exported, difference = export(model, name, classes, suffix, args.fuse, args.half, **options)
         if data:
             difference, agreement, before, after = compare(model, exported, read_batches(data, model, 'comparison'))

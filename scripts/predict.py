@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import _path
-from errors import UsageError, printable
+from errors import printable
 from options import Parser, add_classifier_flags, output_file, positive
 
 MAX_ON_SHEET = 120  # images
@@ -48,29 +48,19 @@ import torch
 import torch.nn as nn
 from torchvision.transforms.functional import to_pil_image
 
-from evaluation import grad_cam, load_classifier, read_images
+from evaluation import grad_cam, list_images, load_classifier, read_images
 from reports import check_extension, draw_sheet, save, to_csv
-from sources import IGNORED, is_image, log_left_out, walk
 from system import atomic_write
 
 
 def find_images(arguments: list[str]) -> list[tuple[str, str | bytes, tuple[str, ...]]]:
-    """Return (name, path or encoded image, folders below the argument) of each image that `arguments` name.
-
-    Raises:
-        UsageError: a folder without images.
-    """
+    """Return (name, path or encoded image, folders below the argument) of each image that `arguments` name."""
     images = []
     for argument in arguments:
         if argument == '-':
             images.append(('-', sys.stdin.buffer.read(), ()))
         elif os.path.isdir(argument):
-            files = [Path(f, name) for f, names in walk(argument, set()) for name in names if not IGNORED.search(name)]
-            paths = sorted(str(path) for path in files if is_image(path.name))
-            log_left_out((path.name for path in files if not is_image(path.name)), argument)
-            if not paths:
-                raise UsageError(f'no images in {argument}')
-            images += [(path, path, Path(path).relative_to(argument).parts[:-1]) for path in paths]
+            images += [(path, path, Path(path).relative_to(argument).parts[:-1]) for path in list_images(argument)]
         else:
             images.append((argument, argument, ()))
     return images
@@ -164,15 +154,13 @@ def main(argv: list[str] | None = None) -> None:
                       for *row, probability in rows]), end='')
     elif results:
         print_table(rows)
-    try:
+    with parser.usage_errors():  # such as a full disk
         if args.features:
             with atomic_write(args.features) as file:
                 np.savez(file, names=[name for name, *_ in read], features=features,
                          labels=[label for *_, label in read])
         if args.picture and results:
             write_sheet(args.picture, model, title, results, read, args.batch_size)
-    except OSError as error:  # such as a full disk
-        sys.exit(f'predict.py: error: {error}')
     if len(results) < len(images):
         sys.exit(1)
 

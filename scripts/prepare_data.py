@@ -2,10 +2,10 @@
 
 Copy images into tars for --data-path, and resize large training images, so that a core loads more of them per second.
 
-SRC is a folder, a tar or shards as --data-path takes them, or a folder of classes. Each tar is written, read back as
-training reads it, and moved to DST.incomplete, which becomes DST when all tars are there. The same command resumes, and
-replaces tars whose source images have changed. The bytes of a tar depend only on the source and the flags, so an
-interrupted run, or any number of workers, writes the same tars.
+SRC is a folder, a tar or shards as --data-path takes them, or a folder of classes. Each tar is written, indexed, and
+moved to DST.incomplete, which becomes DST when all tars are there. The same command resumes, and replaces tars that
+have other images than the source. The bytes of a tar depend only on the source and the flags, so an interrupted run, or
+any number of workers, writes the same tars.
 """
 import argparse
 import io
@@ -16,8 +16,6 @@ import posixpath
 import shutil
 import sys
 import tarfile
-import time
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,7 +38,7 @@ def build_parser() -> Parser:
                         help='resize validation images too; without the flag they are copied byte for byte')
     parser.add_argument('--skip-damaged', action='store_true', help='leave out images that cannot be decoded')
     parser.add_argument('--images-per-tar', type=positive, default=5000, help='maximum images per tar (default: 5000)')
-    parser.add_argument('--num-workers', type=count, default=cores(), metavar='N',
+    parser.add_argument('--num-workers', type=count, metavar='N',
                         help='processes that read and encode; 0 uses only the main one (default: the number of cores)')
     return parser
 
@@ -51,23 +49,18 @@ from torch.utils.data import Dataset, Subset
 
 import processes
 import published
+import sources
 import utils
 from datasets import PREPARED, has_split, open_split, open_unsplit, prepared_classes
 from loader import build_loader
-from sources import DEVKIT, IGNORED, EncodedImages, TarImages, find_devkit, key_of, open_header, open_image, orientation
-
-
-def stamp(images: EncodedImages, index: int) -> list[int]:
-    """Return [size, mtime_ns] of an image's file, or of the tar or parquet file that contains it."""
-    stat = os.stat(images.root(index) if os.path.isfile(images.root(index)) else images.samples[index][0])
-    return [stat.st_size, stat.st_mtime_ns]
+from sources import IGNORED, EncodedImages, TarImages, find_devkit, key_of, open_header, open_image, orientation
 
 
 class Encoder(Dataset):
     """Read encoded images, and re-encode those with a short side longer than `short_side` pixels (None: no limit).
 
-    Images with an EXIF rotation are re-encoded too, upright and without EXIF data. A sample is the image's bytes and
-    its stamp. If `skip_damaged`, a string with the reason replaces the bytes of an image that cannot be decoded.
+    Images with an EXIF rotation are re-encoded too, upright and without EXIF data. If `skip_damaged`, a string with the
+    reason replaces the bytes of an image that cannot be decoded.
 
     Raises:
         UnreadableImage: a file that cannot be read, or without `skip_damaged` an image that cannot be decoded.
@@ -79,14 +72,13 @@ class Encoder(Dataset):
         self.quality = quality
         self.skip_damaged = skip_damaged
 
-    def __getitem__(self, index: int) -> tuple[bytes | str, list[int]]:
+    def __getitem__(self, index: int) -> bytes | str:
         try:
-            before = stamp(self.images, index)  # taken first, so stale if the file changes while it is read
-            return self.encode(self.images.read(index)), before
+            return self.encode(self.images.read(index))
         except Exception as error:  # Pillow's plugins raise anything on damaged files.
             is_damage = not getattr(error, 'errno', None) and not isinstance(error, (MemoryError, UsageError))
             if self.skip_damaged and is_damage:
-                return one_line(error), before
+                return one_line(error)
             raise UnreadableImage(printable(
                 f'cannot read {self.images.samples[index][0]} ({one_line(error)}): repair or remove it, or use '
                 '--skip-damaged')) from error
@@ -107,20 +99,16 @@ class Encoder(Dataset):
 
 
 def open_splits(src: str) -> dict[str, EncodedImages]:
-    """Open the splits 'train' and 'val' of a source; a folder of classes is 'train'.
-
-    Raise UsageError for a single split next to folders or tars that would not be read.
-    """
+    """Open the splits 'train' and 'val' of a source; raise UsageError for one split next to folders of other names."""
     if published.needs_preparing(Path(src)):
         return published.open_published(Path(src))
     classes = prepared_classes(src)
     splits = {split: open_split(src, split, None, classes) for split in ('train', 'val') if has_split(src, split)}
     if not splits:
-        return {'train': open_unsplit(src, None, classes)}
+        return {'train': open_unsplit(src, None, classes)}  # a folder of classes
     if len(splits) == 1 and os.path.isdir(src):
-        read = {Path(root).relative_to(src).parts[0] for images in splits.values() for root in images.roots}
-        unread = sorted(entry.name for entry in os.scandir(src) if entry.is_dir() or entry.name.endswith('.tar')
-                        if entry.name not in read and not IGNORED.search(entry.name))
+        unread = sorted(entry.name for entry in os.scandir(src)
+                        if entry.is_dir() and entry.name not in splits and not IGNORED.search(entry.name))
         if unread:
             raise UsageError(f'{src} has {", ".join(unread)} next to {min(splits)}: name the splits train and val, and '
                              'move the rest elsewhere')
@@ -161,84 +149,67 @@ def divide(images: EncodedImages, split: str, most: int) -> dict[str, list[int]]
     return {f'{split}-{i:06d}.tar': indices for i, indices in enumerate(tars)}
 
 
-def write_tar(tar: Path, split: str, images: EncodedImages, names: list[str], samples: Iterable,
-              progress: utils.Progress) -> dict:
-    """Write a tar of (index, sample of the Encoder) pairs, read it back as training does, and return a record of it.
-
-    The record has the tar's size, (name, size, mtime_ns) of each image's source, and lines about images left out.
-    """
-    sources, left_out, written = [], {}, []
+def write_tar(tar: Path, images: EncodedImages, names: list[str], samples: Iterable, progress: utils.Progress) -> None:
+    """Write a tar of (index, sample of the Encoder) pairs and the index that training reads; log images left out."""
     with atomic_write(tar) as file, tarfile.open(fileobj=file, mode='w', format=tarfile.GNU_FORMAT) as out:
-        for i, (data, size_and_time) in samples:
-            name, target = names[i], images.samples[i][1]
-            sources.append([name, *size_and_time])
+        for i, data in samples:
             progress.step({'tar': tar.name} if progress.due() else None)
             if isinstance(data, str):
-                left_out[name] = printable(f'{images.samples[i][0]} ({data})')
+                utils.logger.warning('left out: %s', printable(f'{images.samples[i][0]} ({data})'))
                 continue
-            members = [(f'{key_of(name).lstrip("/")}.cls', str(target).encode())] if images.has_labels else []
-            for member, content in [*members, (name, data)]:
+            members = [(names[i], data)]
+            if images.has_labels:
+                members.insert(0, (f'{key_of(names[i]).lstrip("/")}.cls', str(images.samples[i][1]).encode()))
+            for member, content in members:
                 info = tarfile.TarInfo(member)  # The header depends only on the name and the size.
                 info.size = len(content)
                 out.addfile(info, io.BytesIO(content))
-            written.append((name, target, zlib.crc32(data)))
-    if written:
-        try:
-            reader = TarImages([tar], split, None, images.classes)
-        except UsageError as error:
-            raise TrainingFault(f'{error}: check the disk; the same command then resumes') from None
-        if written != [(file[len(str(tar)) + 1:], target, zlib.crc32(reader.read(i)))
-                       for i, (file, target) in enumerate(reader.samples)]:
-            raise TrainingFault(f'{tar} differs from what was written: check the disk; the same command then resumes')
-    return {'bytes': tar.stat().st_size, 'sources': sources, 'left_out': left_out}
+    sources.tar_index(tar)
 
 
 def write_split(folder: Path, split: str, images: EncodedImages, names: list[str], args: argparse.Namespace) -> int:
-    """Write the tars of a split that are missing or whose sources have changed; return how many images are left out."""
-    work, complete = folder / '.work', {}  # tar: its images that are left out
+    """Write the tars of a split that are missing or have other images; return how many images are left out."""
     short_side = (args.short_side or None) if split == 'train' or args.resize_val else None
     utils.logger.info('%s: %d images of %d classes, %s', split, len(images), len(images.classes), f'short sides of at '
                       f'most {short_side} pixels' if short_side else 'copied byte for byte (see --resize-val)')
     if names[0].count('/') == 1 and not images.has_labels:  # published validation images, without class folders
-        for place in work, folder:
-            write_file(place / DEVKIT, find_devkit(Path(images.root(0))).read_bytes())
+        kit = find_devkit(Path(images.root(0)))
+        write_file(folder / kit.name, kit.read_bytes())
     tars = divide(images, split, args.images_per_tar)
+    written = {}  # images by tar
     for tar in folder.glob(f'{split}-*.tar'):
-        record = json.loads((work / f'{tar.name}.json').read_text('utf-8'))
-        sources = [[names[i], *stamp(images, i)] for i in tars.get(tar.name, [])]
-        is_same = record['bytes'] == tar.stat().st_size and record['sources'] == sources
-        if is_same and (args.skip_damaged or not record['left_out']):
-            complete[tar.name] = record['left_out']
+        expected = {names[i] for i in tars.get(tar.name, [])}
+        present = {name for name in sources.tar_index(tar) if not name.endswith('.cls')}
+        if present == expected or present < expected and args.skip_damaged:
+            written[tar.name] = present
         else:
             tar.unlink()
-    todo = [i for tar, indices in tars.items() if tar not in complete for i in indices]
+    todo = [i for tar, indices in tars.items() if tar not in written for i in indices]
     encoder = Encoder(images, short_side, args.quality, args.skip_damaged)
     batch_size = 100 if isinstance(images, published.ParquetImages) else 4  # A worker reads whole row groups.
-    loader = build_loader(Subset(encoder, todo), batch_size, num_workers=args.num_workers, collate_fn=list)
+    workers = cores() if args.num_workers is None else args.num_workers
+    loader = build_loader(Subset(encoder, todo), batch_size, num_workers=workers, collate_fn=list)
     encoded = itertools.chain.from_iterable(loader)
     progress = utils.Progress(f'write {split}', len(names), len(names) - len(todo), every=5000)
     for tar, indices in tars.items():
-        if tar not in complete:
-            record = write_tar(work / tar, split, images, names, zip(indices, encoded), progress)
-            write_file(work / f'{tar}.json', json.dumps(record).encode())
-            for file in [*work.glob(f'.{tar}.index.npz'), work / tar]:  # Training reads the index too.
-                os.replace(file, folder / file.name)
+        if tar not in written:
+            write_tar(folder / '.work' / tar, images, names, zip(indices, encoded), progress)
+            for name in f'.{tar}.index.npz', tar:
+                os.replace(folder / '.work' / name, folder / name)
             sync_folder(folder)
-            complete[tar] = record['left_out']
-        for line in complete[tar].values():
-            utils.logger.warning('left out: %s', line)
+            written[tar] = sources.tar_index(folder / tar).keys()
     progress.close()
-    missing = set(images.targets) - {images.samples[i][1] for tar, indices in tars.items() for i in indices
-                                     if names[i] not in complete[tar]}
+    targets = images.targets
+    kept = [targets[i] for tar, indices in tars.items() for i in indices if names[i] in written[tar]]
+    missing = set(targets) - set(kept)
     if missing:
         raise UsageError(f'no image of class {images.classes[min(missing)]} can be decoded: remove the class from the '
                          'source; the same command then resumes')
-    return sum(map(len, complete.values()))
+    return len(targets) - len(kept)
 
 
 def main(args: argparse.Namespace) -> None:
     utils.setup_logging()
-    began = time.monotonic()
     args.src, dst = os.path.abspath(args.src), Path(os.path.abspath(args.dst))
     folder = dst.with_name(f'{dst.name}.incomplete')
     if os.path.lexists(dst):
@@ -250,19 +221,17 @@ def main(args: argparse.Namespace) -> None:
     names = {split: names_in_tars(images, split) for split, images in splits.items()}
     classes = [images.classes for images in splits.values() if images.has_labels]
     file, settings = folder / PREPARED, json.dumps({
-        **({'classes': max(classes, key=len)} if classes else {}),
-        'source': args.src, 'splits': list(splits), 'Pillow': PIL.__version__, 'short_side': args.short_side,
-        'quality': args.quality, 'resize_val': args.resize_val, 'images_per_tar': args.images_per_tar}, indent=1) + '\n'
+        'classes': max(classes, key=len, default=None), 'source': args.src, 'splits': list(splits),
+        'Pillow': PIL.__version__, 'short_side': args.short_side, 'quality': args.quality,
+        'resize_val': args.resize_val, 'images_per_tar': args.images_per_tar}, indent=1) + '\n'
     if file.exists() and file.read_text('utf-8') != settings:
         raise UsageError(f'{folder} was started with other settings, see {file.name}: remove {folder} to start over')
     if not file.exists() and any(folder.glob('[!.]*')):
         raise UsageError(f'{folder} was not made by this command: move or remove it')
     try:
         (folder / '.work').mkdir(parents=True, exist_ok=True)
-        with processes.usage_errors():
-            lock = lock_file(folder / '.work' / 'lock')
-        for place in folder, folder / '.work':
-            remove_temporary_files(place)
+        lock = lock_file(folder / '.work' / 'lock')
+        remove_temporary_files(folder / '.work')
         write_file(file, settings.encode())
         left_out = sum(write_split(folder, split, images, names[split], args) for split, images in splits.items())
         lock.close()  # Windows cannot rename a folder with an open file.
@@ -272,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
     except OSError as error:
         raise TrainingFault(processes.explain(error) or f'{error.filename or folder}: {error.strerror}. Free space or '
                             'repair the disk; the same command then resumes') from None
-    utils.logger.info('%s is ready for train.py --data-path, after %.1f s', dst, time.monotonic() - began)
+    utils.logger.info('%s is ready for train.py --data-path', dst)
     if left_out:
         utils.logger.warning('%d images are left out', left_out)
 

@@ -54,10 +54,8 @@ def test_combinations_of_flags_with_another_timm_model(monkeypatch, capsys):
 @pytest.mark.parametrize('argv, words', [
     (['--models', 'cmt_q'], 'cmt_q'),
     (['--models', 'cmt_ti', '--sizes', '64', '48'], '--sizes'),
-    (['--devices', 'cuda'], '--devices cuda'),
     (['--json', 'nodir/x.json'], 'nodir/x.json'),
     (['--modes', 'train', '--forms', 'fused'], 'nothing to measure'),
 ])
-def test_mistakes_get_one_line_before_measurements(argv, words, monkeypatch, mistake):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+def test_mistakes_get_one_line_before_measurements(argv, words, mistake):
     assert words in mistake(benchmark, *argv)

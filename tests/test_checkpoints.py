@@ -242,13 +242,3 @@ def test_addresses_without_a_file_are_one_line(server, tmp_path):
         with pytest.raises(UsageError, match='could not be downloaded'):
             read_checkpoint(address)
     assert not [path for path in (tmp_path / 'cache').rglob('*') if path.is_file()]
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_exported_models_are_not_damaged_checkpoints(tmp_path):
-    (tmp_path / 'model.onnx').write_bytes(b'\x08\x0a\x12\x07pytorch')
-    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / 'model.pt')
-    torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.ones(1),)), tmp_path / 'model.pt2')
-    for name in ('model.onnx', 'model.pt', 'model.pt2'):
-        with pytest.raises(UsageError, match=f'{name} is an exported model'):
-            read_checkpoint(tmp_path / name)

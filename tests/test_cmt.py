@@ -461,14 +461,3 @@ def test_torchs_counter_of_operations(train, dynamic):
     assert counts[0] == counts[2] and 0.94 * counts[1] < counts[0] <= counts[1]
     names = {name.removeprefix('CMT.') for name in counter.get_flop_counts()}
     assert {name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))} <= names
-
-
-@pytest.mark.parametrize('attention', [False], indirect=True)
-def test_second_derivatives_and_forward_ad_without_fused_attn(attention):
-    """On a CPU torch's fused kernel has neither, so timm's models with attention need the same switch."""
-    model, x = small(dtype=torch.float64).eval(), images(64, 64).double()
-    x.requires_grad_()
-    gradient, = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    second, = torch.autograd.grad(gradient.square().sum(), x)
-    _, tangent = torch.func.jvp(lambda t: torch.func.grad(lambda u: model(u).square().sum())(t), (x,), (gradient,))
-    assert torch.allclose(second, 2 * tangent, rtol=1e-6, atol=1e-9)

@@ -83,6 +83,7 @@ def test_a_folder_that_timm_opens(run_file, tmp_path, capsys):
     assert model.pretrained_cfg['input_size'] == (3, 64, 64) and model.pretrained_cfg['crop_pct'] == 0.875
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert not {'license', 'origin_url'} & set(config['pretrained_cfg'])  # those of the published weights
+    assert config['num_classes'] == 3 and 'num_classes' not in config['model_args']  # transformers passes its own
     convert(tmp_path, 'out', 'copy')
     assert json.loads((tmp_path / 'copy' / 'config.json').read_text()) == config
 
@@ -96,15 +97,6 @@ def test_a_folder_that_timm_opens(run_file, tmp_path, capsys):
     # timm's arguments still apply: other classes, channels and size.
     other = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, num_classes=5, img_size=96, in_chans=1)
     assert other(torch.randn(1, 1, 96, 96)).shape == (1, 5)
-
-
-def test_the_number_of_classes_is_in_the_config_once(run_file, tmp_path):
-    """transformers passes its own num_classes along with model_args, and create_model refuses it twice."""
-    convert(tmp_path, 'run.pth', 'out')
-    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert config['num_classes'] == 3 and 'num_classes' not in config['model_args']
-    model = timm.create_model(config['architecture'], num_classes=4, **config['model_args'])
-    assert model.num_classes == 4 and model.img_size == (64, 64)
 
 
 def test_choice_of_weights_and_overwrite(run_file, tmp_path, monkeypatch):

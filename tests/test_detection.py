@@ -267,14 +267,11 @@ def test_mistakes_are_one_line_before_long_work(shapes, tmp_path, monkeypatch):
         run(*SMALL, '--data-path', shapes)
 
 
-def test_boxes_without_area_are_left_out(tmp_path):
-    write_coco(tmp_path)
-    path = tmp_path / 'annotations' / 'instances_train2017.json'
-    content = json.loads(path.read_text())
-    content['annotations'].append({**content['annotations'][0], 'id': 9, 'bbox': [3, 3, 4, 0]})
-    path.write_text(json.dumps(content))
-    data = detection.CocoDataset(str(tmp_path / 'train2017'), str(path), False, True)
-    assert len(data[0][1]['boxes']) == 2 and sorted(data.coco.anns) == [1, 2, 5]
+def test_boxes_without_area_are_left_out_of_samples(tmp_path):
+    boxes = [{'id': i, 'image_id': 10, 'category_id': 7, 'bbox': [3, 3, 4, i]} for i in (0, 5)]
+    annotations = write_coco(tmp_path, annotations=boxes) / 'annotations' / 'instances_train2017.json'
+    data = detection.CocoDataset(str(tmp_path / 'train2017'), str(annotations), True, False, hflip=0)
+    assert data[0][1]['boxes'].tolist() == [[3, 3, 7, 8]]
 
 
 def test_a_nonfinite_loss_stops_and_keeps_the_last_checkpoint(shapes, tmp_path):

@@ -165,7 +165,7 @@ def test_torchscript_of_other_sizes(checkpoint, tmp_path, flags, kind, sizes):
     (['CKPT', 'a.ts', '--opset', '18'], '--opset'),
     (['CKPT', 'a.onnx', '--opset', '12'], '12'),
     (['CKPT', 'a.onnx', '--int8', 'nowhere'], 'nowhere'),
-    (['CKPT', 'a.onnx', '--int8', '.'], 'no readable images'),
+    (['CKPT', 'a.onnx', '--int8', '.'], 'no images'),
     (['CKPT', 'a.onnx', '--eval-data', '.'], 'no class folders'),
     (['CKPT', 'a.onnx', '--input-size', '32', '96', '--eval-data', '.'], '32x96'),
     (['resnet18', 'a.ts'], 'resnet18'),

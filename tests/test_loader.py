@@ -47,19 +47,17 @@ def test_a_killed_worker_is_one_line(flags, tmp_path):
 
 # images
 
-def test_an_unreadable_validation_image_is_named(flags, images, tmp_path):
+def test_an_unreadable_validation_image_is_named(flags, images, whole, tmp_path):
     (tmp_path / 'train').symlink_to(images / 'train')
     (tmp_path / 'val' / 'class_1').mkdir(parents=True)
     (tmp_path / 'val' / 'class_1' / 'bad.png').write_bytes(b'no image')
-    run = [*flags, '--data-path', tmp_path, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--epochs', 1]
-    for workers, more, status in ((0, [], 1), (2, [], 1), (2, ['--eval'], 2)):
+    run = [*flags, '--data-path', tmp_path, '--epochs', 1]
+    evaluation = ['--eval', '--resume', whole / 'checkpoint_last.pth']
+    for workers, more, status in ((0, [], 1), (2, [], 1), (2, evaluation, 2)):
         output = tmp_path / f'{workers}{status}.txt'
         nano.finish(nano.start([*run, '--num-workers', workers, *more], output=output), status=status)
         text = output.read_text()
         assert re.search(r'^train\.py: error: .*val/class_1/bad\.png', text, re.M) and 'Traceback' not in text
-        if not more:  # The epoch is trained once.
-            assert nano.read(tmp_path / 'run')['step'] == 6
-            assert ('resuming at epoch 0, step 6' in text) == (workers == 2)
 
 
 @pytest.mark.parametrize('pause, workers', [(0.02, 0), (0.02, 1), (0., 1)])

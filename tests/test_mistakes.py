@@ -40,7 +40,6 @@ MISTAKES = """
 --resume text.pth
 --resume none.pth
 --resume bare.pth | bare.pth .*--finetune
---resume odd.pth | odd.pth .*--finetune
 --finetune grey.pth
 --eval --resume auto | --eval
 --eval --resume damaged/checkpoint_last.pth
@@ -76,7 +75,7 @@ def test_mistakes_get_one_line_and_status_2(flags, images, whole, tmp_path, caps
     for name, value in {
             'list': {'model': [1]}, 'other': {'model': {'a': torch.ones(1)}},
             'short': {**nano.read(whole), 'model': dict(list(nano.read(whole)['model'].items())[1:])},
-            'bare': {**nano.read(whole), 'optimizer': None}, 'odd': {**nano.read(whole), 'epoch': 'best'},
+            'bare': {**nano.read(whole), 'optimizer': None},
             'grey': {'model': nano.small(in_chans=1).state_dict()}}.items():
         torch.save(value, f'{name}.pth')
 

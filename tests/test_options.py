@@ -36,9 +36,8 @@ AUTHORS = """--drop 0.1 | --model-ema | --model-ema-force-cpu | --opt adamw | --
     --mixup-mode elem | --data-set IMNET | --inat-category name | --device cpu | --seed 1 | --resume x |
     --start_epoch 2 | --eval --resume x | --num_workers 1 | --pin-mem | --no-pin-mem | --apex-opt-level O2 |
     --throughput | --world_size 8 | --dist_url env:// | --local_rank 1"""
-REFUSED = """--drop-block 0.1 | --patience-epochs 5 | --resplit | --debug | --update_temperature | --warmup-drop-path |
-    --warmup-drop-path-epochs 100 | --init_method x | --dist-eval | --nb_classes 10 | --num-classes 10 |
-    --auto_resume true"""
+REFUSED = """--drop-block 0.1 | --patience-epochs 5 | --warmup-drop-path | --warmup-drop-path-epochs 100 | --dist-eval |
+    --nb_classes 10 | --num-classes 10 | --auto_resume true"""
 
 
 @pytest.fixture
@@ -247,14 +246,13 @@ def test_yaml_sets_defaults_that_flags_override(tmp_path):
     assert parse_args([*flags, '--opt-betas', '0.8', '0.9']).opt_betas == [0.8, 0.9]
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, mistake):
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path / 'c.yaml').write_text('output-dir: ~/out\n')
     for name in ('data-path', 'resume', 'finetune', 'class-map', 'teacher-path', 'output-dir', 'stopped-file'):
         args = parse_args([f'--{name}=~/x', '--config=~/c.yaml', '--distillation-type=soft', '--teacher-model=t'])
         assert getattr(args, name.replace('-', '_')) == f'{tmp_path}/x'
         assert args.output_dir == (f'{tmp_path}/x' if name == 'output-dir' else f'{tmp_path}/out')
-    assert '~nobody_of_this_name/x' in mistake('--output-dir=~nobody_of_this_name/x')
 
 
 def test_flags_can_turn_off_every_switch_of_a_yaml(tmp_path):
@@ -266,7 +264,7 @@ def test_flags_can_turn_off_every_switch_of_a_yaml(tmp_path):
 
 @pytest.mark.parametrize('text, words', [
     ('learning-rate: 1', 'learning-rate'), ('lerning_rate: 1', 'lerning_rate'), ('epoch: 1', "'epoch' .*--epochs"),
-    ('config: x.yaml', "'config'"), ('help: true', "'help'"), ('7: 3', '7'), ('debug: 1', '--debug'),
+    ('config: x.yaml', "'config'"), ('help: true', "'help'"), ('7: 3', '7'), ('drop-block: 1', '--drop-block'),
     ('lr: fast', 'fast'), ('lr: true', 'lr'), ('lr: [1, 2]', ''), ('lr: {a: 1}', ''), ('apex-amp: 1', 'apex-amp'),
     ('epochs: 2.5', 'epochs'), ('- lr', 'c.yaml'), ('', 'c.yaml'), ('lr: [', 'c.yaml'),
 ])

@@ -153,16 +153,11 @@ def test_prepared_labels_go_by_name(tmp_path):
         build_dataset('IMNET', True, str(tmp_path / 'tars'), 32, classes=['ant', 'mule'])
 
 
-@pytest.mark.parametrize('folder', ['plain_text', 'default'])
-def test_layouts_of_the_hub(folder, tmp_path):
+@pytest.mark.parametrize('name', ['plain_text/{}-00000-of-00001.parquet', 'default/{}/0000.parquet'])
+def test_layouts_of_the_hub(name, tmp_path):
     rows = [(encoded(i % 3, i), f'{i}', i % 3) for i in range(6)]
-    place = tmp_path / 'hub' / folder
-    if folder == 'default':
-        names = ['train/0000.parquet', 'test/0000.parquet']
-    else:
-        names = [f'{split}-00000-of-00001.parquet' for split in ('train', 'test')]
-    for name in names:
-        write_parquet(place / name, rows)
+    for split in ('train', 'test'):
+        write_parquet(tmp_path / 'hub' / name.format(split), rows)
     assert prepare(tmp_path / 'hub', tmp_path / 'tars', '--num-workers', 0) == 0
     for split in 'train', 'val':
         _, read = samples(tmp_path / 'tars', split)

@@ -1,5 +1,4 @@
 """What a run and --eval show: the report, the first batch, curves, the next commands; and the first command."""
-import contextlib
 import csv
 import os
 import re
@@ -224,7 +223,7 @@ def test_missing_photographs_are_named_before_a_download(tmp_path, monkeypatch):
 
 # the EMA of a short run
 
-def test_the_ema_of_a_short_run_is_trained(flags, tmp_path, capsys):
+def test_the_ema_of_a_short_run_is_trained(flags, tmp_path):
     """Its decay warms up, so that after a few steps none of it is initial; a killed run ends with the same bits."""
     run = [*flags, '--epochs', 2, '--model-ema-decay', 0.9999, '--model-ema-warmup', '--output-dir']
     nano.train([*run, tmp_path / 'whole'])
@@ -240,11 +239,6 @@ def test_the_ema_of_a_short_run_is_trained(flags, tmp_path, capsys):
         nano.train([*run, tmp_path / 'killed', '--save-every-steps', 2])
     nano.train([*run, tmp_path / 'killed', '--save-every-steps', 2, '--resume', 'auto'])
     nano.assert_same_run(tmp_path / 'killed', tmp_path / 'whole')
-    capsys.readouterr()
-    for folder, says in (('whole', False), ('plain', True)):
-        nano.train(['--eval', '--resume', tmp_path / folder / 'checkpoint_last.pth', '--device', 'cpu',
-                    '--num-workers', 0])
-        assert ('still the initial weights' in capsys.readouterr().out) == says
 
 
 # scripts/predict.py on class folders
@@ -296,29 +290,20 @@ def test_labels_are_found_below_splits_and_by_index(labeled, capsys):
     assert f'{right} of 5 images' in printed.err
 
 
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """Let every larger file fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize('name', ['confusion.png', 'mistakes.jpg'])
 def test_a_full_disk_keeps_the_old_picture(name, tmp_path):
-    """A picture is whole, or an error, however much of it fits."""
+    """A picture is whole, or an error, however much of it fits. A limit on the size of files acts as the disk."""
     pixels, path = np.random.default_rng(0).integers(0, 256, (16, 99, 99, 3), dtype=np.uint8), tmp_path / name
-    faults = 0
+    faults, before = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
     for count in range(1, 17):
         path.write_text('old')
         try:
-            with files_of_at_most(152_000):
-                reports.save(reports.draw_batch(pixels[:count], ['a'] * count), path)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (152_000, before[1]))
+            reports.save(reports.draw_batch(pixels[:count], ['a'] * count), path)
             Image.open(path).load()
         except OSError as error:
             assert name in str(error) and path.read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
             faults += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert 0 < faults < 16

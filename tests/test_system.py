@@ -26,29 +26,9 @@ def test_a_share_that_cannot_sync_folders_is_enough(flags, whole, tmp_path, monk
     nano.assert_same_run(whole, tmp_path / 'run')
 
 
-# Cores
-
-def tree(root, groups, **files):
-    """Write /proc/self/cgroup with the lines `groups`, and files below /sys/fs/cgroup."""
-    for name, text in {'proc/self/cgroup': groups, **{f'sys/fs/cgroup/{k}': v for k, v in files.items()}}.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-
-
-@pytest.mark.parametrize('groups, files, expected', [
-    ('', {}, 64),
-    ('0::/\n', {'cpu.max': '200000 100000\n'}, 2),  # a container with a view of its own, version 2
-    ('0::/\n', {'cpu.max': 'max 100000\n'}, 64),
-    ('0::/user.slice/job\n', {'user.slice/cpu.max': '350000 100000', 'user.slice/job/cpu.max': 'max 100000'}, 4),
-    ('4:cpuacct,cpu:/docker/abc\n', {'cpu/cpu.cfs_quota_us': '300000', 'cpu/cpu.cfs_period_us': '100000'}, 3),
-    ('4:cpu:/a/b\n', {'cpu/a/cpu.cfs_quota_us': '150000', 'cpu/a/cpu.cfs_period_us': '50000',
-                      'cpu/a/b/cpu.cfs_quota_us': '-1', 'cpu/a/b/cpu.cfs_period_us': '100000'}, 3)])
-def test_the_quota_of_a_container_limits_the_cores(tmp_path, monkeypatch, groups, files, expected):
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(64))
-    tree(tmp_path, groups, **files)
-    assert system.cores(tmp_path) == expected
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(2))
-    assert system.cores(tmp_path) == min(expected, 2)
+def test_affinity_limits_the_cores(monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0})
+    assert system.cores() == 1
 
 
 # Help

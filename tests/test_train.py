@@ -107,11 +107,11 @@ def test_the_smallest_and_the_largest_class_are_logged(flags, images, renamed, c
     """And a class without validation images."""
     nano.train([*flags, *ONE_STEP, '--data-path', images])
     printed = capsys.readouterr().out
-    assert '24 (class_1) to 40 (class_0)' in printed and 'no validation images' not in printed
+    assert '24 (class_1) to 40 (class_0)' in printed and 'without validation images' not in printed
     data = renamed(a='class_0', b='class_0', c='class_0')
     (data / 'val' / 'c').unlink()
     nano.train([*flags, *ONE_STEP, '--data-path', data])
-    assert 'no validation images of c\n' in capsys.readouterr().out
+    assert 'without validation images (1): c\n' in capsys.readouterr().out
 
 
 def test_max_train_images_trains_on_so_many_in_each_resume(flags, images, tmp_path, capsys):
@@ -241,14 +241,10 @@ def score_lines(line: dict, prefix: str = '') -> list[str]:
 def test_eval_of_a_validation_folder_gives_the_logged_scores(flags, images, whole, tmp_path, capsys, prefix):
     (tmp_path / 'val').symlink_to(images / 'val')
     path = whole / f'checkpoint_{prefix}best.pth'
-    run = [*flags, '--data-path', tmp_path, '--eval', '--resume', path, *([] if prefix else ['--no-model-ema'])]
-    nano.train(run)
+    nano.train([*flags, '--data-path', tmp_path, '--eval', '--resume', path, *([] if prefix else ['--no-model-ema'])])
     best = max(nano.log(whole), key=lambda line: line[f'{prefix}test_acc1'])  # the first one of several
     assert nano.read(whole, path.name)['epoch'] == best['epoch']
-    printed = capsys.readouterr().out
-    assert scores(printed) == score_lines(best, prefix) and '--input-size' not in printed
-    nano.train([*run, '--input-size', 64])
-    assert '--input-size 32' in capsys.readouterr().out
+    assert scores(capsys.readouterr().out) == score_lines(best, prefix)
     assert [path.name for path in tmp_path.iterdir()] == ['val']
 
 
