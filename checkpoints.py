@@ -22,24 +22,24 @@ from system import atomic_write
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = 'checkpoint_last.pth', 'checkpoint_prev.pth'
-BEST = {'checkpoint_best.pth': '', 'checkpoint_ema_best.pth': 'ema_'}  # file: prefix of its scores' keys
-FORMAT = 1  # marks this project's checkpoints
+BEST = {'checkpoint_best.pth': '', 'checkpoint_ema_best.pth': 'ema_'}  # file: key prefix of its scores
+FORMAT = 1  # stored under 'format' in every checkpoint of this project
 
 
 def is_own(checkpoint: dict[str, Any]) -> bool:
     """Return whether this project wrote a checkpoint, so that nothing in it needs to be inferred."""
-    return checkpoint.get('format') == FORMAT
+    return checkpoint.get('format') == FORMAT and isinstance(checkpoint.get('model_args'), dict)
 
 
 def class_names(checkpoint: dict[str, Any]) -> list[str] | None:
-    """Return the class names in a checkpoint, or None. Other tools may store something else under this key."""
+    """Return the class names in a checkpoint, or None. Other tools may store anything under 'classes'."""
     names = checkpoint.get('classes')
     is_list = isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names)
     return list(names) if is_list else None
 
 
 def epoch_files(folder: Path) -> list[Path]:
-    """List a run's checkpoint_EEEE.pth files by epoch. Files with similar names are the user's."""
+    """List a run's checkpoint_EEEE.pth files by epoch. Ignore similar names, which the user may have chosen."""
     matches = [re.fullmatch(r'checkpoint_([0-9]{4}|[1-9][0-9]{4,})\.pth', path.name) for path in folder.glob('*.pth')]
     return [folder / match[0] for match in sorted(filter(None, matches), key=lambda match: int(match[1]))]
 
@@ -53,7 +53,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], file: str) 
 
 
 def to_cpu(state: Any) -> Any:
-    """Copy nested dicts and lists, with their tensors copied to the CPU."""
+    """Copy nested dicts and lists, and copy the tensors in them to the CPU."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to('cpu', copy=True), state)
 
 
@@ -81,11 +81,11 @@ def no_checkpoint(name: str) -> str:
 
 def download(url: str) -> Path:
     """Download `url` unless it is cached, and return the file."""
-    # timm names files after the last part of the URL, so the checkpoints of two runs would collide.
+    # timm names a download after the end of its URL, so the checkpoints of two runs would collide.
     name = f'{hashlib.sha256(url.encode()).hexdigest()}.pth'
     try:
         file = Path(download_cached_file((url, name), progress=True))
-    except Exception as error:  # urllib raises many types.
+    except Exception as error:  # urllib raises many types of exceptions.
         raise UsageError(f'{url} could not be downloaded ({one_line(error)})') from None
     logger.info('using the cached download %s of %s; delete it to download again', file, url)
     return file
@@ -101,7 +101,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         The contents of the file, with tensors on the CPU.
 
     Raises:
-        UsageError: no such file, a damaged file, not a checkpoint, or one that would run code when loaded.
+        UsageError: the file is missing, damaged, not a checkpoint, or would run code when loaded.
     """
     name = str(path)
     if name.startswith(('http://', 'https://')):
@@ -117,12 +117,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     # every call, since timm's load_checkpoint removes it.
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
-        if zipfile.is_zipfile(name):  # torch.load does not verify the checksums.
+        if zipfile.is_zipfile(name):  # torch.load does not verify checksums.
             with zipfile.ZipFile(name) as archive:
                 if archive.testzip():
                     raise zipfile.BadZipFile
         state = torch.load(name, map_location='cpu', weights_only=True)
-    except Exception as error:  # A damaged file can raise anything.
+    except Exception as error:  # A damaged file can raise any exception.
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
             # The file may be intact, so do not fall back to an older one.
             raise OSError(error.errno, error.strerror, error.filename or name) from None
@@ -152,7 +152,7 @@ def newest_checkpoint(folder: Path) -> tuple[str, dict[str, Any]] | tuple[None, 
     if faults:
         raise UsageError(f'no readable checkpoint in {folder}: {faults[0]}')
     others, log = {path.name for path in folder.glob('checkpoint_*.pth')}, folder / 'log.txt'
-    # A run that is killed in its first save leaves best checkpoints and one line in its log. It starts over.
+    # A run killed during its first save leaves only best checkpoints and one log line. It starts over.
     is_first_save = others <= set(BEST) and log.is_file() and log.read_text('utf-8', 'replace').count('\n') == 1
     if others and not is_first_save:
         raise UsageError(f'{folder} contains {min(others)} but no {LAST}: name a file with --resume, or choose another '

@@ -3,7 +3,7 @@
     import cmt, timm
     model = timm.create_model('cmt_s', pretrained=True)
 
-Paper: Guo et al., https://arxiv.org/abs/2107.06263 (CVPR 2022). The order of operations is that of the released
+Paper: Guo et al., https://arxiv.org/abs/2107.06263 (CVPR 2022). The order of operations matches the released
 weights. Every block takes and returns a feature map (B, C, H, W) in channels-last memory. Every module that holds
 weights comes from torch or timm.
 """
@@ -94,7 +94,7 @@ def attention_bias(position_bias: torch.Tensor) -> torch.Tensor:
 
     CUDA's fused attention needs aligned rows, and torch would otherwise pad them in every block. The result is detached
     when gradients are disabled: hooks on a block's inputs (such as torch's FLOP counter) fail on a view that requires
-    grad, and in inference mode on a Parameter. Traced and exported models, which may be trained later, get neither.
+    grad, and in inference mode on a Parameter. Traced and exported models skip both, since they may be trained later.
     """
     bias = position_bias.flatten(3).flatten(1, 2).unsqueeze(0)
     if torch.jit.is_tracing():
@@ -119,7 +119,7 @@ def _copied_buffers(module: nn.Module):
             m._buffers.update(buffers)
 
 
-# The paper's blocks, in its order.
+# Blocks, in the paper's order
 
 class GELU(nn.GELU):
     """GELU on the (B, H, W, C) view of a map, which takes half the time of (B, C, H, W) on a CPU."""
@@ -406,7 +406,7 @@ class CMT(nn.Module):
         dynamic_img_size: accept any multiples of 32, which may change on each call, by resampling the position bias.
 
     Raises:
-        ValueError: a size that is not a multiple of 32 or that the model was not built for, or an unknown `act_layer`.
+        ValueError: the size is not a multiple of 32, the model was not built for it, or `act_layer` is unknown.
     """
 
     def __init__(
@@ -432,12 +432,12 @@ class CMT(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.img_size = check_multiples(*to_2tuple(img_size))
-        self.model_args = dict(model_args, img_size=self.img_size)  # Kept up to date, for checkpoints.
+        self.model_args = dict(model_args, img_size=self.img_size)  # Checkpoints store them. Setters update them.
         self.dynamic_img_size = dynamic_img_size
         self.feature_info = []
         if act_layer not in ('gelu', 'gelu_tanh'):
             raise ValueError(f"act_layer {act_layer!r}: use 'gelu' or 'gelu_tanh'")
-        gelu = 'tanh' if act_layer == 'gelu_tanh' else 'none'  # nn.GELU's `approximate`
+        gelu = 'tanh' if act_layer == 'gelu_tanh' else 'none'  # the `approximate` argument of nn.GELU
 
         self.stem = Stem(in_chans, stem_chs, self.img_size, dynamic_img_size, gelu, **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=False)
@@ -464,11 +464,11 @@ class CMT(nn.Module):
 
     @staticmethod
     def _init_weights(m: nn.Module) -> None:
-        # As released: Kaiming normal on fan-out, not divided by groups, for convolutions; std 0.02 for linear layers.
+        # Match the authors' code: Kaiming normal with fan-out (not divided by groups), std 0.02 for linear layers.
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
         elif isinstance(m, nn.Linear):
-            # Truncated at 5 std. With the default bounds of 2, float32 rounds one draw in 2^24 to -2: 100 std.
+            # Truncate at 5 std. With timm's default bounds of +-2 (100 std), float32 rounds one draw in 2^24 to -2.
             trunc_normal_(m.weight, std=.02, a=-.1, b=.1)
         elif isinstance(m, CMTStage) and m.position_bias is not None:
             nn.init.normal_(m.position_bias)
@@ -605,7 +605,7 @@ def released_name(name: str) -> str:
 
 
 def _with_grids(table: torch.Tensor, stage: CMTStage) -> torch.Tensor:
-    """Reshape a released table (heads, N, N_kv) to query and key grids: the model's if N matches, else squares."""
+    """Reshape a released table (heads, N, N_kv) to query and key grids: the model's if N matches, else square ones."""
     height, width = stage.position_bias.shape[1:3]
     if height * width != table.shape[1]:
         height = width = math.isqrt(table.shape[1])
@@ -627,7 +627,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
         A state dict for `model.load_state_dict`. It may lack the classifier, and may have stages that `model` lacks.
 
     Raises:
-        ValueError: tensors are missing or unexpected, the grid of a position bias does not follow from its shape, or
+        ValueError: tensors are missing or unexpected, the grid of a position bias cannot be inferred from its shape, or
             the size or number of classes of a local file differs from `model.pretrained_cfg`.
     """
     state_dict = state_dict.get('model', state_dict)
@@ -642,7 +642,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
     if errors:
         raise ValueError(f'the weights do not fit the model: {len(errors)} tensors differ ({"; ".join(errors[:8])})')
     cfg, classes = getattr(model, 'pretrained_cfg', {}), len(state_dict.get('head.weight', ()))
-    wrong = []  # Otherwise timm silently resamples the position biases or drops the head.
+    wrong = []  # timm would silently resample the position biases or drop the head.
     if bias is not None:
         grid = bias.shape[1:3] if bias.ndim == 5 else [math.isqrt(bias.shape[1])] * 2
         height, width = [4 * side for side in grid]
@@ -660,7 +660,7 @@ def to_model(state_dict: Dict[str, torch.Tensor], model: CMT) -> Dict[str, torch
     """Map weights to the names and sizes of `model`, as contiguous tensors; keep unknown names.
 
     Raises:
-        ValueError: the grid of a position bias does not follow from its shape.
+        ValueError: the grid of a position bias cannot be inferred from its shape.
     """
     state_dict = {name: value.contiguous() for name, value in state_dict.items()}
     for name in model.state_dict():

@@ -24,7 +24,7 @@ from system import cores
 
 logger = logging.getLogger(__name__)
 
-PREPARED = 'prepared.json'  # written by scripts/prepare_data.py; it may list the classes in order
+PREPARED = 'prepared.json'  # scripts/prepare_data.py writes this file. It may list the classes in order.
 
 # A tar whose file name has one of these words between non-letters belongs to that split.
 SPLIT = re.compile(r'(?<![A-Za-z])(train|val)(?:ing|idation)?(?![A-Za-z])')
@@ -41,7 +41,7 @@ class INaturalist(EncodedImages):
         transform: as in EncodedImages.
 
     Raises:
-        UsageError: no such file, a file that is not iNaturalist's, or one without that category.
+        UsageError: a file is missing, is not from iNaturalist, or lacks the category.
     """
 
     def __init__(self, root: str | Path, year: int, train: bool, category: str = 'name',
@@ -57,7 +57,7 @@ class INaturalist(EncodedImages):
             files = {image['id']: str(root / image['file_name']) for image in split['images']}
             samples = [(files[a['image_id']], index[names[a['category_id']]]) for a in split['annotations']]
         except (KeyError, TypeError) as error:
-            raise UsageError(f'the iNaturalist {year} JSON files in {root} lack {error}, or have another structure: '
+            raise UsageError(f'the iNaturalist {year} JSON files in {root} lack {error} or are structured differently: '
                              'copy them again') from None
         if not samples:
             raise UsageError(f'{root} has no annotated images for {word}{year}')
@@ -87,7 +87,7 @@ class Digits(Dataset):
         digits = load_digits()
         split = train_test_split(digits.images, digits.target, test_size=360, random_state=0, stratify=digits.target)
         images, targets = split[0::2] if train else split[1::2]
-        # Strokes reach the border. Without a margin of one pixel, evaluation's center crop would cut them off.
+        # Strokes reach the border. Add a margin of one pixel, so that evaluation's center crop does not cut them off.
         images = np.pad(np.round(images * 255 / 16).astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
         self.images = [
             Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).convert('RGB') for image in images]
@@ -123,7 +123,7 @@ def build_dataset(
         reading: keyword arguments of sources.open_image.
 
     Raises:
-        UsageError: data that is missing or unusable.
+        UsageError: the data is missing or unusable.
     """
     if name.startswith('wds/'):
         name = 'IMNET'  # Shards are recognized by their .cls files.
@@ -132,7 +132,7 @@ def build_dataset(
     if name == 'DIGITS':
         return Digits(is_train, input_size, transform)
     if name != 'IMNET' and not name.startswith('INAT'):
-        dataset = _torchvision(name, data_path or 'data', is_train, tv_transforms.Compose(  # MNIST is gray.
+        dataset = _torchvision(name, data_path or 'data', is_train, tv_transforms.Compose(  # Open gray MNIST as RGB.
             [functools.partial(open_image, **reading), *([transform] if transform else [])]))
     elif not data_path:
         raise UsageError('--data-path is missing: give the folder that contains train/ and val/ '
@@ -288,7 +288,7 @@ def drop_damaged(dataset: EncodedImages) -> None:
     def fault(index: int) -> str | None:
         try:
             open_image(dataset.read(index), max_pixels=dataset.reading.get('max_pixels'))
-        except Exception as error:  # Pillow raises many types on damaged data.
+        except Exception as error:  # Pillow raises many types of exceptions on damaged data.
             return f'leaving out {printable(dataset.samples[index][0])} ({one_line(error)})'
 
     with ThreadPoolExecutor(cores()) as pool:

@@ -18,7 +18,7 @@ from precision import ApexScaler, NativeScaler
 from processes import all_reduce_, gather_from_ranks, get_rank, get_world_size
 from utils import Progress
 
-MAX_OVERFLOWS = 50  # If this many halvings in a row do not help, the loss is at fault, not its scale.
+MAX_OVERFLOWS = 50  # If this many halvings of the loss scale in a row do not help, the loss itself is at fault.
 
 
 class Preprocessor:
@@ -39,7 +39,7 @@ class Preprocessor:
         self.erasing = erasing
         self.mean = torch.tensor(mean, device=device) * 255
         self.std = torch.tensor(std, device=device) * 255
-        self.on_first_batch: Callable | None = None  # called once, with the result
+        self.on_first_batch: Callable | None = None  # Called once, with the first preprocessed batch.
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Preprocess uint8 images (B, 3, H, W) and class indices (B,).
@@ -47,7 +47,7 @@ class Preprocessor:
         Returns:
             Images (B, 3, H, W), float32, in channels-last memory; targets (B,), or (B, classes) after mixup.
         """
-        is_cuda = self.device.type == 'cuda'  # On mps, host memory may be reused before the copy is done.
+        is_cuda = self.device.type == 'cuda'  # On mps, host memory may be reused before an asynchronous copy ends.
         images, targets = (tensor.to(self.device, non_blocking=is_cuda) for tensor in (images, targets))
         images = self.normalize(images)
         if self.erasing is not None:
@@ -102,17 +102,17 @@ class Meters:
             self.sums[i + 1] = (self.sums[i + 1] + 1) * flag
 
     def read(self) -> dict[str, float]:
-        """Return the sums of this rank; a host sync."""
+        """Return the sums of this rank. This is a host sync."""
         return dict(zip(self.NAMES, self.sums.tolist()))
 
     def total(self) -> dict[str, float]:
-        """Return the sums over all ranks; a host sync."""
+        """Return the sums over all ranks. This is a host sync."""
         ranks = self.gather()
         sums = [sum(values) for values in zip(*ranks)]
         return dict(zip(self.NAMES, sums[:self.PER_RANK] + ranks[0][self.PER_RANK:]))
 
     def gather(self) -> list[list[float]]:
-        """Return the sums of each rank, in the order of ranks; a host sync."""
+        """Return the sums of each rank, in rank order. This is a host sync."""
         return gather_from_ranks(self.sums.tolist())
 
 
@@ -120,8 +120,8 @@ class Meters:
 class TrainStep:
     """Run one optimizer step on one or more batches.
 
-    The order: preprocess the batch on the device, forward under autocast, loss, backward, unscale, agree on finiteness
-    over all ranks, clip, optimizer, EMA. Nothing here waits for the device.
+    A step preprocesses the batch on the device, runs the forward pass under autocast, computes the loss and gradients,
+    unscales, all-reduces a finiteness flag, clips, and updates weights and EMA. It never waits for the device.
 
     Attributes:
         model: model, which may be compiled or wrapped in DistributedDataParallel.
@@ -131,8 +131,8 @@ class TrainStep:
         scaler: NativeScaler or ApexScaler.
         autocast: returns the context manager of the forward pass.
         ema: timm's ModelEmaV3, and the module that it averages.
-        clip_grad, clip_mode: arguments of timm's dispatch_clip_grad.
-        skip_nonfinite: skip steps with a loss or gradient that is not finite, and their BatchNorm statistics.
+        clip_grad, clip_mode: `value` and `mode` of timm's dispatch_clip_grad.
+        skip_nonfinite: skip steps whose loss or gradient is not finite, and discard their BatchNorm statistics.
         seed, rank: the random draws of a step depend only on (seed, epoch, step, rank).
         teacher: model whose logits `criterion` gets.
         frozen: modules that stay in eval mode.
@@ -197,7 +197,7 @@ class TrainStep:
         if self.ema is not None:
             average, module = self.ema
             done = epoch * self.updates_per_epoch + step + 1
-            average.update(module, done if average.use_warmup else None)  # With a step, timm starts at decay 0.
+            average.update(module, done if average.use_warmup else None)  # Given a step, timm starts at decay 0.
         samples = sum(len(targets) for _, targets in batches)
         meters.add(loss, samples, bad, bad_norm * (1 - bad_loss) if skips_overflows else torch.zeros_like(bad))
 
@@ -313,7 +313,7 @@ def evaluate(
 def throughput(model: nn.Module, images: torch.Tensor, autocast: Callable, warmup: int = 50, runs: int = 30) -> float:
     """Return the images per second of forward passes on one batch: the mean of `runs` passes after `warmup`."""
     model.eval()
-    synchronize = torch.get_device_module(images.device).synchronize  # torch.cpu's does nothing.
+    synchronize = torch.get_device_module(images.device).synchronize  # torch.cpu.synchronize does nothing.
     with torch.inference_mode(), autocast():
         for i in range(warmup + runs):
             if i == warmup:

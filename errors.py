@@ -1,4 +1,4 @@
-"""Define errors that the user sees as one line instead of a traceback, and turn exceptions into one line."""
+"""Define errors that the user sees as one line instead of a traceback, and format exceptions as one line."""
 
 
 class UsageError(ValueError):
@@ -15,7 +15,7 @@ def mistake(error: BaseException) -> str | None:
 
 
 class TrainingFault(RuntimeError):
-    """Report on all ranks that training cannot continue; the last checkpoint is intact. One line, exit status 1."""
+    """Report on all ranks that training cannot continue. The last checkpoint is intact, and the exit status is 1."""
 
 
 class UnreadableImage(RuntimeError):
@@ -23,18 +23,18 @@ class UnreadableImage(RuntimeError):
 
     @property
     def line(self) -> str:
-        """Return the message alone; a DataLoader worker prepends its traceback."""
+        """Return the message without the traceback that a DataLoader worker prepends."""
         return str(self).strip().splitlines()[-1].removeprefix('errors.UnreadableImage: ')
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a message; torch appends C++ frames."""
+    """Return the first line of a message, without the C++ frames that torch appends."""
     return str(error).strip().split('\n', 1)[0] or type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
     """Return the whole message on one line."""
-    if type(error).__name__ == 'UnidentifiedImageError':  # Pillow's own message names an object in memory
+    if type(error).__name__ == 'UnidentifiedImageError':  # Pillow's own message shows a memory address.
         return 'not an image'
     return ' '.join(str(error).split()) or type(error).__name__
 

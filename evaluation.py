@@ -1,4 +1,4 @@
-"""Evaluate a model on a data set or on single images: class order, scores, report, Grad-CAM."""
+"""Evaluate a model on a data set or on single images: match classes, compute scores, write reports, draw Grad-CAM."""
 import argparse
 import contextlib
 import itertools
@@ -54,7 +54,7 @@ def order_classes(dataset: Dataset, num_classes: int) -> str:
 
 
 def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
-    """Return the indices of the classes to score among, as selected by --valid-labels."""
+    """Return the indices of the classes that scoring considers, as selected by --valid-labels."""
     count, used = len(dataset.classes), set(np.asarray(getattr(dataset, 'targets', ())).tolist())
     if labels is None and list(dataset.classes) == IMAGENET:
         return sorted(used)
@@ -116,7 +116,7 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, list[str], dic
         The model in eval mode on its device, readable class names, and a map from folder names to class indices.
 
     Raises:
-        UsageError: the model cannot be read, or does not match a flag.
+        UsageError: the model cannot be read or does not match a flag.
     """
     weights = read_weights(args.model, use_ema=args.model_ema)
     model = build_model(weights, **({'img_size': args.input_size} if args.input_size else {}))
@@ -124,6 +124,8 @@ def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, list[str], dic
         logger.warning('; '.join(["using the EMA (--no-model-ema uses the model's own weights)", *weights.notes]))
     if args.crop_pct:
         model.pretrained_cfg['crop_pct'] = args.crop_pct
+    if model.img_size[0] != model.img_size[1] or not model.num_classes:
+        raise UsageError(f'{args.model} has no classifier, or its input {model.img_size} is not square (--input-size)')
     saved, indices = weights.class_names(model), [str(i) for i in range(model.num_classes)]
     folders = saved or (IMAGENET if model.num_classes == 1000 else [f'class {i}' for i in indices])
     names = read_names(args.class_names) if args.class_names else class_words(folders)
@@ -151,7 +153,7 @@ def read_images(
             image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
             if max(image.size) > 200 * min(image.size):  # Resizing the short side would take gigabytes.
                 raise ValueError('one side is more than 200 times the other')
-        except Exception as error:  # Pillow's plugins raise anything on damaged files.
+        except Exception as error:  # Pillow's plugins raise any exception on damaged files.
             reason = getattr(error, 'strerror', None) or one_line(error)
             if name.lower().endswith(HEIF) and not name.lower().endswith(EXTENSIONS):
                 reason += ': pip install pillow-heif'
@@ -219,7 +221,7 @@ def score_checkpoint(
         hits = [sum(processes.gather_from_ranks(real.is_correct[k]), []) for k in (1, 5)]
         logger.info('* ReaL Acc@1 %.3f Acc@5 %.3f on the %d images with labels',
                     *(100 * sum(hit) / max(len(hit), 1) for hit in hits), len(hits[0]))
-    with processes.usage_errors(TrainingFault):  # such as a full disk
+    with processes.usage_errors(TrainingFault):  # The disk may be full.
         if args.report and processes.get_rank() == 0:
             write_report(Path(args.report), data, columns, valid, model, device)
 
@@ -231,7 +233,7 @@ def write_report(folder: Path, dataset: Dataset, columns: list[np.ndarray], vali
     `columns` come from score() for `model` and `dataset`, whose images are uint8 (3, H, W). `valid` lists the scored
     classes.
     """
-    from sklearn.metrics import confusion_matrix  # takes a second to import
+    from sklearn.metrics import confusion_matrix  # This import takes a second.
     samples, names = getattr(dataset, 'samples', None), list(map(str, dataset.classes))
     paths = [samples[i][0] if samples else f'image {i}' for i in range(len(dataset))]
     predictions = reports.Predictions(paths, names, class_words(names), *columns)

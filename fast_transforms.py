@@ -28,7 +28,7 @@ except ImportError:
 
 
 class Jpeg:
-    """Hold a JPEG file and its pixels at the scale decoded last, which the copies of repeated augmentation share.
+    """Hold a JPEG file and its most recently decoded pixels, which the copies of repeated augmentation share.
 
     Args:
         data: bytes of the file.
@@ -78,7 +78,7 @@ def open_jpeg(data: bytes, ignore_exif: bool = False, max_pixels: int | None = N
     """Open an image file: as a Jpeg if libjpeg-turbo can decode it, else with sources.open_image."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:  # not a JPEG, a damaged header, or sampling factors that libjpeg-turbo's API refuses
+    except ValueError:  # It is not a JPEG, is damaged, or has sampling factors that the API refuses.
         return open_image(data, ignore_exif, max_pixels=max_pixels)
     check_pixels(width, height, data, max_pixels)
     is_supported = colors in ('Gray', 'YCbCr', 'RGB')
@@ -87,7 +87,7 @@ def open_jpeg(data: bytes, ignore_exif: bool = False, max_pixels: int | None = N
 
 
 class FastTransform:
-    """Run timm's training transform on arrays: the same draws, in less time.
+    """Run timm's training transform on arrays, with the same random draws, in less time.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 scale if the crop is far larger than the input size. Pillow decodes all other
     files, and applies the transforms that have no fast counterpart here.
@@ -128,12 +128,12 @@ class FastTransform:
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(height, width) >= s * least)
         if scale > 1 and isinstance(image, Jpeg):  # Only Pillow crops at fractions of a pixel.
             top, left, height, width = (value / scale for value in box)
-            pixels = image.decode(scale)  # In a flipped image the incomplete block comes first.
+            pixels = image.decode(scale)  # Flipping moves the incomplete last block to the start.
             left += (image.orientation in (2, 3, 6, 7)) * (pixels.shape[1] - image.size[0] / scale)
             top += (image.orientation in (3, 4, 7, 8)) * (pixels.shape[0] - image.size[1] / scale)
             return np.array(Image.fromarray(pixels).resize(
                 self.crop.size[::-1], str_to_pil_interp(mode), box=(left, top, left + width, top + height)))
-        if not (height and width):  # an image of one or two pixels; Pillow returns black
+        if not (height and width):  # The image has one or two pixels. Pillow returns black.
             return np.zeros((*self.crop.size, 3), np.uint8)
         # This matches Pillow to 0.005 gray levels, and takes a quarter of the time if the memory is channels-last.
         x = torch.from_numpy(_decode(image)[top:top + height, left:left + width])[None].permute(0, 3, 1, 2)
@@ -237,7 +237,7 @@ def color(image, factor, **_):
 
 
 def sharpness(image, factor, **_):
-    kernel = np.full((3, 3), (1 - factor) / 13)  # Pillow's SMOOTH, 5 / 13 in the middle
+    kernel = np.full((3, 3), (1 - factor) / 13)  # Pillow's SMOOTH kernel has 5 / 13 in the middle.
     kernel[1, 1] = 5 * (1 - factor) / 13 + factor
     out = cv2.filter2D(image, -1, kernel, delta=TRUNCATE)
     for border in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):  # Pillow leaves the border unchanged.
@@ -248,7 +248,7 @@ def sharpness(image, factor, **_):
 def _shift_rows(image: np.ndarray, shifts: np.ndarray, fillcolor: tuple[int, ...], resample) -> np.ndarray:
     """Shift row y of an image to the left by shifts[y] pixels, interpolated as in Pillow.
 
-    OpenCV's warpAffine takes four times as long, and its cubic kernel differs (-0.75 for Pillow's -1).
+    OpenCV's warpAffine takes four times as long, and its cubic coefficient is -0.75 instead of Pillow's -1.
     """
     resample = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
     height, width, channels = image.shape
@@ -260,7 +260,7 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray, fillcolor: tuple[int, ...
     padded = cv2.copyMakeBorder(padded, 0, 0, margin, margin, cv2.BORDER_CONSTANT, value=fillcolor).reshape(height, -1)
     starts = (margin + edge + whole + first) * channels
     span = (width + len(weights) - 1) * channels
-    if (shifts == shifts[0]).all():  # the same filter for all rows: OpenCV's is faster than the loop below
+    if (shifts == shifts[0]).all():  # With one filter for all rows, OpenCV is faster than the loop below.
         taps = np.array([[weight[0] for weight in weights]])
         out = cv2.filter2D(padded[:, starts[0]:starts[0] + span].reshape(height, -1, channels), -1, taps,
                            anchor=(0, 0), delta=TRUNCATE)[:, :width]
@@ -271,7 +271,7 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray, fillcolor: tuple[int, ...
         for i, weight in enumerate(weights):
             out.addcmul_(rows[:, i * channels:(width + i) * channels], weight)
         out = out.clamp_(0, 255).to(torch.uint8).numpy().reshape(height, width, channels)
-    # Pillow fills every column that comes from outside the image. Here, columns next to the border are still mixed.
+    # Pillow fills every column that comes from outside the image. So far, columns next to the border are blends.
     mixed = np.arange(2 * edge + 1)
     left, right = np.ceil(-0.5 - shifts).astype(int), np.ceil(width - 0.5 - shifts).astype(int)
     columns = np.concatenate([left[:, None] - 1 - mixed, right[:, None] + mixed], axis=1)

@@ -33,7 +33,7 @@ def read_launch() -> Launch:
             return Launch('mpirun', integer('MPI_LOCALRANKID'), integer('PMI_RANK'), integer('PMI_SIZE', 1),
                           integer('MPI_LOCALNRANKS'))
         if 'SLURM_STEP_ID' in os.environ:  # Batch scripts and salloc shells have SLURM's other variables too.
-            # In the shell of an interactive step, SLURM_NTASKS is that of the job.
+            # In the shell of an interactive step, SLURM_NTASKS counts the tasks of the job.
             return Launch('srun', integer('SLURM_LOCALID'), integer('SLURM_PROCID'),
                           integer('SLURM_STEP_NUM_TASKS', integer('SLURM_NTASKS', 1)))
     return Launch('torchrun', integer('LOCAL_RANK'), integer('RANK'), integer('WORLD_SIZE', 1),
@@ -41,7 +41,7 @@ def read_launch() -> Launch:
 
 
 def run_name() -> str:
-    """Return the launcher's name of this run: torchrun's --rdzv-id, or SLURM's job and step."""
+    """Return the launcher's name for this run: torchrun's --rdzv-id, or SLURM's job and step."""
     step = '.'.join(os.environ[name] for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID')) \
         if read_launch().launcher == 'srun' else ''
     return os.environ.get('TORCHELASTIC_RUN_ID', step)
@@ -50,8 +50,8 @@ def run_name() -> str:
 def set_master_address() -> tuple[str, int]:
     """Set MASTER_ADDR and MASTER_PORT if the launcher did not, and return host and port.
 
-    Under srun, the host is the first of the step. The port depends on job and step, so that concurrent steps do not
-    collide, and is below 32768, where the kernel's ephemeral ports begin. Under mpirun, the host is this one.
+    Under srun, the host is the first one of the step. The port depends on job and step, so that concurrent steps do not
+    collide. It is below 32768, where the kernel's ephemeral ports begin. Under mpirun, the host is the local one.
 
     Raises:
         UsageError: the address cannot be determined.

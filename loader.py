@@ -1,4 +1,4 @@
-"""Load batches in workers: seeds, signals, shared memory.
+"""Load batches in workers. Handle their seeds, signals and shared memory.
 
 Loaders yield uint8 images (B, 3, H, W) and class indices (B,). Normalization, random erasing and mixup are applied to
 the whole batch on the device (engine.py).
@@ -48,7 +48,7 @@ class SeededDataset(_Wrapper):
             current = (index + attempt) % len(self)
             try:
                 return self.dataset[current]
-            except Exception as error:  # Pillow's plugins raise any type of exception on damaged files.
+            except Exception as error:  # Pillow's plugins raise any exception on damaged files.
                 name = image_name(self.dataset, current)
                 logger.warning('cannot read %s (%s): using the next image instead', name, one_line(error))
         raise UnreadableImage(
@@ -117,7 +117,7 @@ def build_loader(
     Args:
         dataset: samples; for `collate`, uint8 images (3, H, W) and class indices.
         batch_size: images in a batch of this rank.
-        sampler: order and seeds of training; None for this rank's share of the data set in order.
+        sampler: yields (index, seed) pairs for training; None for this rank's share of the data set, in order.
         rank, world_size: this process, and the number of processes that share the data set.
         num_workers, pin_memory, timeout, collate_fn: as in torch's DataLoader.
     """
@@ -125,11 +125,11 @@ def build_loader(
         dataset, order = ValidationDataset(dataset), eval_indices(len(dataset), batch_size, rank, world_size)
     else:
         dataset, order = SeededDataset(dataset), sampler
-    warnings.filterwarnings('ignore', 'This DataLoader will create')  # train.py reports waiting, with advice.
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # train.py gives its own advice on workers.
     return SignalSafeLoader(
         dataset, batch_size, sampler=order, num_workers=num_workers, pin_memory=pin_memory, collate_fn=collate_fn,
         worker_init_fn=leave_signals_to_the_run,
         timeout=timeout if num_workers else 0,
         persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # The loader draws a base seed; the global generator must not change.
+        generator=torch.Generator(),  # The loader draws a base seed. Do not advance the global generator.
     )

@@ -1,4 +1,4 @@
-"""Training losses: label smoothing, soft targets, distillation."""
+"""Build training losses with label smoothing, soft targets or distillation."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -12,7 +12,7 @@ CRC_TAIL = 17  # bytes: b'crc_num', then the CRC-32 of everything before it as 1
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Return the protobuf number at offset `at`, and the offset after it."""
+    """Return the protobuf varint at offset `at`, and the offset after it."""
     value = 0
     for shift in range(0, 64, 7):
         byte, at = data[at], at + 1
@@ -23,7 +23,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield (number, value) of each field of a protobuf message: wire types 0 (number) and 2 (bytes)."""
+    """Yield (field number, value) of each field of a protobuf message, of wire types 0 (varint) and 2 (bytes)."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -55,7 +55,7 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
     of a large tensor.
 
     Raises:
-        UsageError: a truncated file, a wrong checksum, or another format.
+        UsageError: the file is truncated, its checksum is wrong, or it has another format.
     """
     data = Path(path).read_bytes()
     if data[-CRC_TAIL:-10] == b'crc_num':
@@ -76,9 +76,9 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
         raise UsageError(f'{path} is truncated, damaged, or not a MindSpore file')
     tensors = {}
     for name, (dims, kind, content) in slices.items():
-        dtype = getattr(torch, kind.lower(), None)  # such as Float32 and BFloat16
-        shape = [] if dims == [0] else dims  # MindSpore writes a scalar with dims [0]
-        if not isinstance(dtype, torch.dtype) or len(content) != math.prod(shape) * dtype.itemsize:
+        dtype = getattr(torch, kind.lower(), None)  # MindSpore writes Float32, BFloat16 and so on.
+        shape = [] if dims == [0] else dims  # MindSpore writes a scalar with dims [0].
+        if not content or not isinstance(dtype, torch.dtype) or len(content) != math.prod(shape) * dtype.itemsize:
             raise UsageError(f'{path}: {name} has {len(content)} bytes of type {kind} for shape {tuple(shape)}')
         tensors[name] = torch.frombuffer(content, dtype=dtype).reshape(shape)
     return tensors

@@ -1,4 +1,4 @@
-"""Build the optimizer and its learning-rate schedule, set their position, and load moments from a checkpoint."""
+"""Build the optimizer and its learning-rate schedule, set the schedule's position, and load the optimizer state."""
 import argparse
 from typing import Any
 
@@ -14,7 +14,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
     """Build the timm optimizer named by --opt.
 
     Raises:
-        UsageError: timm has no such optimizer, or it refuses a setting.
+        UsageError: timm has no such optimizer, or the optimizer refuses a setting.
     """
     settings = {**optimizer_kwargs(args), 'lr': lr}
     if args.opt in ('adamw', 'adam'):
@@ -27,7 +27,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> to
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
     """Build timm's scheduler; return it and the number of epochs, including the cool-down."""
-    settings = {**scheduler_kwargs(args), 'decay_milestones': (90, 180, 270)}  # create_scheduler_v2's default
+    settings = {**scheduler_kwargs(args), 'decay_milestones': (90, 180, 270)}  # scheduler_kwargs would set [30, 60].
     return create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
 
 
@@ -42,7 +42,7 @@ def schedule_warnings(args: argparse.Namespace, lr: float, updates: int) -> list
                         f'Use --min-lr {lr / 100:.2g}.')
     initial = args.model_ema_decay ** updates  # fraction of initial weights in the EMA at the end
     if args.model_ema and not args.model_ema_warmup and initial > 0.05:
-        warnings.append(f'EMA decay {args.model_ema_decay:g} is too slow for {updates} updates: {initial:.0%} of the '
+        warnings.append(f'EMA decay {args.model_ema_decay:g} is too slow for {updates} steps: {initial:.0%} of the '
                         'EMA would still be initial weights, in evaluation, prediction and export too. '
                         'Use --model-ema-warmup or --no-model-ema.')
     return warnings
@@ -60,7 +60,7 @@ def position_schedule(scheduler, epoch: int, updates: int) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], file: str) -> None:
-    """Load moments and counts; learning rates and weight decays stay as the command line sets them."""
+    """Load moments and step counts. Keep the learning rates and weight decays that the command line sets."""
     counts = ('params', 'step', 'lookahead_step')  # Some of timm's optimizers keep these in their param groups.
     settings = [{k: v for k, v in group.items() if k not in counts} for group in optimizer.param_groups]
     try:

@@ -24,7 +24,7 @@ DTYPES = ('float32', 'tf32', 'bfloat16', 'float16')
 # Paths that config.yaml and checkpoints store in absolute form. The second group may also be model names.
 PATHS = 'data_path', 'class_map', 'train_json', 'val_json', 'train_images', 'val_images'
 FILES_OR_NAMES = 'finetune', 'teacher_path', 'weights'
-EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'  # as in weights.py, which imports torch
+EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'  # copied from weights.py, which imports torch
 # Flags of the authors' code, DeiT and ConvNeXt that are not supported, with the reason.
 REFUSED = {
     '--drop-block': 'CMT has no DropBlock',
@@ -40,6 +40,11 @@ REFUSED = {
     '--unscale-lr': '--lr is for a global batch of 512',
     '--update-freq': 'use --accum-steps',
     '--auto-resume': 'use --resume auto',
+    # timm
+    **{flag: f'use {ours}' for flag, ours in (
+        ('--img-size', '--input-size'), ('--data-dir', '--data-path'), ('--output', '--output-dir'),
+        ('--amp', '--amp-dtype'), ('--pretrained', '--finetune'), ('--initial-checkpoint', '--finetune'),
+        ('--grad-accum-steps', '--accum-steps'))},
 }
 
 
@@ -58,7 +63,7 @@ class Parser(argparse.ArgumentParser):
             elif value.lower() not in ('true', 'false', '1', '0'):
                 self.error(f'{arg}: use true or false')
             else:
-                flags = [other for other in flags if other != flag]  # This may undo a switch in the config.
+                flags = [other for other in flags if other != flag]  # The command line may undo a switch of the config.
                 opposite = f'--{flag[5:]}' if flag.startswith('--no-') else f'--no-{flag[2:]}'
                 flags += [flag] if value.lower() in ('true', '1') else [opposite] * (opposite in known)
         return super().parse_known_args(flags, namespace)
@@ -163,7 +168,7 @@ def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) 
     g.add_argument('--seed', type=in_range(int, 0, 2 ** 32 - 1), default=seed)
     g.add_argument('--num-workers', type=count, default=num_workers, help='data loading workers of each process')
     g.add_argument('--amp-dtype', default='auto', choices=('auto', *DTYPES),
-                   help='auto: float32 on CPU, bfloat16 or else float16 on CUDA; tf32: float32, TF32 products on CUDA')
+                   help='auto: float32 on CPU, bfloat16 or else float16 on CUDA; tf32: float32, TF32 matmuls on CUDA')
     g.add_argument('--fast-norm', action=argparse.BooleanOptionalAction, default=False,
                    help="compute LayerNorm in autocast's dtype instead of float32")
     g.add_argument('--device', choices=('cuda', 'mps', 'cpu'), help='default: cuda if available, else cpu')
@@ -178,8 +183,8 @@ def get_parser() -> argparse.ArgumentParser:
 
     add_run_flags(parser, seed=3407, num_workers=4)
     g = parser.add_argument_group('training')
-    g.add_argument('--finetune', type=path, default='', metavar='FILE|NAME', help='weights to start from, for any '
-                   'size and classes: a file, or the name of a CMT in timm or on the Hugging Face Hub; --resume wins')
+    g.add_argument('--finetune', type=path, default='', metavar='FILE|NAME', help='weights to start from, with any '
+                   'size and classes: a file, or a CMT in timm or on the Hugging Face Hub; --resume takes precedence')
     g.add_argument('--throughput', action='store_true', help='measure images/s of the forward pass and stop')
     g.add_argument('--start-epoch', type=count, default=0, help='epoch to start at when no checkpoint sets the epoch')
     g.add_argument('--epochs', type=positive, default=300, help='epochs to train, not counting --cooldown-epochs')
@@ -228,13 +233,13 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--scale', type=fraction, nargs=2, help='range of the random crop\'s area (default: 0.08 1)')
     g.add_argument('--ratio', type=positive_float, nargs=2, help="range of the crop's aspect ratio (default: 3/4 4/3)")
     g.add_argument('--reprob', type=fraction, default=0.25, help='probability of random erasing')
-    g.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='fill: zeros, a color, noise')
+    g.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='fill with 0, a color, noise')
     g.add_argument('--recount', type=positive, default=1, help='maximum number of rectangles to erase')
     g.add_argument('--mixup', type=non_negative, default=0.8, help='alpha of mixup; 0 turns mixup off')
     g.add_argument('--cutmix', type=non_negative, default=1.0, help='alpha of CutMix; 0 turns CutMix off')
     g.add_argument('--cutmix-minmax', type=fraction, nargs=2, help="range of the CutMix box's sides; turns CutMix on")
     g.add_argument('--mixup-prob', type=fraction, default=1.0, help='probability of mixup or CutMix')
-    g.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='probability of CutMix where both are on')
+    g.add_argument('--mixup-switch-prob', type=fraction, default=0.5, help='probability of CutMix if both are on')
     g.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='per batch, pair or image')
     g.add_argument('--smoothing', type=fraction, default=0.1, help='label smoothing')
 
@@ -246,8 +251,8 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--drop-path', type=fraction, default=0.1, help='rate in the last block, rising linearly from 0')
     g.add_argument('--grad-checkpointing', action=toggle, default=False, help='recompute activations to save memory')
     g.add_argument('--compile', action=toggle, default=False, help='run the training step through torch.compile')
-    g.add_argument('--sync-bn', action=toggle, default=False, help='BatchNorm over the batches of all ranks (CUDA)')
-    g.add_argument('--bn-momentum', type=positive_fraction, help="of BatchNorm (default: the model's, 0.1)")
+    g.add_argument('--sync-bn', action=toggle, default=False, help='share BatchNorm statistics among all ranks (CUDA)')
+    g.add_argument('--bn-momentum', type=positive_fraction, help="momentum of BatchNorm (default: the model's, 0.1)")
     g.add_argument('--dist-bn', default='broadcast', choices=('broadcast', 'reduce'),
                    help="BatchNorm statistics before evaluation: rank 0's, or the mean of all ranks")
     g.add_argument('--model-ema', action=toggle, default=True, help='keep an EMA of the weights; --eval scores it')
@@ -257,7 +262,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     g = parser.add_argument_group('distillation')
     g.add_argument('--distillation-type', default='none', choices=('none', 'soft', 'hard'), help='teacher targets')
-    g.add_argument('--teacher-model', help='pretrained model of timm or of the Hugging Face hub')
+    g.add_argument('--teacher-model', help='name of a pretrained model in timm or on the Hugging Face Hub')
     g.add_argument('--teacher-path', type=path, metavar='FILE', help="file with the teacher's weights")
     g.add_argument('--distillation-alpha', type=fraction, default=0.5, help='weight of the distillation loss '
                    "(soft: both losses weigh the same at K / (K + 1) for K classes, since DeiT's code divides by K)")
@@ -268,7 +273,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--opt-eps', type=positive_float, default=1e-8, help='epsilon of the optimizer')
     g.add_argument('--opt-betas', type=fraction, nargs=2, help="two betas (default: the optimizer's)")
     g.add_argument('--momentum', type=fraction, default=0.9, help='momentum of SGD and its relatives')
-    g.add_argument('--weight-decay', type=non_negative, default=0.05, help='weight decay of all but 1-D parameters')
+    g.add_argument('--weight-decay', type=non_negative, default=0.05, help='weight decay, except for 1-D parameters')
     g.add_argument('--layer-decay', type=fraction, help='factor on the learning rate for each layer below the head')
     g.add_argument('--clip-grad', type=positive_float, help='threshold for --clip-mode (default: no clipping)')
     g.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad limits')
@@ -282,7 +287,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument('--sched-on-updates', action=toggle, default=False, help='update the learning rate after each step')
     g.add_argument('--lr', type=positive_float, default=5e-4, help='rate for a global batch of 512, scaled linearly')
     g.add_argument('--lr-noise', type=float, nargs='+', help='fractions of the run at which noise starts and ends')
-    g.add_argument('--lr-noise-pct', type=float, default=0.67, help='limit of the noise as a fraction of the rate')
+    g.add_argument('--lr-noise-pct', type=float, default=0.67, help='noise limit as a fraction of the learning rate')
     g.add_argument('--lr-noise-std', type=float, default=1.0, help='standard deviation of the noise')
     g.add_argument('--warmup-lr', type=non_negative, default=1e-6, help='learning rate at the start of the warm-up')
     g.add_argument('--min-lr', type=non_negative, default=1e-5, help='learning rate at the end, not scaled')
@@ -312,7 +317,7 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def hint(parser: argparse.ArgumentParser, arg: str) -> str:
     """Return why a flag is not supported, or the most similar flag, such as ' (--epochs?)', or ''."""
     flag = arg.split('=')[0]
-    if flag in REFUSED:
+    if flag in REFUSED and parser.prog == 'train.py':
         return f' ({flag} is not supported: {REFUSED[flag]})'
     similar = difflib.get_close_matches(flag, parser._option_string_actions, 1)
     return f' ({similar[0]}?)' if similar else ''
@@ -357,7 +362,7 @@ def is_downloaded(data_set: str) -> bool:
 
 def check_paths(args: argparse.Namespace, file: str | None, values: dict | None = None, resumes: bool = False) -> None:
     """Raise UsageError if a path that `file` (a config, or a checkpoint with `values`) sets does not exist."""
-    if values is None:  # A pipe can be read only once.
+    if values is None:  # Skip a pipe, which can be read only once.
         values = yaml.safe_load(Path(file).read_text('utf-8')) if os.path.isfile(file or '') else {}
     for name in PATHS + FILES_OR_NAMES:
         flag = '--' + name.replace('_', '-')
@@ -365,7 +370,7 @@ def check_paths(args: argparse.Namespace, file: str | None, values: dict | None 
         if path != getattr(args, name, None) or os.path.exists(path):
             continue  # The command line overrides it, it is the name of a model, or it exists.
         if name == 'data_path' and is_downloaded(args.data_set) or name in ('finetune', 'weights') and resumes:
-            continue  # The checkpoint's weights take precedence.
+            continue  # torchvision downloads the data, or the checkpoint's weights take precedence.
         raise UsageError(f'{path}, which {file} sets, does not exist: override it with {flag}')
     has_data = args.data_set != 'IMNET' or os.path.exists(args.data_path or '')  # Check before weights are downloaded.
     if vars(args).get('finetune') and not resumes and not has_data:
@@ -377,7 +382,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = get_parser()
     args, given = parse_flags(parser, argv)
     if (args.resume or args.finetune) and '--model' not in given:
-        args.model = None  # The weights decide.
+        args.model = None  # The weights determine the model.
     problem = find_mistake(args)
     if problem:
         parser.error(problem)
@@ -386,7 +391,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.data_path and is_downloaded(args.data_set):
         args.data_path = 'data'
     make_paths_absolute(args)
-    if args.eval or args.throughput:  # Training saves its args, so leave this out there.
+    if args.eval or args.throughput:  # Omit this in training, which saves its args.
         args.given = given
     return args
 
@@ -405,7 +410,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         (args.profile and not args.output_dir, '--profile needs --output-dir'),
         ((args.valid_labels or has_real or args.report) and not args.eval,
          '--valid-labels, --real-labels and --report need --eval'),
-        (args.valid_labels and has_real, '--real-labels scores among all classes: leave out --valid-labels'),
+        (args.valid_labels and has_real, '--real-labels scores among all classes: omit --valid-labels'),
         (args.valid_labels not in (None, 'all') and not os.path.isfile(args.valid_labels),
          f'--valid-labels {args.valid_labels}: no such file'),
         (args.data_set == 'DIGITS' and args.data_path,

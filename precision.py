@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_apex():
-    """Return NVIDIA's apex.amp, or None if not installed.
+    """Return NVIDIA's apex.amp, or None if it is not installed.
 
     Releases after 25.04 have no amp, and the package apex on PyPI is unrelated.
     """
@@ -41,7 +41,7 @@ def configure_cuda(amp_dtype: str, is_training: bool, fixed_size: bool) -> None:
         torch.set_float32_matmul_precision('high')  # Convolutions use TF32 by default.
     torch.backends.cudnn.benchmark = fixed_size
     if is_training:
-        # Its backward pass returns NaN for 64 keys and a frozen position bias, as in CMT-B (pytorch issue 196678).
+        # cuDNN attention returns NaN gradients for 64 keys and a frozen position bias (CMT-B; pytorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -62,7 +62,7 @@ class ApexScaler(NativeScaler):
     """Scale the loss with apex.amp.
 
     apex unscales when the context of scale_loss ends, and patches the optimizer to skip steps that overflowed. timm's
-    ApexScaler unscales, clips and steps in one call, which leaves no room for a check.
+    ApexScaler unscales, clips and steps in one call, so no check can run in between.
     """
     skips_overflows = True
 
@@ -110,7 +110,7 @@ def build_precision(
 
 
 def load_scaler(scaler: torch.amp.GradScaler, state: dict, file: str) -> None:
-    """Load the loss scale."""
+    """Load the loss scale; raise UsageError if another kind of scaler saved it."""
     try:
         scaler.load_state_dict(state)
     except (KeyError, RuntimeError):

@@ -1,7 +1,6 @@
-"""Join the processes of a launch, let them agree, and end them with an exit status and one line."""
+"""Connect the processes of a launch, communicate between them, and exit with a status and a one-line error."""
 import contextlib
 import datetime
-import faulthandler
 import gc
 import logging
 import multiprocessing
@@ -47,14 +46,15 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
         # One rank per node logs. So does rank 1, since rank 0 may be the missing one.
         wait = Wait(timeout_s, is_logged=launch.local_rank == 0 or launch.rank == 1)
         ranks = dict(rank=launch.rank, world_size=launch.world_size)
-        # A TCPStore on a frozen host never answers. Exit then, with the line that waits on stderr (2).
-        faulthandler.dump_traceback_later(timeout_s + 30, exit=True, file=2)
+        timer = threading.Timer(timeout_s + 30, exit_frozen)
+        timer.daemon = True
+        timer.start()
         try:
             store = launch_store(open_store(dist_url, **ranks, wait=wait), **ranks, wait=wait)
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            timer.cancel()
         try:
-            # gloo as well as NCCL, so that the all-reduce of a CPU tensor in each step does not wait for the device.
+            # Use gloo as well as NCCL, so that each step can all-reduce a CPU tensor without waiting for the device.
             dist.init_process_group(
                 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, **ranks,
                 timeout=datetime.timedelta(seconds=timeout_s))
@@ -94,8 +94,14 @@ class Wait:
             time.sleep(0.1)
 
 
+def exit_frozen() -> None:
+    """Exit, because a TCPStore on a frozen host never answers."""
+    print_error(os.path.basename(sys.argv[0]), 'the rendezvous store does not answer')
+    os._exit(1)
+
+
 def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
-    """Open the ranks' store; raise UsageError for a bad address or a port in use, TrainingFault for no answer."""
+    """Open the ranks' store; raise UsageError for a bad address or a used port, TrainingFault if nothing answers."""
     try:
         parsed = urllib.parse.urlparse(url)
         address = parsed.hostname, parsed.port
@@ -143,7 +149,7 @@ def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> d
     def launch_name() -> str | None:
         if not store.check(['first']):
             return None
-        first = store.get('first').decode()  # from an earlier launch, until rank 0 arrives
+        first = store.get('first').decode()  # Until rank 0 arrives, this is from an earlier launch.
         store.set(f'{first}/{world_size}/{rank}', key)
         is_complete = store.check([f'{first}/all']) and key.encode() in store.get(f'{first}/all').split()
         return first if is_complete else None
@@ -165,7 +171,7 @@ def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> d
 def explain(error: BaseException) -> str | None:
     """Return one line about an error that the code did not cause, or None."""
     text = str(error)
-    if isinstance(error, RuntimeError) and re.search(  # gloo's and NCCL's reports
+    if isinstance(error, RuntimeError) and re.search(  # gloo and NCCL report these.
             'gloo.*(Connection (closed|reset) by peer|Timed out waiting)|ncclRemoteError|NCCL communicator was aborted|'
             'Watchdog caught collective operation timeout|NCCL.*closed by remote peer', text, re.DOTALL):
         return f'rank {get_rank()} lost another process ({first_line(error)})'
@@ -262,7 +268,7 @@ def exit_now(status: int) -> None:
 
 
 def print_error(prog: str, error: Any) -> None:
-    with contextlib.suppress(OSError):  # The terminal is gone.
+    with contextlib.suppress(OSError):  # The terminal may be gone.
         sys.stderr.write(f'{prog}: error: ' + str(error).replace('\n', '\\n') + '\n')
 
 
@@ -273,7 +279,7 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1, e
     `main` raises UsageError and TrainingFault on all ranks, anything else on one rank. Statuses: 0 done, or stopped
     under --resume auto; 1 a fault or a bug; 2 a user's mistake; 128 + n stopped by signal n; `unreadable_status` for an
     image that cannot be read. After an error on one rank only, the process exits here if there are other ranks, or if
-    `exits`. Otherwise, as in a notebook, signal handlers, workers and locks are as they were before.
+    `exits`. Otherwise, as in a notebook, it stops the workers, releases locks and restores signal handlers.
     """
     def failed_alone(status: int) -> int:
         if exits or dist.is_initialized():
@@ -284,7 +290,7 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1, e
         try:
             main(args)
         except (ConnectionError, EOFError):
-            time.sleep(5)  # A killed worker's pipe closes before SIGCHLD arrives; torch then names the worker.
+            time.sleep(5)  # A killed worker's pipe closes before SIGCHLD arrives. Wait until torch names it.
             raise
         status = 0
     except (UsageError, TrainingFault) as error:
@@ -317,7 +323,7 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1, e
 def usage_errors(kind: type[Exception] = UsageError):
     """Raise `kind` on all ranks if the block raises a UsageError, or an OSError about a file, on any rank.
 
-    So no rank waits for the others. Any other exception is a bug, and ends this rank with its traceback.
+    This way, no rank waits for another. Any other exception is a bug, and ends this rank with its traceback.
     """
     line = None
     try:
@@ -350,13 +356,13 @@ class StopRequest:
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if get_rank() == 0:  # logging and print are not reentrant.
-                with contextlib.suppress(OSError):  # The terminal is gone.
+                with contextlib.suppress(OSError):  # The terminal may be gone.
                     os.write(2, b'\nstopping after this step; press Ctrl-C again to quit without saving\n')
 
 
 @contextlib.contextmanager
 def first_on_each_node():
-    """Run the block (a download, an index) in one process of each node first, then in the others."""
+    """Run the block, such as a download, in one process of each node first, then in the others."""
     first = read_launch().local_rank == 0
     if dist.is_initialized() and not first:
         dist.barrier()

@@ -78,7 +78,7 @@ def _parquet_files(path: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for file in found:
         words = re.findall('(?<![a-z])(train|val|test)', str(file.relative_to(path)).lower())
-        if words and file.parent not in mixed:  # Other parquet files lie among class folders.
+        if words and file.parent not in mixed:  # Skip parquet files next to class folders.
             files.setdefault(words[0], []).append(file)
     files = {'val' if split == 'test' else split: files[split] for split in sorted(files)
              if split != 'test' or 'val' not in files}
@@ -96,16 +96,18 @@ class ParquetImages(EncodedImages):
     The classes are the names in the files' metadata. ImageNet's 1,000 names become its WordNet ids.
 
     Raises:
-        UsageError: pyarrow is missing, or a file is damaged or has no images or labels.
+        UsageError: pyarrow is missing, or a file is damaged, or lacks images or labels.
     """
     has_labels = True
 
     def __init__(self, files: list[Path]):
-        self.roots, self.cached = list(map(str, files)), (None, None)  # (file, row group), its encoded images
-        names, targets, places = [], [], []
+        self.roots, self.cached = list(map(str, files)), (None, None)  # ((file, row group), its encoded images)
+        names, targets, places, first = [], [], [], None
         for i, file in enumerate(self.roots):
             with _parquet(file) as parquet:
-                self.column, label, classes = _columns(parquet.schema_arrow, file)
+                self.column, label, classes = columns = _columns(parquet.schema_arrow, file)
+                if columns != (first := first or columns):
+                    raise UsageError(f'{file} and {files[0]} have different columns or class names')
                 for group in range(parquet.num_row_groups):
                     rows = parquet.read_row_group(group, columns=[f'{self.column}.path', label]).flatten()
                     names += [Path(path or '').name for path in rows.column(f'{self.column}.path').to_pylist()]
@@ -116,7 +118,7 @@ class ParquetImages(EncodedImages):
             raise UsageError(f'{files[0]} has images without labels')
         self.classes = classes or [str(i) for i in range(max(targets) + 1)]
         self.places = np.concatenate(places)  # (N, 3): file, row group, row in the group
-        if len({name.partition('.')[0] for name in names} - {''}) < len(names):  # Keys of a shard must differ.
+        if len({name.partition('.')[0] for name in names} - {''}) < len(names):  # Keys in a shard must be unique.
             names = [f'{i:08d}{"_" * (name[0] != ".")}{name}' for i, name in enumerate(names)]
         paths = [f'{self.roots[i]}/{name}' for i, name in zip(self.places[:, 0], names)]
         super().__init__(Samples(paths, targets), None)

@@ -62,7 +62,7 @@ def check_extension(path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of its extension. A viewer that has the file open never sees half of it."""
+    """Write a figure in the format of its extension. A viewer never sees a half-written file."""
     extension = path.suffix[1:].lower()
     # Level 4 takes half the time of the default, 6, for files 2 % larger.
     options = {'pil_kwargs': {'compress_level': 4}} if extension == 'png' else {}
@@ -73,11 +73,11 @@ def save(figure: Figure, path: Path) -> None:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the records of a log.txt in order of epoch.
 
-    A resumed run may have logged an epoch twice: the later record counts. A last line that is still being written is
-    ignored.
+    A resumed run may have logged an epoch twice; the later record counts. An incomplete last line, which a run may be
+    writing, is ignored.
 
     Raises:
-        UsageError: another line is not a record.
+        UsageError: any other line is not a record.
     """
     records = {}
     for n, line in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True), 1):
@@ -190,7 +190,7 @@ def overlay(image: Image.Image, cam: np.ndarray) -> np.ndarray:
 
 
 def _draw_predictions(axes, entry: dict[str, Any], folder: str, x: int, y: int, width: int) -> list[FancyBboxPatch]:
-    """Write file name, truth and predictions at (x, y); return the bars of the probabilities."""
+    """Write file name, truth and predictions at (x, y); return bars that show the probabilities."""
     name = printable(os.path.relpath(entry['name'], folder))
     _write(axes, x, y + 18, name, width, keep_end=True, size=13, color=GREY)
     bars, truth = [], entry['truth']
@@ -215,7 +215,7 @@ def _box(x: float, y: float, width: float, height: float, radius: float, face: s
 
 def _write(axes, x: float, y: float, text: str, room: float, keep_end: bool = False, color: str = INK,
            ha: str = 'left', **font) -> None:
-    """Write a line of text with its middle at y, shortened to `room` pixels with an ellipsis."""
+    """Write a line of text, vertically centered at y. Shorten it to `room` pixels with an ellipsis."""
     def shortened(n: int) -> str:
         return '…' + text[len(text) - n:] if keep_end else text[:n].rstrip(' ,') + '…'
 

@@ -1,4 +1,4 @@
-"""Manage the folder of a run, for train.py and scripts/detection.py: resume, lock, save, log, stop."""
+"""Manage the run folder of train.py and scripts/detection.py: find checkpoints, lock, save, log."""
 import argparse
 import contextlib
 import json
@@ -29,7 +29,7 @@ from weights import best_of_run, read, read_file
 logger = logging.getLogger(__name__)
 
 LOG, CONFIG = 'log.txt', 'config.yaml'
-# Keys that best checkpoints keep.
+# Keys of checkpoint_last.pth that best checkpoints keep too.
 DESCRIPTION = 'format', 'model_args', 'detector', 'args', 'classes', 'training_images', 'epoch'
 # Flags that apply to one launch, so config.yaml omits them. The output folder is the one that contains config.yaml.
 UNSAVED_FLAGS = 'config', 'eval', 'local_rank', 'output_dir', 'overwrite', 'resume', 'stopped_file', 'throughput'
@@ -70,7 +70,7 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
     best = checkpoint.get('best') if checkpoint is not None and is_writer else None
     for name, prefix in BEST.items() if isinstance(best, dict) else ():
         epoch, place = best.get(f'{prefix}epoch'), Path(file).resolve().parent
-        try:  # A run that was killed before it wrote checkpoint_last.pth may have left a later epoch's best.
+        try:  # A run that was killed before it wrote checkpoint_last.pth may have left a later best checkpoint.
             exists = epoch is None or checkpoints.read_checkpoint(place / name).get('epoch') == epoch
         except UsageError:
             exists = False
@@ -82,7 +82,7 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
 
 
 def is_in_folder(path: str | Path | None, folder: str | Path) -> bool:
-    """Return whether the file `path`, if any, is directly in `folder`."""
+    """Return whether `path` names a file directly in `folder`."""
     return bool(path) and Path(path).resolve().parent == Path(folder).resolve()
 
 
@@ -125,7 +125,7 @@ def open_run(
     if flags.get('log_tensorboard'):
         writer.trackers.append(utils.tensorboard_tracker(folder, epoch))
     header = '\n# '.join(map(printable, (  # A line break would end the comment.
-        f'{prog} {shlex.join(sys.argv[1:])}', utils.describe_system(device), f'begun on {time.strftime("%Y-%m-%d")}')))
+        f'{prog} {shlex.join(sys.argv[1:])}', utils.describe_system(device), f'started {time.strftime("%Y-%m-%d")}')))
     with atomic_write(folder / CONFIG) as file:
         file.write(f'# {header}\n{yaml.safe_dump(settings, sort_keys=False)}'.encode())
         file.flush()
@@ -147,13 +147,13 @@ def open_run(
 
 
 def run_files(folder: Path) -> list[Path]:
-    """List the files of a run in its folder, without config.yaml and without a user's copies of checkpoints."""
+    """List the run's files in its folder, except config.yaml and the user's copies of checkpoints."""
     paths = [folder / name for name in (LAST, PREVIOUS, *BEST, LOG, utils.WANDB_ID)]
     return [*filter(Path.exists, paths), *epoch_files(folder)]
 
 
 def rewind(folder: Path, epoch: int) -> None:
-    """Remove checkpoints and log lines from `epoch` on, which are trained again, and a half-written line."""
+    """Remove the checkpoints and log lines of `epoch` and later, which are trained again, and half-written lines."""
     for path in epoch_files(folder):
         if int(path.stem.split('_')[1]) >= epoch:
             path.unlink()
@@ -171,7 +171,7 @@ def rewind(folder: Path, epoch: int) -> None:
 # Writing
 
 class RunWriter:
-    """Write a run's checkpoints in the background, and its log. A complete checkpoint is on disk at all times.
+    """Write a run's log, and its checkpoints in the background. A complete checkpoint is on disk at all times.
 
     The checkpoints of the last `keep` epochs are kept as checkpoint_EEEE.pth.
 
@@ -224,7 +224,7 @@ class RunWriter:
         for tracker in list(self.trackers):
             try:
                 tracker(record)
-            except Exception as error:  # log.txt has the record.
+            except Exception as error:  # log.txt still has the record.
                 logger.warning('a tracker failed and gets no more records: %s', str(error) or type(error).__name__)
                 self.trackers.remove(tracker)
 
@@ -244,7 +244,7 @@ class RunWriter:
                     'model': state[key], metric.removeprefix('ema_'): score}
             if self.keep and best is not None:
                 files[f'checkpoint_{state["epoch"]:04d}.pth'] = state
-            for name, content in {**files, LAST: state}.items():  # A run killed between them repeats the epoch.
+            for name, content in {**files, LAST: state}.items():  # A run killed between these repeats the epoch.
                 with atomic_write(self.folder / name, self.folder / PREVIOUS if name == LAST else None) as file:
                     torch.save(content, file)
             for old in epoch_files(self.folder)[:-self.keep] if self.keep else ():
@@ -253,7 +253,7 @@ class RunWriter:
         except Exception as error:
             self.error = error
             if not isinstance(error, OSError):
-                raise  # This is a bug: keep its traceback.
+                raise  # This is a bug, so keep its traceback.
 
 
 def check_written(writer: RunWriter | None) -> None:

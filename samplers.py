@@ -13,8 +13,8 @@ class TrainSampler(Sampler):
     The epoch is one sequence of positions, the same for every world size: position p holds the sample `order[p]`,
     augmented with `seeds[p]`. (seed, epoch) alone determine both. Rank r of W yields the positions r, r + W,
     r + 2 W, ... counted from the first position not yet seen. After any number of steps the samples seen are thus a
-    prefix of the sequence, and a run can resume there with a different number of ranks. timm's and torch's distributed
-    samplers can neither start in mid-epoch nor yield seeds.
+    prefix of the sequence, and a run can resume there with a different number of ranks. The distributed samplers of
+    timm and torch can neither start in mid-epoch nor yield seeds.
 
     With repeated augmentation the order is that of DeiT's RASampler (timm's RepeatAugSampler): each sample `repeats`
     times in a row, cut to the length of the data set, rounded down to a multiple of 256. With 3 repeats an epoch sees a

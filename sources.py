@@ -26,7 +26,7 @@ from errors import UsageError, printable
 
 logger = logging.getLogger(__name__)
 
-# Dotfiles (such as macOS's ._NAME), except . and .., and what NAS devices and operating systems leave in folders.
+# Match dotfiles (such as macOS's ._NAME) except . and .., and what NAS devices and operating systems leave in folders.
 IGNORED = re.compile(r'(?:^|/)(?:\.(?!\.?(?:/|$))|(?:@eaDir|__MACOSX|lost\+found|Thumbs\.db)(?:/|$))')
 # Photo formats that Pillow decodes without a plugin.
 EXTENSIONS = (*IMG_EXTENSIONS, '.apng', '.avif', '.avifs', '.dib', '.gif', '.j2c', '.j2k', '.jfif', '.jp2', '.jpc',
@@ -39,7 +39,7 @@ with contextlib.suppress(ImportError):
 UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
            6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # by EXIF orientation
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # check_pixels is stricter.
-# Only these are opened: Pillow would start Ghostscript for a PostScript file, whatever its extension.
+# Open only these formats. Pillow would start Ghostscript for a PostScript file, whatever its extension.
 FORMATS = sorted(
     {name for extension, name in Image.registered_extensions().items() if extension in EXTENSIONS} & set(Image.OPEN))
 MARKER = re.compile(b'\xff[^\0\xd0-\xd7\xff]')  # starts a JPEG segment; other markers occur within a scan
@@ -47,7 +47,7 @@ MARKER = re.compile(b'\xff[^\0\xd0-\xd7\xff]')  # starts a JPEG segment; other m
 
 def open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
     """Open an image file without decoding it; for `max_pixels`, see check_pixels."""
-    if max_pixels and Image.MAX_IMAGE_PIXELS:  # Pillow has its own limit.
+    if max_pixels and Image.MAX_IMAGE_PIXELS:  # Raise Pillow's own limit.
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     check_pixels(*image.size, data, max_pixels)
@@ -78,7 +78,7 @@ def jpeg_scans(data: bytes) -> int:
 
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an image: 2 to 8, or 1 if it is upright or its EXIF data is damaged."""
-    with contextlib.suppress(Exception):  # Pillow raises many types on damaged data.
+    with contextlib.suppress(Exception):  # Pillow raises many types of exceptions on damaged data.
         value = image.getexif().get(ExifTags.Base.Orientation)
         return value if value in UPRIGHT else 1
     return 1
@@ -92,8 +92,8 @@ def open_image(image: bytes | Image.Image, ignore_exif: bool = False, rotated: A
     that EXIF rotates, in one element for each worker and the last for the main process.
 
     Raises:
-        ValueError: gray values of unknown range (32-bit integers, floats).
-        DecompressionBombError: more than `max_pixels` pixels.
+        ValueError: the range of gray values is unknown (32-bit integers, floats).
+        DecompressionBombError: the image has more than `max_pixels` pixels.
     """
     if isinstance(image, bytes):
         image = open_header(image, max_pixels)
@@ -220,7 +220,7 @@ def walk(folder: str, visited: set[str]) -> Iterator[tuple[str, list[str]]]:
 class ImageFolder(EncodedImages):
     """List the images in a folder's class folders, in the order of torchvision's ImageFolder.
 
-    torchvision's does not report folders that cannot be listed, link loops, or files that are left out. It also cannot
+    torchvision's class does not report unlistable folders, link loops, or files that are left out. It also cannot
     use the class indices of another folder (`classes`, in index order), which a validation set needs. Raise UsageError
     for a missing folder, no classes, a class without images, or a class that `classes` lacks.
     """
@@ -240,7 +240,7 @@ class ImageFolder(EncodedImages):
             raise UsageError(f'no class folders in {root}: put images into {root}/CLASS/')
         dangling = [name for name in names if not os.path.exists(f'{root}/{name}')]
         if dangling:
-            raise UsageError(f'{root}/{dangling[0]} is a link to nothing: fix or remove it')
+            raise UsageError(f'{root}/{dangling[0]} is a broken link: fix or remove it')
         self.classes = classes or folders
         self.roots = [root]
         index = index_of(self.classes, folders, root)
@@ -264,7 +264,7 @@ class ImageFolder(EncodedImages):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tars. torchvision reads none, and the webdataset library streams them, so it cannot resume in mid-epoch.
+# Tars. torchvision cannot read them. The webdataset library streams them, so it cannot resume in mid-epoch.
 
 class Member(NamedTuple):
     """Locate a file in a tar."""
@@ -282,7 +282,7 @@ class TarImages(EncodedImages):
     order of the tars.
 
     Args:
-        paths: the tars. UsageError is raised for damaged or compressed ones, and if they have no images with classes.
+        paths: the tars. Damaged or compressed tars, and tars without images or classes, raise UsageError.
         split: 'train' or 'val'; the folder to read if the tars contain folders of both names.
         transform: as in EncodedImages.
         classes: class names in index order; None for those of the tars, sorted.
@@ -310,8 +310,8 @@ class TarImages(EncodedImages):
             images, names = self._by_class(images, split)
         if '' in names:
             raise UsageError(f'{where} has no classes: put images into class folders, or KEY.cls with the number of '
-                             f"the class next to each KEY.jpg, or {DEVKIT} next to ImageNet's validation tar "
-                             f'({images[names.index("")].name} has no class)')
+                             f"the class next to each KEY.jpg, or {DEVKIT} next to ImageNet's validation tar (numbered "
+                             f'tars are not classes; {images[names.index("")].name} has no class)')
         if labels:
             indices = list(map(int, names))
             classes = classes or [str(i) for i in range(max(indices) + 1)]
@@ -340,19 +340,19 @@ class TarImages(EncodedImages):
         if all(split_folder(m.name) == split for m in images):
             paths = [folders[folders.index(split) + 1:] for folders in paths]
         else:
-            shared = len(os.path.commonprefix(paths))  # This accepts any sequences.
+            shared = len(os.path.commonprefix(paths))  # commonprefix accepts any sequences.
             if max(map(len, paths)) == shared > 0:
                 shared -= 1  # All images are in one folder, the only class.
             paths = [folders[shared:] for folders in paths]
         names = [''.join(folders[:1]) for folders in paths]
         if not any(names) and self.roots[1:] and Path(self.roots[0]).parent.name == split:
-            stems = [Path(root).stem for root in self.roots]  # SPLIT/CLASS.tar, unless shards are numbered from 00 on
-            names = names if re.fullmatch(r'(.*\D)?00+', stems[0]) else [stems[m.tar] for m in images]
+            stems = [Path(root).stem for root in self.roots]  # SPLIT/CLASS.tar, unless numbered from 000 or 001 on
+            names = names if re.fullmatch(r'(.*\D)?000*[01]', stems[0]) else [stems[m.tar] for m in images]
         names, images = zip(*sorted(zip(names, images), key=lambda pair: (pair[0], *os.path.split(pair[1].name))))
         kit = find_devkit(Path(self.roots[0]))
         if kit and not any(names):  # ImageNet's validation tar
             ids = devkit_classes(kit)
-            names = [ids.get(posixpath.basename(m.name), '') for m in images]
+            names = [ids.get(f'{posixpath.basename(m.name)[:23]}.JPEG', '') for m in images]
         return images, names
 
     def _read_bytes(self, tar: int, offset: int, size: int) -> bytes:
@@ -394,7 +394,7 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
     index_files = (path.with_name(f'.{path.name}.index.npz'),
                    Path(os.path.expanduser('~/.cache/cmt'), f'{name}.index.npz'))
     for index_file in index_files:
-        with contextlib.suppress(Exception), np.load(index_file) as saved:  # missing or damaged
+        with contextlib.suppress(Exception), np.load(index_file) as saved:  # The index may be missing or damaged.
             if saved['stamp'].tolist() == stamp:
                 names = os.fsdecode(saved['names'].tobytes()).split('\0')
                 return dict(zip(names, map(tuple, saved['places'].tolist())))
@@ -407,7 +407,7 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
     for index_file in index_files:
         with contextlib.suppress(OSError):
             index_file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix='.', dir=index_file.parent) as folder:  # never half a file
+            with tempfile.TemporaryDirectory(prefix='.', dir=index_file.parent) as folder:  # Never leave half a file.
                 np.savez(f'{folder}/index.npz', stamp=stamp, names=names, places=list(index.values()))
                 os.replace(f'{folder}/index.npz', index_file)
             return index
@@ -416,7 +416,7 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _files(file: BinaryIO, start: int, end: int, where: str, depth: int = 1) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield (name, (offset, size)) for the files of the tar at bytes `start` to `end` of a file, and of its tars."""
+    """Yield (name, (offset, size)) for the files of the tar at bytes `start` to `end`, and of its inner tars."""
     for info in _headers(file, start, end, where):
         name = posixpath.normpath(info.name)
         is_tar = name.endswith('.tar')
@@ -447,7 +447,7 @@ def _headers(file: BinaryIO, start: int, end: int, where: str) -> Iterator[tarfi
             last = f'after {header.name}'
         file.seek(tar.offset)
         rest = file.read(max(min(end - tar.offset, PADDING + 1), 0))
-        # Zeros end a tar. More zeros than tar writes are left by an interrupted download.
+        # Zeros end a tar. More zeros than tar writes indicate an interrupted download.
         if 512 <= len(rest) <= PADDING and not rest.strip(b'\0'):
             return
     raise UsageError(f'{where} is compressed (unpack it to a plain .tar), is not a tar, or is truncated or damaged '

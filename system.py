@@ -26,7 +26,7 @@ STOP_SIGNALS = {name: getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'S
 # Signals
 
 def handle(name: str, handler: Callable | int) -> None:
-    """Set a signal's handler if the signal exists and this is the main thread; keep a SIGHUP that nohup ignores."""
+    """Set a signal's handler if the signal exists and this is the main thread. Keep ignoring SIGHUP under nohup."""
     number = getattr(signal, name, None)
     if number is None or threading.current_thread() is not threading.main_thread():
         return
@@ -62,7 +62,7 @@ def signals_blocked():
 def leave_signals_to_the_run(worker: int) -> None:
     """Ignore stop signals in a worker, except SIGTERM from the run."""
     run = multiprocessing.parent_process()  # os.getppid() would be the forkserver.
-    if not run.is_alive():  # torch notices only a parent that dies later.
+    if not run.is_alive():  # torch notices only if the parent dies later.
         os._exit(1)
     if not hasattr(signal, 'sigtimedwait'):  # macOS does not report the sender of a signal.
         for name in STOP_SIGNALS.keys() - {'SIGTERM'}:
@@ -94,7 +94,7 @@ def lock_file(path: Path) -> contextlib.ExitStack:
         file = stack.enter_context(open(path, 'ab'))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # Any other error: this file system has no locks.
+        except OSError as error:  # Any other error means that this file system has no locks.
             is_locked = error.errno in (errno.EACCES, errno.EAGAIN)
     else:
         import filelock  # torch requires it.
@@ -125,7 +125,7 @@ def sync_folder(folder: Path) -> None:
 def atomic_write(path: Path, previous: Path | None = None):
     """Open a temporary file next to `path`, which replaces `path` when the block ends and the file is on disk.
 
-    The file that it replaces is kept as `previous`. At any moment, one of the two names is a complete file. An OSError,
+    If given, `previous` keeps the replaced file. At any moment, one of the two names is a complete file. An OSError,
     such as on a full disk, names `path`.
     """
     temporary = path.parent / f'.cmt-{secrets.token_hex(8)}.tmp'
@@ -158,7 +158,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what killed processes left in `folder`; call this under a lock."""
+    """Remove temporary files that killed processes left in `folder`. The caller must hold the folder's lock."""
     for path in folder.glob('.cmt-????????????????.tmp'):
         path.unlink(missing_ok=True)
 
@@ -188,6 +188,6 @@ def raise_file_limit(limit: int = 65536) -> None:
 
 
 def cores() -> int:
-    """Count the cores that affinity and cgroups let this process use."""
-    import joblib  # It comes with scikit-learn, and imports NumPy.
-    return joblib.cpu_count()
+    """Count the cores that affinity and a container's CPU quota let this process use."""
+    from joblib.externals.loky import cpu_count  # joblib comes with scikit-learn. It imports NumPy, so import it late.
+    return cpu_count()

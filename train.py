@@ -7,7 +7,7 @@ import sys
 import options
 
 if __name__ == '__main__':
-    ARGS = options.parse_args()  # First, so that --help and mistakes do not wait for the imports below.
+    ARGS = options.parse_args()  # Parse first, so that --help and mistakes do not wait for the imports below.
 
 import argparse
 import contextlib
@@ -128,12 +128,14 @@ class Run:
 
     @usage_errors()
     def load_state_dict(self, checkpoint: dict[str, Any], file: str) -> None:
-        """Load a checkpoint, except `model`: it was loaded when the model was built, before apex and DDP.
+        """Load a checkpoint, except `model`: it was loaded when the model was built, before apex or DDP wrapped it.
 
         `lr_scheduler` is recomputed from the position (position_schedule). Another project's checkpoint provides only
         weights and epoch, since its optimizer orders the parameters differently.
         """
         epoch = checkpoint.get('epoch', self.args.start_epoch - 1)
+        if type(epoch) is not int or epoch < -1:
+            raise UsageError(f'the epoch in {file} is {epoch!r}: start from its weights with --finetune')
         self.state = RunState(epoch + 1)
         if is_own(checkpoint):
             if checkpoint['args']['opt'] != self.args.opt:
@@ -178,7 +180,7 @@ def main(args: argparse.Namespace) -> None:
     """Train, evaluate or time a model.
 
     Raises:
-        UsageError: a mistake in flags, data or files; nothing was written.
+        UsageError: flags, data or files are wrong; nothing was written.
         TrainingFault: losses or gradients are not finite, or the disk is full; the last checkpoint is intact.
         SystemExit: a signal stopped the run, after a checkpoint.
     """
@@ -229,14 +231,12 @@ def main(args: argparse.Namespace) -> None:
 
 @usage_errors()
 def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, InitialState]:
-    """Check what needs no data; return `args` with the model and loader filled in, and the initial state."""
+    """Check everything that needs no data; return `args` with model and loader filled in, and the initial state."""
     is_training, world_size = not (args.eval or args.throughput), processes.get_world_size()
     if args.world_size not in (None, 1, world_size):  # 1 is the default in DeiT's command lines.
         raise UsageError(f'--world-size {args.world_size}, but the launcher started {world_size} processes')
     if is_training and args.sync_bn and device.type != 'cuda':
         raise UsageError('--sync-bn needs CUDA, since torch has no SyncBatchNorm for the CPU: omit the flag')
-    if is_training and processes.get_rank() == 0:
-        utils.check_trackers(args.log_tensorboard, args.log_wandb)
 
     file, checkpoint = find_checkpoint(args, is_training)
     if args.config or args.finetune:
@@ -270,7 +270,7 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: 
         raise UsageError(f'{file} contains only weights: start from them with --finetune, or resume a {LAST}')
     if args.model and cmt.ALIASES.get(args.model, args.model) != cmt.ALIASES.get(name, name):
         raise UsageError(f'{file} holds {name or "a CMT without a name"}: ' + (
-            f'use --model {name}' if name else 'leave --model out'))
+            f'use --model {name}' if name else 'omit --model'))
     if height != args.input_size or width != args.input_size:
         raise UsageError(f'{file} was trained at {height}x{width} px: use --input-size {height}, or start from its '
                          'weights with --finetune')
@@ -284,7 +284,7 @@ def with_saved_flags(
     """
     given = {flag.removeprefix('--').removeprefix('no-').replace('-', '_') for flag in args.given}
     flags, names = checkpoint['args'] if weights.is_own else {}, [
-        'ignore_exif', 'amp_dtype', 'fast_norm', 'skip_damaged']
+        'ignore_exif', 'amp_dtype', 'fast_norm', 'skip_damaged', 'max_image_pixels']
     if all(getattr(args, name) == flags.get(name) for name in {'data_set', 'data_path'} & given):
         names += ['data_set', 'data_path', 'val_split', 'inat_category']
     saved = {name: flags[name] for name in names if name in flags and name not in given}
@@ -371,7 +371,7 @@ def create_model(args: argparse.Namespace, num_classes: int, weights: Weights | 
 
 @usage_errors()
 def load_model(args: argparse.Namespace, initial: InitialState, classes: list[str], device: torch.device) -> cmt.CMT:
-    """Build the model, load the initial weights, move it to the device, freeze stages."""
+    """Build the model, load the initial weights, move it to the device, and freeze stages."""
     random_seed(args.seed)
     set_fast_norm(args.fast_norm)
     checkpoint, weights = initial.checkpoint, initial.weights
@@ -451,9 +451,9 @@ def build_run(
 
     model = core
     if world_size > 1:
-        # Depthwise weights have one input channel. Its stride is arbitrary, so the layouts are equal.
+        # This warning is harmless: depthwise weights have one input channel, so its stride is arbitrary.
         warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
-        warnings.filterwarnings('ignore', '.*broadcast_buffers. is deprecated')  # torch 2.11 has no other name.
+        warnings.filterwarnings('ignore', '.*broadcast_buffers. is deprecated')  # torch 2.11 has no replacement.
         model = nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == 'cuda' else None,
             broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -504,7 +504,7 @@ def save_first_batch(run: Run, images: torch.Tensor, targets: torch.Tensor, limi
     """Write the first of these images (B, 3, H, W) to batch.jpg, with classes (B,) or mixed targets (B, classes)."""
     preprocess, words = run.train_step.preprocess, class_words(list(map(str, run.val_loader.dataset.dataset.classes)))
     pixels = images[:limit].permute(0, 2, 3, 1).float() * preprocess.std + preprocess.mean  # (B, H, W, 3)
-    shares = targets[:limit].cpu()  # One host sync.
+    shares = targets[:limit].cpu()  # This is a host sync.
     shares = shares if shares.ndim == 2 else nn.functional.one_hot(shares, len(words))
     titles = [' + '.join(words[i] for i in row.topk(2).indices.tolist() if row[i] > 0.1) for row in shares]
     with run.writer.defer_disk_errors():
@@ -513,7 +513,7 @@ def save_first_batch(run: Run, images: torch.Tensor, targets: torch.Tensor, limi
 
 
 def describe(run: Run) -> None:
-    """Log what is about to be trained, and how."""
+    """Log the model, the data, the learning rate and the schedule before training starts."""
     args, updates = run.args, run.updates_per_epoch * run.num_epochs
     rate = learning_rate(args, run.sampler)
     train_set, val_set = run.train_loader.dataset, run.val_loader.dataset
@@ -585,7 +585,7 @@ def train_epoch(run: Run) -> bool:
     run.wait_share = progress.wait_share()
     if updates_left or not state.seconds:
         state.seconds = time.monotonic() - began
-    position_schedule(run.scheduler, state.epoch, updates_done - 1)  # Also if the run resumed after the last step.
+    position_schedule(run.scheduler, state.epoch, updates_done - 1)  # The run may have resumed after the last step.
     rate = max(group['lr'] for group in run.optimizer.param_groups)  # in the last step; with layer decay, the head's
     totals = run.meters.total()
     run.record = {
@@ -620,7 +620,7 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     """
     args, state, world_size = run.args, run.state, processes.get_world_size()
     models = {'': run.core, 'ema_': run.ema.module} if run.ema else {'': run.core}
-    if world_size > 1:  # In every epoch, so that the saved weights are the scored ones.
+    if world_size > 1:  # Do this in every epoch, so that the saved weights are the scored ones.
         for model in models.values():
             distribute_bn(model, world_size, reduce=args.dist_bn == 'reduce')
     if not is_validated(run, state.epoch):
@@ -655,10 +655,10 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
         if stats['acc1'] > state.best.get(f'{prefix}acc1', -1):
             best[f'{prefix}acc1'] = stats['acc1']
             state.best |= {f'{prefix}acc1': stats['acc1'], f'{prefix}epoch': state.epoch}
-    state.best = dict(sorted(state.best.items()))  # A score that starts over would otherwise change the order.
+    state.best = dict(sorted(state.best.items()))  # Keep the order if a score starts over.
     run.scheduler.step(state.epoch)
 
-    # Log, then save: a run killed between them drops the line when it is resumed.
+    # Log first. If the run is killed before it saves, it drops the line when it is resumed.
     record.update(epoch_seconds=time.monotonic() - run.epoch_began, **utils.memory_mb(run.device))
     if run.writer is not None:
         run.writer.log(record)
@@ -733,7 +733,7 @@ def write_results(run: Run) -> None:
 
 
 def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None, exits: bool = False) -> int:
-    """Run main with `args`, or with the flags `argv` (default: of the command line); return the exit status."""
+    """Run main with `args`, or with the flags `argv` (default: sys.argv); return the exit status."""
     try:
         args = args or options.parse_args(argv)
     except SystemExit as stopped:

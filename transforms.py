@@ -12,7 +12,7 @@ SMALL = 32  # pixels; up to this input size, training pads and crops, and evalua
 
 
 def _posterize(img: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    # rand-m9-mstd0.5-inc1 sometimes draws 0 bits. Pillow 13 refuses them; earlier releases returned black.
+    # rand-m9-mstd0.5-inc1 sometimes draws 0 bits. Pillow 13 refuses this; earlier releases returned black.
     if bits_to_keep <= 0:
         return Image.new(img.mode, img.size)
     return augment.posterize(img, bits_to_keep)
@@ -32,7 +32,7 @@ def build_transform(
         is_train: True for random augmentation, False for evaluation, which ignores the arguments after `crop_pct`.
         input_size: height and width of the result (pixels).
         crop_pct: fraction of the short side that evaluation keeps; None for 0.875, or 1 up to 32 px, as for CIFAR.
-        auto_augment: timm's policy, such as rand-m9-mstd0.5-inc1; None for no policy. An unknown one is a UsageError.
+        auto_augment: timm's policy, such as rand-m9-mstd0.5-inc1; None for no policy. Unknown ones raise UsageError.
         color_jitter: strength of timm's color jitter, which applies without a policy.
         interpolation: bicubic, bilinear, or random to draw one of the two for each image.
         hflip: probability of a horizontal flip.
@@ -52,7 +52,7 @@ def build_transform(
         raise UsageError(f'--aa {auto_augment}: {first_line(error)}; use a policy such as rand-m9-mstd0.5-inc1, '
                          'or none') from None
     if input_size <= SMALL:
-        transform.transforms[0] = tv_transforms.Compose([  # An image of this size is only cropped.
+        transform.transforms[0] = tv_transforms.Compose([  # Images that already have this size are only cropped.
             tv_transforms.Resize(input_size, tv_transforms.InterpolationMode.BICUBIC),
             tv_transforms.CenterCrop(input_size), tv_transforms.RandomCrop(input_size, padding=4)])
     return transform

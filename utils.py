@@ -1,7 +1,6 @@
 """Describe the machine, show progress on the terminal, and log to trackers."""
 import contextlib
 import datetime
-import importlib
 import logging
 import os
 import platform
@@ -27,7 +26,7 @@ WANDB_ID = 'wandb_id.txt'
 
 
 def setup_logging() -> None:
-    """Print messages of rank 0, and warnings of every rank with its rank."""
+    """Print all messages of rank 0. Print only warnings of other ranks, prefixed with the rank."""
     rank = read_launch().rank
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -54,7 +53,7 @@ def describe_system(device: torch.device) -> str:
     git = ['git', '-C', str(folder), 'describe', '--always', '--dirty']
     commit = 'unknown'
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or not a repository of this user
-        # The ceiling keeps git from describing another repository around a copy of this project.
+        # The ceiling keeps git from describing a repository that encloses a copy of this project.
         environment = {**os.environ, 'GIT_CEILING_DIRECTORIES': str(folder.parent)}
         commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10, env=environment).stdout
     versions = [f'{name} {metadata.version(name)}' for name in ('torch', 'torchvision', 'timm')]
@@ -65,7 +64,7 @@ def describe_system(device: torch.device) -> str:
 
 
 def memory_mb(device: torch.device) -> dict[str, float]:
-    """Return the peak memory of this process in MiB, for log.txt: allocated on a CUDA device, or resident if known."""
+    """Return the peak memory of this process in MiB, for log.txt: on its CUDA device, or resident where available."""
     if device.type == 'cuda':
         return {'memory_mb': torch.cuda.max_memory_allocated(device) / 2 ** 20}
     unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # macOS counts bytes.
@@ -77,34 +76,22 @@ def check_compiler(device: torch.device) -> None:
     logger.info('trying torch.compile')
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
-    except Exception as error:  # Backends raise anything.
+    except Exception as error:  # Backends raise any exception.
         reason = first_line(getattr(error, 'inner_exception', error))
         raise UsageError(f'--compile: {reason}; install what is missing, or omit the flag') from None
-
-
-def check_trackers(tensorboard: bool, wandb: bool) -> None:
-    """Raise UsageError if the package of a requested tracker cannot be used."""
-    classes = {'tensorboard': ('torch.utils.tensorboard', 'SummaryWriter'), 'wandb': ('wandb', 'init')}
-    for package in ['tensorboard'] * tensorboard + ['wandb'] * wandb:
-        module, name = classes[package]
-        try:  # A folder called wandb can be imported too, as a package without attributes.
-            getattr(importlib.import_module(module), name)
-        except Exception as error:  # Broken packages raise anything.
-            raise UsageError(f'--log-{package} needs a package that is missing or broken: pip install {package} '
-                             f'({first_line(error)})') from None
 
 
 def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
     """Return a function that sends a log.txt record to TensorBoard, which first drops its records from `epoch` on.
 
     Raises:
-        UsageError: nothing can be written to `folder`.
+        UsageError: TensorBoard is missing or broken, or nothing can be written to `folder`.
     """
-    from torch.utils.tensorboard import SummaryWriter
     try:
+        from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(folder / 'tensorboard', purge_step=epoch)
     except Exception as error:
-        raise UsageError(f'--log-tensorboard: {first_line(error)}') from None
+        raise UsageError(f'--log-tensorboard: {first_line(error)} (pip install tensorboard)') from None
 
     def track(record: dict[str, Any]) -> None:
         for key, value in record.items():
@@ -117,15 +104,15 @@ def wandb_tracker(folder: Path, settings: dict[str, Any], run_id: str) -> Callab
     """Return a function that sends a log.txt record to Weights & Biases, continuing the run `run_id`.
 
     Raises:
-        UsageError: no run can be started (no key, no network).
+        UsageError: no run can be started (no package, no key, no network).
     """
-    import wandb
     try:
+        import wandb
         run = wandb.init(
             project='cmt', name=folder.resolve().name, dir=folder, config=settings, resume='allow', id=run_id)
     except Exception as error:
         raise UsageError(f'--log-wandb: {" ".join(str(error).split())} '
-                         '(WANDB_MODE=offline needs neither key nor network)') from None
+                         '(pip install wandb; WANDB_MODE=offline needs neither key nor network)') from None
     return lambda record: run.log(record, step=record['epoch'])
 
 

@@ -4,6 +4,7 @@ Origins: runs of this project, the authors' release, safetensors, MindCV's MindS
 Hugging Face Hub.
 """
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -74,7 +75,7 @@ class Weights:
         """Extract the weights from a checkpoint, or their EMA if `use_ema` and the checkpoint contains one.
 
         Raises:
-            UsageError: the checkpoint has no weights, or their shapes are not those of a model.
+            UsageError: the checkpoint has no weights, or contains two models.
         """
         args = checkpoint.get('args')
         args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
@@ -90,7 +91,7 @@ class Weights:
             state = mindspore.to_torch(state) if any(tensor.endswith('.moving_mean') for tensor in state) else state
             model_args = model_args_of(state)
             if not isinstance(name, str) or name in (*cmt.MODELS, *cmt.ALIASES) or not timm.is_model(name):
-                name = variant_of(model_args)  # Shapes are more reliable.
+                name = variant_of(model_args)  # The shapes are more reliable.
         if not state:
             keys = ', '.join(map(str, list(checkpoint)[:8])) or 'none'
             raise UsageError(f"{file}: no weights under a known key ({keys}): save the state dict under 'model'")
@@ -142,7 +143,7 @@ def find_state_dict(checkpoint: dict[str, Any], use_ema: bool = False) -> tuple[
 
 
 def unwrapped_name(name: str) -> str:
-    """Remove the components that wrappers add to a name."""
+    """Remove the components that wrappers such as DDP add to a name."""
     return '.'.join(component for component in name.split('.') if component not in _WRAPPERS)
 
 
@@ -187,7 +188,10 @@ def best_of_run(name: str, use_ema: bool = True) -> str:
     files = [file for file in (LAST, *list(BEST)[:1 + use_ema]) if Path(name, file).is_file()]
     if timm.is_model(name) or not files:
         return name
-    scores = {file: read_checkpoint(Path(name, file)).get('acc1', 0) for file in files if file in BEST}
+    scores = {}
+    for file in filter(BEST.__contains__, files):
+        with contextlib.suppress(UsageError):  # It is damaged.
+            scores[file] = read_checkpoint(Path(name, file)).get('acc1', 0)
     best = Path(name, max(scores, key=scores.get, default=LAST))
     logger.warning('%s is a run folder, reading %s', name, best.name)
     return str(best)
@@ -204,7 +208,7 @@ def read(file: str) -> dict[str, Any]:
         The contents of the file, with tensors on the CPU.
 
     Raises:
-        UsageError: no such file or name, a damaged file, or one that would run code when loaded.
+        UsageError: the file or name does not exist, or the file is damaged or would run code when loaded.
     """
     config = Path(file.removeprefix('local-dir:')) / 'config.json'
     if config.is_file():
@@ -220,7 +224,7 @@ def read(file: str) -> dict[str, Any]:
         create_cmt(file, device='meta')  # Refuse other models before anything is downloaded.
     try:
         model = timm.create_model(file, pretrained=True)
-    except Exception as error:  # Hub clients raise anything.
+    except Exception as error:  # Hub clients raise any exception.
         raise UsageError(f'{file} could not be downloaded ({first_line(error)}): download the file elsewhere (see '
                          'README.md), and use it instead of the name') from None
     if not isinstance(model, cmt.CMT):
@@ -231,7 +235,7 @@ def read(file: str) -> dict[str, Any]:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Read a file by the reader of its type; result and errors are those of `read`."""
+    """Read a file with the reader for its extension. Result and errors are those of `read`."""
     name = str(path)
     if name.endswith('.safetensors') and os.path.isfile(name):
         try:
@@ -300,7 +304,7 @@ def create_cmt(name: str, **kwargs) -> cmt.CMT:
     """Create a CMT by its name in timm.
 
     Raises:
-        UsageError: no model of that name, or one that is not a CMT.
+        UsageError: no model has that name, or it is not a CMT.
     """
     if not timm.is_model(name):
         raise UsageError(f"unknown model {name}: choose from {', '.join(timm.list_models('cmt_*', module='cmt'))}")
@@ -337,7 +341,7 @@ def load_weights(model: cmt.CMT, weights: Weights, new_head: bool = False) -> st
     adapted to a different number of input channels.
 
     Raises:
-        UsageError: tensors are missing, unexpected or of another shape.
+        UsageError: tensors are missing, unexpected or have another shape.
     """
     model_state, notes, new = model.state_dict(), list(weights.notes), []  # new: tensors that keep `model`'s values
     try:
@@ -377,7 +381,7 @@ def build_model(weights: Weights, name: str | None = None, num_classes: int | No
     """Build the model of `weights`, load them, and set eval mode.
 
     Args:
-        weights: of a CMT.
+        weights: weights of a CMT.
         name: the model's name, checked against the weights; None for any.
         num_classes: number of classes, None for the file's; a different number makes a new head.
         kwargs: arguments of cmt.CMT that replace those of the weights, such as img_size (pixels, multiples of 32).
@@ -411,7 +415,7 @@ def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.
     Without `path`, it gets timm's pretrained weights. Without `name`, it is the model in `path`.
 
     Raises:
-        UsageError: no such model or file, or the teacher has other classes.
+        UsageError: the model or file does not exist, or the teacher has other classes.
     """
     if path is not None and (name is None or name.startswith('cmt_')):
         weights = read_weights(path)
@@ -422,7 +426,7 @@ def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.
         settings = dict(pretrained=True) if path is None else dict(num_classes=len(classes))
         try:
             model = timm.create_model(name, **settings)
-        except Exception as error:  # Hub clients raise anything.
+        except Exception as error:  # Hub clients raise any exception.
             raise UsageError(f'--teacher-model {name}: {first_line(error)}') from None
         if path is not None:
             names = {unwrapped_name(key): key for key in model.state_dict()}  # iformer has modules named `module`.

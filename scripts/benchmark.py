@@ -26,7 +26,7 @@ FORMS = ('reference', 'eager', 'fused', 'compiled')
 
 
 class Setup(NamedTuple):
-    """Describe a case. `size` is in pixels, or None for the model's default."""
+    """Describe a benchmark case. `size` is in pixels, or None for the model's default."""
     model: str
     mode: str
     size: int | None
@@ -47,7 +47,7 @@ class Setup(NamedTuple):
         if self.form == 'reference':
             model.forward = functools.partial(reference, model)
         elif not self.model.startswith('cmt'):
-            model = model.to(memory_format=torch.channels_last)  # faster convolutions
+            model = model.to(memory_format=torch.channels_last)  # This makes convolutions faster.
         elif self.form == 'fused' or self.form == 'compiled' and self.mode == 'infer':
             model = model.fuse()
         return model.train(self.mode == 'train'), size
@@ -81,7 +81,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--repeats', type=positive, default=7, help='measurements per case (default: %(default)s)')
     parser.add_argument('--seconds', type=non_negative, default=1.0, help='minimum per case and round (default: 1)')
     parser.add_argument('--json', type=output_file, metavar='FILE', help='write all measurements to FILE')
-    parser.add_argument('--markdown', action='store_true', help='print a Markdown table')
     return parser
 
 
@@ -152,12 +151,12 @@ class Case:
         self.step()  # warm up
 
     def compile(self) -> float:
-        """Compile the model; return the seconds."""
+        """Compile the model; return how many seconds it took."""
         mode = 'reduce-overhead' if self.device.type == 'cuda' and not self.trains and self.batch <= 8 else None
         self.model = torch.compile(self.model, fullgraph=True, mode=mode)
         began = time.perf_counter()
-        # Freezing packs weights for the CPU's matrix products. As a torch.compile option, it would come too late: the
-        # weights would already be inputs of the graph.
+        # Freezing packs weights for the CPU's matrix products. As an option of torch.compile it would come too late,
+        # because the weights would already be graph inputs.
         with torch._inductor.config.patch(freezing=not self.trains and self.device.type == 'cpu'):
             self.step()
         return time.perf_counter() - began
@@ -219,8 +218,8 @@ def measure(group: list[Setup], device: torch.device, dtype: str, repeats: int, 
     return records
 
 
-def table(records: list[dict], as_markdown: bool) -> str:
-    """Return the records as a table, without columns that are empty in all rows."""
+def table(records: list[dict]) -> str:
+    """Return the records as a Markdown table, without columns that are empty in all rows."""
     rows = [{
         **{name: str(r[name]) for name in (*Setup._fields, 'device', 'dtype')},
         'images/s (smallest to largest)':
@@ -231,11 +230,8 @@ def table(records: list[dict], as_markdown: bool) -> str:
         'compilation': f"{r['compile_s']:.0f} s" if r['compile_s'] else '',
     } for r in records]
     columns = [(name, *(row[name] for row in rows)) for name in rows[0] if any(row[name] for row in rows)]
-    if as_markdown:
-        rows = zip(*((column[0], '---', *column[1:]) for column in columns))
-        return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-    widths = [max(map(len, column)) for column in columns]
-    return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns))
+    lines = zip(*((column[0], '---', *column[1:]) for column in columns))
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def main() -> None:
@@ -248,6 +244,8 @@ def main() -> None:
     groups = [[setup for setup in group if setup.exists()] for group in groups]
     if not any(groups):
         parser.error('nothing to measure: CMT does not train fused, and other models have only eager and compiled')
+    if 'cuda' in args.devices and not torch.cuda.is_available():
+        parser.error('--devices cuda: no CUDA device found')
     for setup in itertools.chain(*groups):
         if not timm.is_model(setup.model) or setup.model.startswith('cmt') and (setup.size or 32) % 32:
             parser.error(f'{setup.model}: no such timm model, or --sizes is not a multiple of 32 (CMT)')
@@ -259,7 +257,7 @@ def main() -> None:
             'command': f'python {shlex.join(sys.argv)}', 'date': datetime.date.today().isoformat(),
             'systems': [utils.describe_system(torch.device(device)) for device in args.devices], 'records': records,
         }, indent=1) + '\n')
-    print(table(records, args.markdown))
+    print(table(records))
 
 
 if __name__ == '__main__':

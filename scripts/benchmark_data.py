@@ -1,8 +1,8 @@
 """python scripts/benchmark_data.py --data-path imagenet --loaders reference fast timm torchvision --sizes 224 160
 
 Measure the images per second of the training loaders, in total and per core, with the published augmentation. A
-loader's result is the normalized float batch on the device. torchvision and DALI have their own RandAugment, with one
-strength (no mstd0.5, inc1); torchvision's is bilinear.
+loader's result is the normalized float batch on the device. torchvision and DALI have their own RandAugment, with a
+fixed strength (no mstd0.5, inc1); torchvision's is bilinear.
 
 Loaders without workers alternate batch by batch, so that a slow minute of the machine affects all of them. Their images
 per core are images per second of CPU time, which other jobs affect less. Results are medians over epochs.
@@ -26,7 +26,7 @@ from system import cores
 
 @_path.parse_first
 def build_parser() -> Parser:
-    """Return the parser of the command line."""
+    """Build the command-line parser."""
     parser = Parser(prog='benchmark_data.py', description=__doc__.split('\n\n')[1])
     parser.add_argument('--data-path', type=path, required=True,
                         help='folder with train/ or val/, folder of classes, or tar')
@@ -143,14 +143,14 @@ class Case:
         self.per_s_per_core: list[float] = []
 
     def run(self, epoch: int) -> Iterator[None]:
-        """Measure one epoch, yielding after each batch. Epoch 0 fills caches and starts workers: it does not count."""
+        """Measure one epoch, yielding after each batch. Epoch 0 is warm-up and does not count."""
         self.sampler.set_position(epoch)
         images, seconds, cpu_seconds, batches = 0, 0., 0., iter(self.batches)
         for step in range(len(self.batches)):
             began, cpu_began = time.perf_counter(), time.process_time()
             batch = next(batches)
             random_seed(step)
-            if self.setting['loader'] != 'timm':  # timm's loader normalizes and erases by itself.
+            if self.setting['loader'] != 'timm':  # timm's loader itself normalizes and erases.
                 self.preprocess(*batch)
             if self.device.type == 'cuda':
                 torch.cuda.synchronize()

@@ -14,12 +14,13 @@ From a checkpoint with model and EMA, the EMA is converted; --no-model-ema conve
 import argparse
 import hashlib
 import html
+import io
 import json
 import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import _path
 from errors import UsageError, one_line, printable
@@ -52,7 +53,7 @@ from timm.models._hub import save_config_for_hf
 import cmt
 import utils
 from checkpoints import FORMAT, check_output
-from system import atomic_write
+from system import write_file
 from weights import Weights, best_of_run, build_model, create_cmt, read
 
 logger = logging.getLogger(__name__)
@@ -60,22 +61,15 @@ logger = logging.getLogger(__name__)
 FILES = 'model.safetensors', 'config.json', 'README.md', 'cmt.py'  # the contents of a converted folder
 
 
-def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
-    with atomic_write(path) as file:
-        save(file)
-    content = path.read_bytes()
+def write(path: Path, content: bytes) -> None:
+    write_file(path, content)
     logger.info('wrote %s  %.1f MB  sha256 %s', path, len(content) / 1e6, hashlib.sha256(content).hexdigest())
-
-
-def write_safetensors(path: Path, model: cmt.CMT) -> None:
-    content = safetensors.torch.save(model.state_dict(), {'format': 'pt'})
-    write(path, lambda file: file.write(content))
 
 
 def model_card(title: str, source: str, model: cmt.CMT, weights: Weights, checkpoint: dict[str, Any],
                license_id: str | None) -> str:
     """Return the README.md of a converted folder; `source` is its name for timm.create_model."""
-    run = checkpoint if weights.is_own else {'args': {}}  # Other tools write anything under these keys.
+    run = checkpoint if weights.is_own else {'args': {}}  # Other tools may write anything under these keys.
     args, accuracy, published = run['args'], run.get('acc1'), is_published(weights)
     origin, names, data = args.get('finetune') or '', weights.class_names(model), args.get('data_set') or ''
     if license_id is None and (published or timm.is_model(origin)):
@@ -97,42 +91,42 @@ def model_card(title: str, source: str, model: cmt.CMT, weights: Weights, checkp
 
 
 def public_name(path: str) -> str:
-    """Return the last part of a path or URL, without folders, hosts and tokens; Hub names stay as they are."""
+    """Return the last component of a path or URL, without hosts and tokens. Hub names stay unchanged."""
     is_hub = path.startswith(('hf-hub:', 'hf_hub:'))
-    return (path if is_hub else PureWindowsPath(path.split('?')[0]).name).replace('`', "'")  # for POSIX paths too
+    return (path if is_hub else PureWindowsPath(path.split('?')[0]).name).replace('`', "'")  # splits POSIX paths too
 
 
 def is_published(weights: Weights) -> bool:
-    """Return whether weights are published ones, given by their name in timm."""
+    """Return whether these are published weights, loaded by their name in timm."""
     return not Path(weights.file).exists() and ':' not in weights.file
 
 
 def write_folder(folder: Path, model: cmt.CMT, weights: Weights, card: str) -> None:
     """Write a folder that timm opens as 'local-dir:FOLDER'."""
-    published = is_published(weights)  # before a folder of the same name exists
-    name = weights.name if timm.is_model(weights.name or '') else 'cmt_s'  # The arguments below decide.
+    published = is_published(weights)  # Check before a folder of this name exists.
+    name = weights.name if timm.is_model(weights.name or '') else 'cmt_s'  # `model_args` override those of cmt_s.
     model_args = {key: value for key, value in model.model_args.items() if not key.endswith('_rate')}
     described = create_cmt(name, device='meta', **model_args)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / 'model.safetensors', model)
+    write(folder / 'model.safetensors', safetensors.torch.save(model.state_dict(), {'format': 'pt'}))
     with tempfile.TemporaryDirectory() as place:
         config = Path(place) / 'config.json'
         save_config_for_hf(described, config, model_config={'label_names': weights.class_names(model)},
                            data_config={'crop_pct': weights.crop_pct})
         content = json.loads(config.read_text('utf-8'))
-    content['model_args'].pop('num_classes', None)  # transformers passes its own in addition to these.
+    content['model_args'].pop('num_classes', None)  # transformers also passes num_classes.
     if not published:
         for key in ('tag', 'license', 'origin_url'):
             content['pretrained_cfg'].pop(key, None)
-    write(folder / 'config.json', lambda file: file.write(json.dumps(content, indent=2).encode()))
-    write(folder / 'README.md', lambda file: file.write(card.encode()))
-    write(folder / 'cmt.py', lambda file: file.write(Path(cmt.__file__).read_bytes()))
+    write(folder / 'config.json', json.dumps(content, indent=2).encode())
+    write(folder / 'README.md', card.encode())
+    write(folder / 'cmt.py', Path(cmt.__file__).read_bytes())
 
 
 def call_hub(method: Callable, repo_id: str, **kwargs) -> Any:
     try:
         return method(repo_id=repo_id, **kwargs)
-    except Exception as error:  # Hub clients raise anything.
+    except Exception as error:  # Hub clients raise any exception.
         line = one_line(error)
         raise UsageError(f'--push-to-hub {repo_id}: {line}{": hf auth login" * ("401" in line)}') from None
 
@@ -145,7 +139,8 @@ def write_checkpoint(path: Path, model: cmt.CMT, weights: Weights, is_released: 
     if not is_released:
         state.update(format=FORMAT, model_args=model.model_args,
                      args={'input_size': model.img_size[0], 'model': weights.name, 'crop_pct': weights.crop_pct})
-    write(path, lambda file: torch.save(state, file))
+    torch.save(state, content := io.BytesIO())
+    write(path, content.getvalue())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -160,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = read(file := best_of_run(args.source, args.model_ema))
         weights = Weights.from_checkpoint(checkpoint, file, args.model_ema)
         dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
-        model = build_model(weights, args.model, dtype=torch.float64)  # float64 holds the other precisions exactly.
+        model = build_model(weights, args.model, dtype=torch.float64)  # float64 holds all other dtypes exactly.
         model.to(max(dtypes, key=lambda dtype: dtype.itemsize))
         if output_format == 'released' and not model.model_args['position_bias']:
             raise UsageError("weights without position bias (MindCV's form) do not fit the authors' code")
@@ -176,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
                     HfApi().upload_folder, hub, folder_path=args.output, allow_patterns=FILES,
                     commit_message='Upload CMT weights'))
         elif output_format == 'safetensors':
-            write_safetensors(args.output, model)
+            write(args.output, safetensors.torch.save(model.state_dict(), {'format': 'pt'}))
         else:
             write_checkpoint(args.output, model, weights, output_format == 'released')
     logger.info('%s at %dx%d, %d classes, as %s', weights.name or 'CMT', *model.img_size, model.num_classes,

@@ -43,7 +43,7 @@ def build_page(model: nn.Module, names: list[str], examples: list[str]):
     import gradio
     # gradio would decode files itself, in more formats. It replaces component instances, so patch the class.
     gradio.Image.preprocess = lambda self, file: file and file.path
-    # Labels are keys of a dict, and ImageNet has two classes named crane.
+    # Labels are dict keys, so they must be unique. ImageNet has two classes named crane.
     labels = [name if names.count(name) == 1 else f'{name} ({i})' for i, name in enumerate(names)]
 
     def classify(file: str | None):

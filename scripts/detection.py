@@ -54,7 +54,7 @@ def get_args_parser() -> options.Parser:
     add('--backbone', help='name of a CMT (default: cmt_s, for SHAPES cmt_ti)')
     add('--weights', type=path, metavar='FILE|NAME', help='classification weights of the backbone (default: random)')
     add('--backbone-bn', choices=('train', 'frozen'),
-        help='BatchNorm of the backbone (default: frozen with --weights, else train)')
+        help='mode of BatchNorm in the backbone (default: frozen with --weights, else train)')
     add('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
     add('--drop-path', type=fraction, default=0.1, help='drop-path rate of the last block')
     add('--fpn-channels', type=positive, help='width of the pyramid, a multiple of 8 (default: 256, for SHAPES 64)')
@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == '__main__':
-    ARGS = parse_args()  # First, so that --help and mistakes do not wait for the imports below.
+    ARGS = parse_args()  # Parse first, so that --help and mistakes do not wait for the imports below.
 
 import numpy as np
 import torch
@@ -153,10 +153,10 @@ def build_detector(
         fpn_channels, anchor_size, proposals: as the flags; each level doubles the side of the anchors.
 
     Raises:
-        UsageError: no such backbone, or weights that do not fit it.
+        UsageError: the backbone does not exist, or the weights do not fit it.
     """
     short, long = input_size
-    # The position bias has the size of a typical landscape image; other sizes cost a resampling.
+    # The position bias fits a typical landscape image. For other sizes it is resampled in each forward pass.
     bias_size = tuple(math.ceil(side / 32) * 32 for side in (short, min(long, short * 4 / 3)))
     settings = dict(dynamic_img_size=True, img_size=bias_size, drop_path_rate=drop_path)
     cmt = create_cmt(backbone, **settings) if weights is None else build_model(
@@ -164,7 +164,7 @@ def build_detector(
     body = FeatureListNet(cmt.train(), out_indices=(0, 1, 2, 3), flatten_sequential=True)
     if frozen_bn:
         body = freeze_batch_norm_2d(body)
-    levels = (1, 2, 3) if detector == 'retinanet' else (0, 1, 2, 3)  # from strides 8 and 4 on
+    levels = (1, 2, 3) if detector == 'retinanet' else (0, 1, 2, 3)  # The pyramid starts at stride 8 or 4.
     neck = BackboneWithFPN(
         body, {f'stages_{level}': str(level) for level in levels},
         [body.feature_info.channels()[level] for level in levels], fpn_channels,
@@ -174,7 +174,7 @@ def build_detector(
     if detector == 'retinanet':
         sizes = tuple(tuple(int(anchor_size * 2 ** (i + j / 3)) for j in range(3)) for i in range(5))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        # GroupNorm as in retinanet_resnet50_fpn_v2: without norms the head hardly learns from scratch.
+        # Use GroupNorm as retinanet_resnet50_fpn_v2 does. Without norms, the head hardly learns from scratch.
         head = RetinaNetHead(fpn_channels, anchors.num_anchors_per_location()[0], num_classes,
                              norm_layer=functools.partial(nn.GroupNorm, fpn_channels // 8))
         model = RetinaNet(neck, num_classes, anchor_generator=anchors, head=head, **common)
@@ -202,8 +202,8 @@ class CocoDataset(CocoDetection):
     Boxes with a side below one pixel are left out of samples. The evaluation counts them, as pycocotools does.
 
     Raises:
-        UsageError: a missing image, JSON that is not COCO's, or objects without masks.
-        OSError: no such JSON file.
+        UsageError: an image is missing, the JSON is not in COCO's format, or objects lack masks.
+        OSError: the JSON file does not exist.
     """
 
     def __init__(self, images: str, annotations: str, train: bool, masks: bool, hflip: float = 0.5):
@@ -226,7 +226,7 @@ class CocoDataset(CocoDetection):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return an image (3, H, W), uint8, and boxes (N, 4), labels (N,) and masks (N, H, W) of its objects."""
-        # COCO's boxes are for the stored pixels.
+        # COCO's boxes refer to the stored pixels, without EXIF rotation.
         image = open_image(Path(self.samples[index][0]).read_bytes(), ignore_exif=True)
         size, objects = image.size[::-1], self.coco.imgToAnns[self.ids[index]]
         boxes = box_convert(torch.tensor([a['bbox'] for a in objects], dtype=torch.float32).view(-1, 4), 'xywh', 'xyxy')
@@ -234,7 +234,7 @@ class CocoDataset(CocoDetection):
         target = {'boxes': tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size),
                   'labels': torch.tensor(labels, dtype=torch.int64)}
         if self.masks:
-            masks = np.array([self.coco.annToMask(a) for a in objects], np.uint8).reshape(-1, *size)
+            masks = np.stack([self.coco.annToMask(a) for a in objects]) if objects else np.zeros((0, *size), np.uint8)
             target['masks'] = tv_tensors.Mask(torch.from_numpy(masks))
         return self.transform(image, target)
 
@@ -243,12 +243,14 @@ def check_annotations(coco: Any, name: str, images: Path, masks: bool) -> None:
     """Check what the evaluation and the detectors need; arguments and errors are those of CocoDataset."""
     if not (coco.imgs and coco.cats and 'annotations' in coco.dataset):
         raise UsageError(f'{name} is not a JSON file in COCO\'s format: it needs images, annotations and categories')
+    if not all('file_name' in i for i in coco.imgs.values()) or not all('name' in c for c in coco.cats.values()):
+        raise UsageError(f'{name}: each image needs a file_name, and each category a name')
     missing = [image['file_name'] for image in coco.imgs.values() if not (images / image['file_name']).is_file()]
     if missing:
         raise UsageError(f'{images} lacks {len(missing)} of the {len(coco.imgs)} images of {name}: {missing[0]}'
                          + ', ...' * (len(missing) > 1))
     for a in coco.dataset['annotations']:
-        if len(a.get('bbox', ())) != 4 or a['image_id'] not in coco.imgs or a['category_id'] not in coco.cats:
+        if len(a.get('bbox') or ()) != 4 or a['image_id'] not in coco.imgs or a['category_id'] not in coco.cats:
             raise UsageError(f'{name}: annotation {a["id"]} needs an image_id and a category_id of the file, and a '
                              'bbox of x, y, width and height')
         if masks and not a.get('segmentation'):
@@ -305,7 +307,7 @@ def draw_shapes(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[
 
 
 def collate(samples: list[tuple]) -> tuple:
-    """Return images and targets as two lists, since images differ in size."""
+    """Collate samples into a list of images and a list of targets, since images differ in size."""
     return tuple(map(list, zip(*samples)))
 
 
@@ -371,8 +373,8 @@ def average_precision(data: CocoDataset, results: dict[str, list]) -> dict[str, 
         stats = np.zeros(6)
         if detections:  # loadRes fails on an empty list.
             with contextlib.redirect_stdout(io.StringIO()):
-                truth = copy.deepcopy(data.coco)  # COCOeval replaces its masks.
-                loaded = truth.loadRes(copy.deepcopy(detections))  # It adds to its argument.
+                truth = copy.deepcopy(data.coco)  # COCOeval replaces the masks.
+                loaded = truth.loadRes(copy.deepcopy(detections))  # loadRes changes its argument.
                 evaluation = COCOeval(truth, loaded, {'box': 'bbox', 'mask': 'segm'}[kind])
                 evaluation.evaluate()
                 evaluation.accumulate()
@@ -382,7 +384,7 @@ def average_precision(data: CocoDataset, results: dict[str, list]) -> dict[str, 
         line = '  '.join(f'{name.upper().replace("_", " ")} {value:.2f}' for name, value in figures.items())
         logger.info('* %s %s', kind, line)
         scores.update({f'{kind}_{name}': value for name, value in figures.items()})
-    logger.info(json.dumps(scores))  # with all digits
+    logger.info(json.dumps(scores))  # Log all digits too.
     return scores
 
 
@@ -415,7 +417,7 @@ def draw(model: nn.Module, data: CocoDataset, device: torch.device, images: int 
 # Training
 
 def rate_factor(args: argparse.Namespace, done: int, updates: int) -> float:
-    """Return the factor of the 1x schedule after `done` steps: linear warm-up, a tenth after each of --lr-steps."""
+    """Return the learning-rate factor after `done` steps: linear warm-up, then a tenth after each of --lr-steps."""
     passed = sum(done >= epoch * updates for epoch in args.lr_steps)
     return min(1., (done + 1) / max(args.warmup_steps, 1)) * 0.1 ** passed
 
@@ -453,7 +455,7 @@ def train_epoch(
         sums.update({name: value.detach() for name, value in {**losses, 'loss': loss}.items()})
         images += len(batch)
         figures = None
-        if progress.due():  # Also after the last step, before anything is saved.
+        if progress.due():  # This is also due after the last step, before anything is saved.
             mean = float(sums['loss']) / (step + 1)  # This is a host sync.
             if processes.all_reduce_max(int(not math.isfinite(mean) or scaler.get_scale() < 1e-10)):
                 raise TrainingFault(
@@ -468,10 +470,10 @@ def train_epoch(
 
 
 def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[str], is_training: bool) -> None:
-    """Load the detector of a checkpoint of this script.
+    """Load a checkpoint of this script into the detector `model`.
 
     Raises:
-        UsageError: not a detector's checkpoint, or in training a checkpoint without optimizer.
+        UsageError: the checkpoint is not a detector's, does not fit, or lacks an optimizer for training.
     """
     if 'detector' not in checkpoint:
         raise UsageError(f"{file} is not a checkpoint of detection.py: pass a classifier's weights with --weights")
@@ -575,10 +577,16 @@ def end_epoch(
         record: dict[str, Any], best: dict[str, Any], began: float) -> dict[str, Any]:
     """Evaluate if it is due, log the epoch and save it; return the best score so far, with its epoch."""
     epoch, scored, device = state['epoch'], {}, next(core.parameters()).device
-    if processes.get_world_size() > 1:  # So that the saved weights are the scored ones.
+    if processes.get_world_size() > 1:  # Save the same BatchNorm statistics that are scored.
         distribute_bn(core, processes.get_world_size(), reduce=True)
     if (epoch + 1) % args.eval_every == 0 or epoch == args.epochs - 1:
-        record |= score()
+        try:
+            record |= score()
+        except Exception:  # Save the epoch before an error such as an unreadable image.
+            if writer is not None:
+                writer.save({**state, 'best': best})
+                writer.wait()
+            raise
         if record.get('box_ap', -1) > best.get('box_ap', -1):  # COCOeval gives no AP without annotations.
             scored = {'box_ap': record['box_ap']}
             best = {**scored, 'epoch': epoch}
@@ -592,7 +600,7 @@ def end_epoch(
 
 
 def cli(argv: list[str] | None = None, args: argparse.Namespace | None = None, exits: bool = False) -> int:
-    """Run main with `args`, or with the flags `argv` (default: of the command line); return the exit status."""
+    """Run main with `args`, or with the flags `argv` (default: sys.argv); return the exit status."""
     args = args or parse_args(argv)
     return processes.run_main('detection.py', main, args, unreadable_status=2 if args.eval else 1, exits=exits)
 

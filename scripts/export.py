@@ -94,7 +94,7 @@ def to_onnx(model: nn.Module, images: torch.Tensor, metadata: str, opset: int | 
     program = torch.onnx.export(
         model, (images,), dynamo=True, verbose=False, input_names=['images'], output_names=['logits'],
         dynamic_shapes=({0: torch.export.Dim('batch')},), opset_version=opset)
-    if opset not in (None, program.model.opset_imports['']):  # torch logs that it failed, and exports another opset.
+    if opset not in (None, program.model.opset_imports['']):  # On failure, torch only logs and exports another opset.
         raise UsageError(f'--opset {opset}: torch cannot export it; omit --opset, or use 18')
     program.model.metadata_props['cmt'] = metadata
     content = program.model_proto.SerializeToString()
@@ -108,8 +108,8 @@ def to_onnx(model: nn.Module, images: torch.Tensor, metadata: str, opset: int | 
 def quantize(content: bytes, calibration: Batches) -> bytes:
     """Quantize the convolutions, except the first, and matrix products of an ONNX model, per output channel.
 
-    Activations are uint8, for which x86 has instructions: ONNX Runtime's default, int8, is half as fast. Weights have
-    7 bits, since CPUs without VNNI would saturate at 8.
+    Activations are uint8, for which x86 has instructions. ONNX Runtime's default, int8, is half as fast. Weights have
+    7 bits, since 8-bit products saturate on CPUs without VNNI.
     """
     import onnx
     from onnxruntime import quantization
@@ -141,14 +141,14 @@ def to_torchscript(model: nn.Module, images: torch.Tensor, metadata: str) -> tup
     return file.getvalue(), torch.jit.load(file)
 
 
-# extension: (function, largest difference of the logits allowed in float32)
+# extension: (function, largest allowed difference of the logits in float32)
 FORMATS = {'.onnx': (to_onnx, 1e-4), '.pt2': (to_pt2, 1e-5)}
 FORMATS |= dict.fromkeys(('.ts', '.torchscript', '.pt'), (to_torchscript, 1e-5))
 
 
 @torch.no_grad()
 def compare(model: Function, exported: Function, batches: Batches) -> tuple[float, float, float, float]:
-    """Return the largest difference of the logits, and in % the equal predictions and both accuracies.
+    """Return the largest difference of the logits, and the agreement of predictions and both accuracies in %.
 
     The difference is relative to an image's largest logit if that is above 1.
     """
@@ -192,10 +192,10 @@ def open_eval_data(folder: str, transform: Callable, classes: list[str], used: s
 
 def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fuse: bool = False, half: bool = False,
            **options) -> tuple[bytes, Function, float]:
-    """Return the file of a model, what it computes, and its largest difference from the model on random images.
+    """Return an exported file, the function it computes, and its largest difference from `model` on random images.
 
-    `name` and `classes` go into the metadata, `suffix` is a key of FORMATS, `options` are those of its function. Raises
-    UsageError for a format that cannot represent the model, or logits that differ.
+    `name` and `classes` go into the metadata, `suffix` is a key of FORMATS, and `options` go to its function. Raise
+    UsageError if the format cannot represent the model, or if the logits differ.
     """
     convert, allowed = FORMATS[suffix]
     allowed = float('inf') if options.get('calibration') else 2e-2 if half else allowed
@@ -207,7 +207,7 @@ def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fu
         'model': name, 'input_size': [model.in_chans, *model.img_size], 'crop_pct': cfg['crop_pct'],
         'interpolation': cfg['interpolation'], 'mean': cfg['mean'], 'std': cfg['std'], 'classes': classes})
     images = torch.zeros(2, model.in_chans, *model.img_size)
-    exportable = model.fuse() if fuse else copy.deepcopy(model).requires_grad_(False)  # as ExecuTorch needs
+    exportable = model.fuse() if fuse else copy.deepcopy(model).requires_grad_(False)  # ExecuTorch needs this.
     exportable = Half(exportable.half()).eval() if half else exportable
     logging.disable(logging.WARNING)  # Exporters log a lot, and warn that TorchScript is deprecated.
     try:
@@ -219,26 +219,33 @@ def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fu
         logging.disable(logging.NOTSET)
     x = torch.randn(6, *images.shape[1:], generator=torch.Generator().manual_seed(0))
     difference, *_ = compare(model, exported, [(batch, torch.zeros(len(batch))) for batch in x.split([1, 5])])
-    if not difference <= allowed:  # NaN is not accepted.
+    if not difference <= allowed:  # This form rejects NaN too.
         raise UsageError(f'no file written: its logits would differ by {difference:.1e}, more than {allowed:.0e}')
     return content, exported, difference
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that do not go together, and for missing packages."""
+    suffix = args.output.suffix.lower()
+    if suffix not in FORMATS:
+        raise UsageError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
+    missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
+    if suffix == '.onnx' and missing:
+        raise UsageError(f'.onnx needs packages that are not installed: pip install {" ".join(missing)}')
+    if suffix != '.onnx' and (args.int8, args.opset) != (None, None):
+        raise UsageError('--int8 and --opset are for .onnx')
+    if args.input_size and len(args.input_size) > 2:
+        raise UsageError('--input-size needs one number, or height and width')
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    logging.basicConfig(format='%(message)s')  # warnings, to standard error
-    for name in ('datasets', 'sources'):  # which images are damaged or left out
+    logging.basicConfig(format='%(message)s')  # Print warnings to stderr.
+    for name in ('datasets', 'sources'):  # Log which images are damaged or left out.
         logging.getLogger(name).setLevel(logging.INFO)
     with parser.usage_errors():
-        suffix = args.output.suffix.lower()
-        if suffix not in FORMATS:
-            raise UsageError(f'{args.output}: the name must end in {", ".join(FORMATS)}')
-        missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
-        if suffix == '.onnx' and missing:
-            raise UsageError(f'.onnx needs packages that are not installed: pip install {" ".join(missing)}')
-        if suffix != '.onnx' and (args.int8, args.opset) != (None, None):
-            raise UsageError('--int8 and --opset are for .onnx')
+        check_flags(args)
         check_output(args.output, args.source, args.overwrite)
         changes = {'dynamic_img_size': True} if args.dynamic_img_size else {}
         if args.input_size:
@@ -258,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
             data = Subset(images, range(half, len(images)))
         if args.eval_data is not None:
             data = open_eval_data(args.eval_data, transform, classes or IMAGENET * (model.num_classes == 1000), used)
+        suffix = args.output.suffix.lower()
         content, exported, difference = export(model, name, classes, suffix, args.fuse, args.half, **options)
         if data:
             difference, agreement, before, after = compare(model, exported, read_batches(data, model, 'comparison'))

@@ -1,7 +1,7 @@
 """python scripts/plot_log.py output/digits -o curves.png
 
 Draw the loss, accuracy, learning rate and images per second of one or more runs in one figure. Name a run by its folder
-or its log.txt. No display is needed. Runs of detection.py have average precision in place of accuracy. To follow a run,
+or its log.txt. No display is needed. Runs of detection.py show average precision instead of accuracy. To follow a run,
 repeat the command:
 
     watch -n 60 python scripts/plot_log.py output/digits

@@ -1,10 +1,9 @@
-"""python scripts/plot_published.py -o accuracy.svg
+"""python scripts/plot_published.py docs/assets/accuracy.svg
 
 Plot ImageNet top-1 accuracy against multiply-adds for CMT and for models of similar size. All results are published
 ones, from training on ImageNet-1k alone without distillation.
 """
 import argparse
-from pathlib import Path
 
 import _path
 from options import Parser, output_file
@@ -13,14 +12,13 @@ from options import Parser, output_file
 @_path.parse_first
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(prog='plot_published.py', description=__doc__.split('\n', 2)[2])
-    parser.add_argument('-o', '--output', type=output_file, default=Path('accuracy.svg'), metavar='FILE',
-                        help='the figure (default: accuracy.svg)')
+    parser.add_argument('output', type=output_file, metavar='FILE', help='the figure')
     return parser
 
 
 from matplotlib.figure import Figure
 
-from reports import check_extension, save
+from reports import save
 
 # family: (source, [(model, multiply-adds in G, top-1 accuracy in %)])
 PUBLISHED = {
@@ -34,14 +32,14 @@ PUBLISHED = {
 }
 
 
-def draw_published() -> Figure:
-    """Draw a line for each family, from its smallest to its largest model."""
+def main() -> None:
+    args = get_args_parser().parse_args()
     figure = Figure(figsize=(8, 4.5), layout='constrained')
     axes = figure.subplots()
-    for i, (family, (_, models)) in enumerate(PUBLISHED.items()):
+    for family, (_, models) in PUBLISHED.items():
         names, counts, accuracies = zip(*models)
-        axes.plot(counts, accuracies, marker='o', label=family, color=f'C{i}', linewidth=2.5 if i == 0 else 1.3)
-        for name, count, accuracy in models if i == 0 else ():
+        axes.plot(counts, accuracies, marker='o', label=family, linewidth=2.5 if family == 'CMT' else 1.3)
+        for name, count, accuracy in models if family == 'CMT' else ():
             axes.annotate(f'CMT-{name}', (count, accuracy), (0, 7), textcoords='offset points', ha='center')
     axes.set(xscale='log', xlabel='multiply-adds (G)', ylabel='ImageNet top-1 accuracy (%)', ylim=(70, 86))
     axes.set_xticks(ticks := [0.5, 1, 2, 4, 8, 16], [str(tick) for tick in ticks])
@@ -49,16 +47,7 @@ def draw_published() -> Figure:
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False, loc='lower right')
-    return figure
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
-    with parser.usage_errors():
-        check_extension(args.output)
-        save(draw_published(), args.output)
-    print(args.output)
+    save(figure, args.output)
 
 
 if __name__ == '__main__':

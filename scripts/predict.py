@@ -54,7 +54,7 @@ from system import atomic_write
 
 
 def find_images(arguments: list[str]) -> list[tuple[str, str | bytes, tuple[str, ...]]]:
-    """Return (name, path or encoded image, folders below the argument) of each image that `arguments` name."""
+    """Find the images that `arguments` name: (name, path or encoded image, folders below the argument)."""
     images = []
     for argument in arguments:
         if argument == '-':
@@ -97,7 +97,7 @@ def is_correct(result: dict[str, Any]) -> bool:
 
 def write_sheet(
         path: Path, model: nn.Module, title: str, results: list[dict[str, Any]], images: list, batch_size: int) -> None:
-    """Write the sheet of the first images; mistakes come first, by descending confidence."""
+    """Write a sheet of the first images. Mistakes come first, the most confident ones at the top."""
     def rank(i: int) -> float:
         is_mistake = 'label' in results[i] and not is_correct(results[i])
         return -results[i]['predictions'][0]['probability'] if is_mistake else 0
@@ -126,10 +126,10 @@ def print_table(rows: list[tuple[str, int, int, str, float]]) -> None:  # image,
 def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    # JSON and CSV are UTF-8 in a pipe too. File names may have bytes that are not.
+    # Write JSON and CSV as UTF-8, even to a pipe. File names may contain invalid UTF-8.
     sys.stdout.reconfigure(encoding='utf-8' if args.json or args.csv else None, errors='backslashreplace')
-    logging.basicConfig(format='%(message)s')  # warnings, to standard error
-    logging.getLogger('sources').setLevel(logging.INFO)  # which files of a folder are left out
+    logging.basicConfig(format='%(message)s')  # Print warnings to stderr.
+    logging.getLogger('sources').setLevel(logging.INFO)  # Log which files are left out.
     with parser.usage_errors():
         if args.picture:
             check_extension(args.picture)
@@ -154,13 +154,15 @@ def main(argv: list[str] | None = None) -> None:
                       for *row, probability in rows]), end='')
     elif results:
         print_table(rows)
-    with parser.usage_errors():  # such as a full disk
+    try:
         if args.features:
             with atomic_write(args.features) as file:
                 np.savez(file, names=[name for name, *_ in read], features=features,
                          labels=[label for *_, label in read])
         if args.picture and results:
             write_sheet(args.picture, model, title, results, read, args.batch_size)
+    except OSError as error:  # The disk may be full.
+        sys.exit(f'predict.py: error: {error}')
     if len(results) < len(images):
         sys.exit(1)
 

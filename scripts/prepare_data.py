@@ -3,11 +3,12 @@
 Copy images into tars for --data-path, and resize large training images, so that a core loads more of them per second.
 
 SRC is a folder, a tar or shards as --data-path takes them, or a folder of classes. Each tar is written, indexed, and
-moved to DST.incomplete, which becomes DST when all tars are there. The same command resumes, and replaces tars that
+moved to DST.incomplete, which becomes DST after the last tar. The same command resumes, and replaces tars that
 have other images than the source. The bytes of a tar depend only on the source and the flags, so an interrupted run, or
 any number of workers, writes the same tars.
 """
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -27,7 +28,7 @@ from system import atomic_write, cores, lock_file, remove_temporary_files, sync_
 
 @_path.parse_first
 def build_parser() -> Parser:
-    """Return the parser of the command line."""
+    """Build the command-line parser."""
     parser = Parser(prog='prepare_data.py', description=__doc__.split('\n\n')[1], allow_abbrev=False)
     parser.add_argument('src', type=path, metavar='SRC', help="folder, tar or shards, as for train.py's --data-path")
     parser.add_argument('dst', type=path, metavar='DST', help='folder to create, for --data-path')
@@ -63,7 +64,7 @@ class Encoder(Dataset):
     reason replaces the bytes of an image that cannot be decoded.
 
     Raises:
-        UnreadableImage: a file that cannot be read, or without `skip_damaged` an image that cannot be decoded.
+        UnreadableImage: a file cannot be read, or without `skip_damaged` cannot be decoded.
     """
 
     def __init__(self, images: EncodedImages, short_side: int | None, quality: int, skip_damaged: bool):
@@ -75,7 +76,7 @@ class Encoder(Dataset):
     def __getitem__(self, index: int) -> bytes | str:
         try:
             return self.encode(self.images.read(index))
-        except Exception as error:  # Pillow's plugins raise anything on damaged files.
+        except Exception as error:  # Pillow's plugins raise any exception on damaged files.
             is_damage = not getattr(error, 'errno', None) and not isinstance(error, (MemoryError, UsageError))
             if self.skip_damaged and is_damage:
                 return one_line(error)
@@ -133,7 +134,7 @@ def names_in_tars(images: EncodedImages, split: str) -> list[str]:
             # Add the class of CLASS.tar or of a flat folder's table. ImageNet's validation tar has no folders.
             folders = [label, *folders] if Path(root).stem == label or not isinstance(images, TarImages) else []
         names.append('/'.join([split, *folders, base]))
-        keys.append((*folders[:1], *posixpath.split(names[-1])))  # the order of sources.TarImages
+        keys.append((*folders[:1], *posixpath.split(names[-1])))  # TarImages sorts by this key.
     for i, (key, after) in enumerate(itertools.pairwise(keys)):
         if key >= after:
             raise UsageError(f'{images.samples[i][0]} and {images.samples[i + 1][0]} would get the same name '
@@ -142,7 +143,7 @@ def names_in_tars(images: EncodedImages, split: str) -> list[str]:
 
 
 def divide(images: EncodedImages, split: str, most: int) -> dict[str, list[int]]:
-    """Map tar names to the indices of at most `most` samples; keys of two shards stay apart."""
+    """Map tar names to the indices of at most `most` samples each. Never mix samples of two shards in a tar."""
     groups = itertools.groupby(range(len(images)), images.root if images.has_labels else lambda index: split)
     tars = [indices[i:i + most] for indices in (list(group) for _, group in groups)
             for i in range(0, len(indices), most)]
@@ -150,7 +151,7 @@ def divide(images: EncodedImages, split: str, most: int) -> dict[str, list[int]]
 
 
 def write_tar(tar: Path, images: EncodedImages, names: list[str], samples: Iterable, progress: utils.Progress) -> None:
-    """Write a tar of (index, sample of the Encoder) pairs and the index that training reads; log images left out."""
+    """Write (index, Encoder sample) pairs to a tar, and the tar's index. Log the images that are left out."""
     with atomic_write(tar) as file, tarfile.open(fileobj=file, mode='w', format=tarfile.GNU_FORMAT) as out:
         for i, data in samples:
             progress.step({'tar': tar.name} if progress.due() else None)
@@ -176,17 +177,18 @@ def write_split(folder: Path, split: str, images: EncodedImages, names: list[str
         kit = find_devkit(Path(images.root(0)))
         write_file(folder / kit.name, kit.read_bytes())
     tars = divide(images, split, args.images_per_tar)
-    written = {}  # images by tar
+    written = {}  # names of the images in each tar
     for tar in folder.glob(f'{split}-*.tar'):
-        expected = {names[i] for i in tars.get(tar.name, [])}
-        present = {name for name in sources.tar_index(tar) if not name.endswith('.cls')}
-        if present == expected or present < expected and args.skip_damaged:
+        expected, present = {names[i] for i in tars.get(tar.name, [])}, None
+        with contextlib.suppress(UsageError):  # Write a damaged tar again.
+            present = {name for name in sources.tar_index(tar) if not name.endswith('.cls')}
+        if present == expected or args.skip_damaged and present and present < expected:
             written[tar.name] = present
         else:
             tar.unlink()
     todo = [i for tar, indices in tars.items() if tar not in written for i in indices]
     encoder = Encoder(images, short_side, args.quality, args.skip_damaged)
-    batch_size = 100 if isinstance(images, published.ParquetImages) else 4  # A worker reads whole row groups.
+    batch_size = 100 if isinstance(images, published.ParquetImages) else 4  # Workers read whole row groups.
     workers = cores() if args.num_workers is None else args.num_workers
     loader = build_loader(Subset(encoder, todo), batch_size, num_workers=workers, collate_fn=list)
     encoded = itertools.chain.from_iterable(loader)
@@ -247,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """Run main with the flags `argv` (default: of the command line), and return the exit status."""
+    """Run main with the flags `argv` (default: sys.argv), and return the exit status."""
     return processes.run_main('prepare_data.py', main, build_parser().parse_args(argv), 2, exits=argv is None)
 
 

@@ -17,7 +17,7 @@ def get_args_parser() -> Parser:
     parser.add_argument('--model', choices=[f'cmt_{size}' for size in (
         'ti', 'xs', 's', 'b', 'tiny', 'xsmall', 'small', 'base')], help='one model (default: all four)')
     parser.add_argument('--input-size', type=image_size, help="pixels, a multiple of 32 (default: each model's own)")
-    parser.add_argument('--per-stage', action='store_true', help='split the counts: stem, the four stages, head')
+    parser.add_argument('--per-stage', action='store_true', help='count stem, stages and head separately')
     return parser
 
 
@@ -41,7 +41,7 @@ def profile(name: str, input_size: int | None = None) -> dict[str, Any]:
     model = timm.create_model(name, **({'img_size': input_size} if input_size else {})).eval()
     for module in model.modules():
         if hasattr(module, 'fused_attn'):
-            module.fused_attn = False  # count attention as plain matrix products, whatever a fused kernel computes
+            module.fused_attn = False  # Count attention as plain matrix products, whatever a fused kernel does.
     stages = {'stem': model.stem, **{f'stage {i}': stage for i, stage in enumerate(model.stages, 1)}}
     stages['head'] = nn.Sequential(model.head_proj, model.global_pool, model.head)
 

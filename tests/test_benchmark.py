@@ -23,7 +23,7 @@ def test_reference_form_is_the_same_arithmetic():
 def test_ratios_are_against_the_reference_of_the_same_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [
         'benchmark.py', '--cases', 'cmt_ti:infer:64:3:reference,eager,fused', 'cmt_ti:train:32:2:reference,eager',
-        '--devices', 'cpu', '--repeats', '2', '--seconds', '0', '--json', str(tmp_path / 'b.json'), '--markdown'])
+        '--devices', 'cpu', '--repeats', '2', '--seconds', '0', '--json', str(tmp_path / 'b.json')])
     benchmark.main()
     records = json.loads((tmp_path / 'b.json').read_text())['records']
     assert [(r['mode'], r['size'], r['batch'], r['form']) for r in records] == [

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     'errors': '', 'cmt': '', 'losses': '', 'samplers': '', 'optim': '', 'launch': '', 'precision': '', 'sources': '',
     'mindspore': '', 'reports': 'system', 'system': '',
-    'options': 'launch', 'processes': 'launch system', 'transforms': 'sources', 'fast_transforms': 'transforms sources',
+    'options': 'launch', 'processes': 'launch system', 'transforms': '', 'fast_transforms': 'sources',
     'utils': 'processes launch system', 'loader': 'samplers system', 'datasets': 'published sources system',
     'published': 'sources',
     'engine': 'utils processes precision', 'checkpoints': 'system', 'weights': 'cmt mindspore checkpoints',

@@ -98,12 +98,6 @@ def test_mistakes_name_their_flag(mistake, argv):
     assert re.search(f'{(missing or [first])[0]}', mistake(first, *(v for v in values if v not in missing)))
 
 
-@pytest.mark.parametrize('path', ['digits.yaml', 'digits', 'config/digit.yml'])
-def test_a_recipe_in_another_folder_is_named(mistake, path):
-    hint = re.search(r'\((.*digits.yaml)\?\)', mistake('--config', path))
-    assert hint and Path(hint[1]).samefile(ROOT / 'configs' / 'digits.yaml')
-
-
 def test_a_run_stays_in_the_folder_of_its_config(tmp_path, mistake):
     (tmp_path / 'config.yaml').write_text('epochs: 3\n')
     argv = ['--config', str(tmp_path / 'config.yaml'), '--resume', 'auto']
