@@ -192,7 +192,7 @@ def best_of_run(name: str, use_ema: bool = True) -> str:
     for file in filter(BEST.__contains__, files):
         with contextlib.suppress(UsageError):  # It is damaged.
             scores[file] = read_checkpoint(Path(name, file)).get('acc1', 0)
-    best = Path(name, max(scores, key=scores.get, default=LAST))
+    best = Path(name, max(scores, key=scores.get, default=files[0]))
     logger.warning('%s is a run folder, reading %s', name, best.name)
     return str(best)
 

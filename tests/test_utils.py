@@ -73,7 +73,7 @@ def test_an_old_run_stays_if_wandb_cannot_start(flags, tmp_path, monkeypatch):
 @pytest.mark.parametrize('name, module', [('wandb', 'wandb'), ('tensorboard', 'torch.utils.tensorboard')])
 def test_trackers_that_are_not_installed_are_named(monkeypatch, tmp_path, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=f'--log-{name} .*pip install {name}'):
+    with pytest.raises(ValueError, match=f'--log-{name}: .*pip install {name}'):
         utils.wandb_tracker(tmp_path, {}, 'x') if name == 'wandb' else utils.tensorboard_tracker(tmp_path, 0)
 
 
