@@ -110,13 +110,9 @@ def read_names(file: str) -> list[str]:
 
 
 def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, int]]:
-    """Load the model that the flags of options.add_classifier_flags describe.
+    """Load the model that the flags of options.add_classifier_flags describe; raise UsageError if that fails.
 
-    Returns:
-        The model in eval mode on its device, readable class names, and a map from folder names to class indices.
-
-    Raises:
-        UsageError: the model cannot be read or does not match a flag.
+    Return it in eval mode on its device, with readable class names, and a map from folder names to class indices.
     """
     weights = read_weights(args.model, use_ema=args.model_ema)
     model = build_model(weights, **({'img_size': args.input_size} if args.input_size else {}))

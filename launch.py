@@ -52,9 +52,7 @@ def set_master_address() -> tuple[str, int]:
 
     Under srun, the host is the first one of the step. The port depends on job and step, so that concurrent steps do not
     collide. It is below 32768, where the kernel's ephemeral ports begin. Under mpirun, the host is the local one.
-
-    Raises:
-        UsageError: the address cannot be determined.
+    Raise UsageError if the address cannot be determined.
     """
     launch = read_launch()
     if launch.launcher == 'mpirun':

@@ -11,11 +11,7 @@ from errors import UsageError, first_line
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Build the timm optimizer named by --opt.
-
-    Raises:
-        UsageError: timm has no such optimizer, or the optimizer refuses a setting.
-    """
+    """Build the timm optimizer named by --opt; raise UsageError if timm lacks it or it refuses a setting."""
     settings = {**optimizer_kwargs(args), 'lr': lr}
     if args.opt in ('adamw', 'adam'):
         settings['fused'] = True  # Only a fused optimizer can skip a step without a host sync.

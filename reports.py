@@ -74,10 +74,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the records of a log.txt in order of epoch.
 
     A resumed run may have logged an epoch twice; the later record counts. An incomplete last line, which a run may be
-    writing, is ignored.
-
-    Raises:
-        UsageError: any other line is not a record.
+    writing, is ignored. Raise UsageError if any other line is not a record.
     """
     records = {}
     for n, line in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True), 1):

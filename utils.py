@@ -84,8 +84,7 @@ def check_compiler(device: torch.device) -> None:
 def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
     """Return a function that sends a log.txt record to TensorBoard, which first drops its records from `epoch` on.
 
-    Raises:
-        UsageError: TensorBoard is missing or broken, or nothing can be written to `folder`.
+    Raise UsageError if TensorBoard is missing or broken, or if nothing can be written to `folder`.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -103,8 +102,7 @@ def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
 def wandb_tracker(folder: Path, settings: dict[str, Any], run_id: str) -> Callable:
     """Return a function that sends a log.txt record to Weights & Biases, continuing the run `run_id`.
 
-    Raises:
-        UsageError: no run can be started (no package, no key, no network).
+    Raise UsageError if no run can be started (no package, no key, no network).
     """
     try:
         import wandb

@@ -470,11 +470,7 @@ def train_epoch(
 
 
 def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[str], is_training: bool) -> None:
-    """Load a checkpoint of this script into the detector `model`.
-
-    Raises:
-        UsageError: the checkpoint is not a detector's, does not fit, or lacks an optimizer for training.
-    """
+    """Load a checkpoint of this script; raise UsageError if it does not fit, or cannot be resumed in training."""
     if 'detector' not in checkpoint:
         raise UsageError(f"{file} is not a checkpoint of detection.py: pass a classifier's weights with --weights")
     if is_training and 'optimizer' not in checkpoint:

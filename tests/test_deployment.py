@@ -167,7 +167,8 @@ def predicted(pets):
 
 
 @pytest.mark.parametrize('form, foreign', [
-    ('ONNX Runtime', {'torch', 'onnx', 'cmt'}), ('torch.export', {'torchvision', 'timm', 'cmt'}),
+    ('ONNX Runtime', {'torch', 'onnx', 'cmt'}),
+    pytest.param('torch.export', {'torchvision', 'timm', 'cmt'}, marks=pytest.mark.soak),
     ('TorchScript', {'torchvision', 'timm', 'cmt'})])
 def test_a_fresh_process_classifies_as_predict_does(pets, predicted, form, foreign):
     for package in FORMS[form][1]:

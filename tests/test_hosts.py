@@ -54,7 +54,8 @@ def test_a_rank_that_loses_another_ends_with_one_line(flags, tmp_path, number, w
 
 # torchrun on one machine
 
-@pytest.mark.parametrize('options', ['--nproc-per-node 2', f'{NODES} --nnodes 2'], ids=['one', 'two'])
+@pytest.mark.parametrize('options', [
+    pytest.param('--nproc-per-node 2', marks=pytest.mark.soak), f'{NODES} --nnodes 2'], ids=['one', 'two'])
 def test_torchrun_survives_the_kill_of_a_worker(flags, pair, tmp_path, options):
     """While the other worker is in a long step. Ranks cannot meet by the restart count, which each torchrun keeps."""
     last, output = tmp_path / 'run' / 'checkpoint_last.pth', tmp_path / 'out.txt'

@@ -59,6 +59,7 @@ def umlauts(images, tmp_path_factory):
     return folder
 
 
+@pytest.mark.soak
 def test_umlauts_survive_every_command_on_windows(umlauts, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(COMMANDS, 'utf-8')
