@@ -737,8 +737,8 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_cmt(variant: str, pretrained: bool, **kwargs) -> CMT:
-    # Let pretrained=True read the Namespace of training arguments in released files. Unpickling it runs no code. Each
-    # call registers it, since timm's load_checkpoint removes it.
+    # Released checkpoints contain an argparse.Namespace of training arguments. Allow torch.load to unpickle it, which
+    # runs no code. Do so on every call, since timm's load_checkpoint clears the list of allowed types.
     torch.serialization.add_safe_globals([argparse.Namespace])
     if kwargs.get('dynamic_img_size', False):
         kwargs['pretrained_cfg_overlay'] = dict(kwargs.get('pretrained_cfg_overlay') or {}, fixed_input_size=False)

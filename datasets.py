@@ -68,8 +68,8 @@ class INaturalist(EncodedImages):
         """Read the first of these JSON files that exists."""
         path = next((root / name for name in names if (root / name).is_file()), None)
         if path is None:
-            raise UsageError(f'no {root / names[0]}: --data-path takes the folder that iNaturalist was unpacked to, '
-                             'https://github.com/visipedia/inat_comp')
+            raise UsageError(f'{root / names[0]} not found: --data-path must be the folder where you extracted '
+                             'iNaturalist (download: https://github.com/visipedia/inat_comp)')
         try:
             return json.loads(path.read_text('utf-8'))
         except (ValueError, RecursionError) as error:
@@ -322,7 +322,7 @@ def _torchvision(name: str, root: str, is_train: bool, transform: Callable | Non
         dataset_class, splits, settings = tv_datasets.StanfordCars, [{'split': 'train' if is_train else 'test'}], {}
     elif name == 'PETS':
         dataset_class, splits = tv_datasets.OxfordIIITPet, [{'split': 'trainval' if is_train else 'test'}]
-    elif name == 'FLOWERS102':  # Published results train on both small splits.
+    elif name == 'FLOWERS102':  # Published results are trained on train + val.
         dataset_class = tv_datasets.Flowers102
         splits = [{'split': split} for split in (('train', 'val') if is_train else ('test',))]
     elif name.startswith('torch/'):

@@ -217,7 +217,7 @@ def score_checkpoint(
         hits = [sum(processes.gather_from_ranks(real.is_correct[k]), []) for k in (1, 5)]
         logger.info('* ReaL Acc@1 %.3f Acc@5 %.3f on the %d images with labels',
                     *(100 * sum(hit) / max(len(hit), 1) for hit in hits), len(hits[0]))
-    with processes.usage_errors(TrainingFault):  # The disk may be full.
+    with processes.usage_errors(TrainingFault):  # such as a full disk
         if args.report and processes.get_rank() == 0:
             write_report(Path(args.report), data, columns, valid, model, device)
 
@@ -229,7 +229,7 @@ def write_report(folder: Path, dataset: Dataset, columns: list[np.ndarray], vali
     `columns` come from score() for `model` and `dataset`, whose images are uint8 (3, H, W). `valid` lists the scored
     classes.
     """
-    from sklearn.metrics import confusion_matrix  # This import takes a second.
+    from sklearn.metrics import confusion_matrix  # Importing it at the top would delay every start by a second.
     samples, names = getattr(dataset, 'samples', None), list(map(str, dataset.classes))
     paths = [samples[i][0] if samples else f'image {i}' for i in range(len(dataset))]
     predictions = reports.Predictions(paths, names, class_words(names), *columns)

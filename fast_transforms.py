@@ -78,7 +78,7 @@ def open_jpeg(data: bytes, ignore_exif: bool = False, max_pixels: int | None = N
     """Open an image file: as a Jpeg if libjpeg-turbo can decode it, else with sources.open_image."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:  # It is not a JPEG, is damaged, or has sampling factors that the API refuses.
+    except ValueError:  # not a JPEG, damaged, or with a chroma subsampling that simplejpeg does not support
         return open_image(data, ignore_exif, max_pixels=max_pixels)
     check_pixels(width, height, data, max_pixels)
     is_supported = colors in ('Gray', 'YCbCr', 'RGB')
@@ -168,7 +168,7 @@ def _flip(probability: float, image: np.ndarray) -> np.ndarray:
     return cv2.flip(image, 1) if torch.rand(1).item() < probability else image
 
 
-# timm's operations, under timm's function names. The arithmetic is that of Pillow's C code, including truncation.
+# timm's augmentation operations, reimplemented under timm's names. Results equal those of Pillow's C code.
 
 LEVELS = np.arange(256)
 

@@ -33,7 +33,7 @@ def read_launch() -> Launch:
             return Launch('mpirun', integer('MPI_LOCALRANKID'), integer('PMI_RANK'), integer('PMI_SIZE', 1),
                           integer('MPI_LOCALNRANKS'))
         if 'SLURM_STEP_ID' in os.environ:  # Batch scripts and salloc shells have SLURM's other variables too.
-            # In the shell of an interactive step, SLURM_NTASKS counts the tasks of the job.
+            # In an interactive shell, SLURM_NTASKS is the task count of the job, not of the step.
             return Launch('srun', integer('SLURM_LOCALID'), integer('SLURM_PROCID'),
                           integer('SLURM_STEP_NUM_TASKS', integer('SLURM_NTASKS', 1)))
     return Launch('torchrun', integer('LOCAL_RANK'), integer('RANK'), integer('WORLD_SIZE', 1),

@@ -338,7 +338,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
         parser.error(f'unrecognized arguments: {" ".join(unknown)}{hint(parser, unknown[0])}')
     folder = Path(args.config or '').parent
     if args.config and not args.output_dir and ((folder / '.lock').exists() or any(folder.glob('checkpoint_*.pth'))):
-        args.output_dir = str(folder)  # The config is a run's config.yaml, so use its folder.
+        args.output_dir = str(folder)  # An earlier run wrote this config, so use that run's folder.
     if args.eval and not args.resume:
         parser.error('--eval needs --resume CKPT')
     if args.resume == 'auto' and not args.output_dir:

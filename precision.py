@@ -26,7 +26,7 @@ def find_apex():
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of --amp-dtype; 'auto' is float32 on a CPU and a 16-bit type on CUDA."""
     if name == 'auto' and device.type == 'cuda':
-        # torch emulates bfloat16 before Ampere (T4, V100, RTX 20xx), where cuDNN has no bfloat16 convolutions.
+        # GPUs older than Ampere (T4, V100, RTX 20xx) only emulate bfloat16, and cuDNN has no convolutions in it.
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
     return torch.float32 if name in ('auto', 'tf32') else getattr(torch, name)

@@ -88,8 +88,8 @@ class Wait:
             if waited > self.timeout_s:
                 raise TrainingFault(f'{absent()} did not answer within {self.timeout_s:g} s (--dist-timeout)')
             if self.is_logged and waited > min(10, self.timeout_s / 10):
-                end = datetime.datetime.now() + datetime.timedelta(seconds=self.timeout_s - waited)
-                logger.warning('waiting for %s until %s (--dist-timeout %g)', absent(), f'{end:%X}', self.timeout_s)
+                logger.warning('waiting for %s, and giving up in %.0f s (--dist-timeout %g)', absent(),
+                               self.timeout_s - waited, self.timeout_s)
                 self.is_logged = False
             time.sleep(0.1)
 

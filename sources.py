@@ -209,7 +209,7 @@ def walk(folder: str, visited: set[str]) -> Iterator[tuple[str, list[str]]]:
     for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(path)
         if real in visited:
-            logger.warning('skipping %s: it links to %s, which is already listed', path, real)
+            logger.warning('skipping %s: it is a link to %s, which is already listed', path, real)
             folders.clear()
         else:
             visited.add(real)

@@ -50,7 +50,7 @@ def build_transform(
             interpolation=interpolation, hflip=hflip, scale=scale, ratio=ratio, normalize=False)
     except (AssertionError, ValueError) as error:
         raise UsageError(f'--aa {auto_augment}: {first_line(error)}; use a policy such as rand-m9-mstd0.5-inc1, '
-                         'or none') from None
+                         "or 'none' to turn it off") from None
     if input_size <= SMALL:
         transform.transforms[0] = tv_transforms.Compose([  # Images that already have this size are only cropped.
             tv_transforms.Resize(input_size, tv_transforms.InterpolationMode.BICUBIC),

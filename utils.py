@@ -110,7 +110,7 @@ def wandb_tracker(folder: Path, settings: dict[str, Any], run_id: str) -> Callab
             project='cmt', name=folder.resolve().name, dir=folder, config=settings, resume='allow', id=run_id)
     except Exception as error:
         raise UsageError(f'--log-wandb: {" ".join(str(error).split())} '
-                         '(pip install wandb; WANDB_MODE=offline needs neither key nor network)') from None
+                         '(pip install wandb, or set WANDB_MODE=offline to log without a key and network)') from None
     return lambda record: run.log(record, step=record['epoch'])
 
 

@@ -122,7 +122,7 @@ class Weights:
         """Raise UsageError if the weights do not belong to the model `name`; None allows any model."""
         if not self.model_args:
             tensors = ', '.join(list(self.state)[:3])
-            raise UsageError(f'{self.file} does not fit the model: it is not a CMT ({tensors}, ...)')
+            raise UsageError(f'{self.file} does not fit the model: its weights are not those of a CMT ({tensors}, ...)')
         is_mindcv = not self.model_args.get('position_bias', True)  # MindCV uses the same names for other widths.
         if name in (None, self.name) or is_mindcv and not variant_of(self.model_args):
             return

@@ -229,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
     if file.exists() and file.read_text('utf-8') != settings:
         raise UsageError(f'{folder} was started with other settings, see {file.name}: remove {folder} to start over')
     if not file.exists() and any(folder.glob('[!.]*')):
-        raise UsageError(f'{folder} was not made by this command: move or remove it')
+        raise UsageError(f'{folder} contains files that this command did not create: move it, or choose another DST')
     try:
         (folder / '.work').mkdir(parents=True, exist_ok=True)
         lock = lock_file(folder / '.work' / 'lock')
