@@ -3,9 +3,9 @@
     import cmt, timm
     model = timm.create_model('cmt_s', pretrained=True)
 
-Paper: Guo et al., https://arxiv.org/abs/2107.06263 (CVPR 2022). The order of operations matches the released
-weights. Every block takes and returns a feature map (B, C, H, W) in channels-last memory. Every module that holds
-weights comes from torch or timm.
+Paper: Guo et al., https://arxiv.org/abs/2107.06263 (CVPR 2022). The arithmetic is that of the
+authors' code, which differs from the paper in LMHSA and CMTStage. Every block takes and returns a feature map
+(B, C, H, W) in channels-last memory. Every module that holds weights comes from torch or timm.
 """
 import argparse
 import contextlib
@@ -64,7 +64,9 @@ def check_image_size(x: torch.Tensor, img_size: Tuple[int, int], dynamic: bool, 
 @register_notrace_function
 @torch.fx.wrap
 def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio: int) -> torch.Tensor:
-    """Resample a position bias bicubically over its query grid, then over its key grid (paper section 3.2).
+    """Resample a position bias bicubically over its query grid, then over its key grid.
+
+    The paper (section 3.2) resizes the table (N, N / k^2) itself, which would mix the rows of the grid.
 
     Args:
         bias: (heads, H, W, H / sr_ratio, W / sr_ratio).
@@ -201,7 +203,8 @@ class SpatialReduction(nn.Module):
 class LMHSA(nn.Module):
     """Lightweight multi-head self-attention: Softmax(Q K'^T / sqrt(d) + B) V' (paper eq. 3).
 
-    As in the released weights, K' and V' are linear maps of BatchNorm(DWConv(X)); `sr_ratio` is the paper's k.
+    In the paper, K' = DWConv(K) and V' = DWConv(V). As in the authors' code, they are linear maps of
+    BatchNorm(DWConv(X)); `sr_ratio` is the paper's k.
     """
     fused_attn: torch.jit.Final[bool]
 
@@ -250,7 +253,7 @@ class LMHSA(nn.Module):
 
 
 class IRFFN(nn.Module):
-    """Inverted residual feed-forward network: Conv(F(Conv(X))), F(X) = DWConv(X) + X (paper eq. 4)."""
+    """Inverted residual feed-forward network: Conv(F(Conv(X))), F(X) = DWConv(X) + X (paper section 3.2)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0., gelu: str = 'none', device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
@@ -282,7 +285,7 @@ class IRFFN(nn.Module):
 
 
 class CMTBlock(nn.Module):
-    """Y = LPU(X), Z = Y + LMHSA(LN(Y)), Z + IRFFN(LN(Z)) (paper eq. 5-7)."""
+    """Y = LPU(X), Z = Y + LMHSA(LN(Y)), Z + IRFFN(LN(Z)) (paper section 3.2)."""
 
     def __init__(
             self, dim: int, num_heads: int, sr_ratio: int, mlp_ratio: float, qkv_bias: bool = True,
@@ -312,10 +315,10 @@ class CMTBlock(nn.Module):
 
 
 class CMTStage(nn.Module):
-    """Patch aggregation, then blocks that share one learned position bias (paper section 3.2).
+    """Patch aggregation, then blocks (paper section 3.2). As in the authors' code, they share one position bias B.
 
-    The bias is the paper's table (heads, N, N / k^2) with both grids spelled out, (heads, H, W, H / k, W / k): N alone
-    does not distinguish 256x320 from 320x256.
+    The paper gives each attention module its own. B is the paper's table (heads, N, N / k^2) with both grids spelled
+    out, (heads, H, W, H / k, W / k): N alone does not distinguish 256x320 from 320x256.
     """
 
     def __init__(
@@ -389,7 +392,7 @@ class CMT(nn.Module):
         img_size: input height and width, multiples of 32.
         in_chans: input channels.
         num_classes: classes; 0 removes the classifier.
-        global_pool: pooling before the classifier, '' for none.
+        global_pool: pooling before the classifier, '' for none, which needs `num_classes=0`.
         stem_chs: channels of the stem.
         embed_dims, depths, num_heads, sr_ratios, mlp_ratios: width, blocks, heads, K/V reduction and IRFFN ratio of
             each stage (paper table 1).
@@ -509,7 +512,7 @@ class CMT(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> 'CMT':
-        """Return a copy for inference, in eval mode. Its state dict has fewer keys.
+        """Return a copy for inference, in eval mode. Its state dict has fewer and other keys.
 
         This folds BatchNorm after the spatial reduction, around the IRFFN's projection and in the head, and the LPU's
         residual. BatchNorm before padded convolutions stays, and so does FrozenBatchNorm2d. Each child folds itself in
@@ -605,10 +608,10 @@ def released_name(name: str) -> str:
 
 
 def _with_grids(table: torch.Tensor, stage: CMTStage) -> torch.Tensor:
-    """Reshape a released table (heads, N, N_kv) to query and key grids: the model's if N matches, else square ones."""
-    height, width = stage.position_bias.shape[1:3]
+    """Reshape a released table (heads, N, N_kv) to query and key grids: square if N is a square, else the model's."""
+    height = width = math.isqrt(table.shape[1])
     if height * width != table.shape[1]:
-        height = width = math.isqrt(table.shape[1])
+        height, width = stage.position_bias.shape[1:3]
     if height * width != table.shape[1] or table.shape[2] * stage.sr_ratio ** 2 != table.shape[1]:
         raise ValueError(
             f'a position bias of {table.shape[1]} x {table.shape[2]} entries is not from a square input: build the '
@@ -643,7 +646,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
         raise ValueError(f'the weights do not fit the model: {len(errors)} tensors differ ({"; ".join(errors[:8])})')
     cfg, classes = getattr(model, 'pretrained_cfg', {}), len(state_dict.get('head.weight', ()))
     wrong = []  # timm would silently resample the position biases or drop the head.
-    if bias is not None:
+    if bias is not None and (bias.ndim == 5 or math.isqrt(bias.shape[1]) ** 2 == bias.shape[1]):
         grid = bias.shape[1:3] if bias.ndim == 5 else [math.isqrt(bias.shape[1])] * 2
         height, width = [4 * side for side in grid]
         if (height, width) != model.img_size == tuple(cfg.get('input_size', ())[1:]):
@@ -680,7 +683,10 @@ def to_model(state_dict: Dict[str, torch.Tensor], model: CMT) -> Dict[str, torch
 
 
 def to_released(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Map weights under this project's names and shapes to those of the authors' code; K and V are copies."""
+    """Map weights under this project's names and shapes to those of the authors' code; K and V are copies.
+
+    Raise ValueError for a grid that is not square but has a square number of positions: its table would be ambiguous.
+    """
     out = {}
     for name, value in state_dict.items():
         released = released_name(name)
@@ -688,6 +694,9 @@ def to_released(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
             k, v = value.chunk(2)  # Copied below: huggingface_hub refuses two views of one tensor.
             out[released.replace('.kv.', '.k.')], out[released.replace('.kv.', '.v.')] = k.clone(), v.clone()
         elif released.startswith('relative_pos_'):
+            height, width = value.shape[1:3]
+            if height != width and math.isqrt(height * width) ** 2 == height * width:
+                raise ValueError(f"the authors' code would read the {height}x{width} position bias as a square one")
             out[released] = value.flatten(3).flatten(1, 2)
         else:
             out[released] = value
@@ -765,7 +774,7 @@ def cmt_xs(pretrained: bool = False, **kwargs) -> CMT:
 
 @register_model
 def cmt_s(pretrained: bool = False, **kwargs) -> CMT:
-    """CMT-S at 224 px: 26.3 M parameters, 4.0 G multiply-adds."""
+    """CMT-S at 224 px: 26.3 M parameters (paper: 25.1 M), 4.0 G multiply-adds."""
     return _create_cmt('cmt_s', pretrained, **kwargs)
 
 

@@ -190,7 +190,7 @@ def open_split(data_path: str, split: str, transform: Callable | None, classes: 
         return TarImages(tars, split, transform, classes)
     if not path.is_file():
         return ImageFolder(path / split, transform, classes)
-    raise UsageError(f'{path} has no {"training" if split == "train" else "validation"} images according to its name: '
+    raise UsageError(f'{path} has no {"training" if split == "train" else "validation"} images, judging by its name: '
                      'put train.tar and val.tar in one folder, or use --val-split 0.1')
 
 
@@ -241,8 +241,6 @@ def _split_of(tar: Path) -> str | None:
 def open_unsplit(data_path: str, transform: Callable | None, classes: list[str] | None) -> EncodedImages:
     """Open the images that --val-split divides: train/, training tars, or class folders."""
     root = Path(data_path)
-    if root.is_dir() and has_split(data_path, 'val'):
-        raise UsageError(f'{root} has a validation split: leave --val-split out')
     folders = {path.name for path in root.glob('[!.]*') if path.is_dir()}
     if len(folders) > 1 and all(re.fullmatch('(train|test|val)(ing|id|idation)?', name.lower()) for name in folders):
         raise UsageError(f'{root} contains {" and ".join(sorted(folders))}, which are splits, not classes: rename them '
@@ -283,21 +281,26 @@ def limit(dataset: Dataset, number: int) -> Dataset:
     return subset
 
 
-def drop_damaged(dataset: EncodedImages) -> None:
-    """Drop unreadable images, and log their names."""
+def drop_damaged(dataset: EncodedImages, rank: int = 0, world_size: int = 1, gather: Callable = lambda x: [x]) -> None:
+    """Drop unreadable images, and log their names. Each rank reads its share, and `gather` collects the results."""
     def fault(index: int) -> str | None:
         try:
             open_image(dataset.read(index), max_pixels=dataset.reading.get('max_pixels'))
         except Exception as error:  # Pillow raises many types of exceptions on damaged data.
+            if getattr(error, 'errno', None):  # The file system is at fault, not the image.
+                raise
             return f'leaving out {printable(dataset.samples[index][0])} ({one_line(error)})'
 
+    share = range(rank, len(dataset), world_size)
     with ThreadPoolExecutor(cores()) as pool:
-        faults = list(pool.map(fault, range(len(dataset))))
-    for line in filter(None, faults):
-        logger.info(line)
-    if None not in faults:
+        faults = {i: line for part in gather(list(zip(share, pool.map(fault, share)))) for i, line in part}
+    for i in sorted(faults):
+        if faults[i]:
+            logger.info(faults[i])
+    readable = [i for i in sorted(faults) if not faults[i]]
+    if not readable:
         raise UsageError(f'{dataset.roots[0]} has no readable images')
-    dataset.select([i for i, line in enumerate(faults) if line is None])
+    dataset.select(readable)
 
 
 def check_two_classes(dataset: Dataset, data_path: str) -> None:

@@ -121,7 +121,7 @@ class TrainStep:
     """Run one optimizer step on one or more batches.
 
     A step preprocesses the batch on the device, runs the forward pass under autocast, computes the loss and gradients,
-    unscales, all-reduces a finiteness flag, clips, and updates weights and EMA. It never waits for the device.
+    unscales, all-reduces a finiteness flag, clips, and updates weights and EMA. It does not wait for the device.
 
     Attributes:
         model: model, which may be compiled or wrapped in DistributedDataParallel.

@@ -80,7 +80,7 @@ def open_jpeg(data: bytes, ignore_exif: bool = False, max_pixels: int | None = N
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:  # not a JPEG, damaged, or with a chroma subsampling that simplejpeg does not support
         return open_image(data, ignore_exif, max_pixels=max_pixels)
-    check_pixels(width, height, data, max_pixels)
+    check_pixels(width, height, max_pixels)
     is_supported = colors in ('Gray', 'YCbCr', 'RGB')
     return Jpeg(data, (width, height), ignore_exif) if is_supported else open_image(
         data, ignore_exif, max_pixels=max_pixels)

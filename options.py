@@ -418,7 +418,9 @@ def find_mistake(args: argparse.Namespace) -> str | None:
     ]
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         low, high = getattr(args, name) or (0, 1)
-        checks.append((low >= high, f'--{name.replace("_", "-")} {low} {high}: give the smaller number first'))
+        is_empty = name == 'cutmix_minmax' and int(args.input_size * low) == int(args.input_size * high)
+        checks.append((low > high or is_empty,
+                       f'--{name.replace("_", "-")} {low} {high}: give the smaller number first'))
     return next((mistake for applies, mistake in checks if applies), None)
 
 

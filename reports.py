@@ -160,7 +160,7 @@ def draw_sheet(entries: list[dict[str, Any]], title: str) -> Figure:
     axes.set_axis_off()
     room = width - 2 * GAP
     _write(axes, GAP, 20, title, room, keep_end=True, size=18, weight='bold')
-    _write(axes, GAP, 43, 'right: what the top prediction rests on (Grad-CAM, blue to red)', room, size=13, color=GREY)
+    _write(axes, GAP, 43, 'right: regions behind the top prediction (Grad-CAM, blue to red)', room, size=13, color=GREY)
     boxes = []
     for i, entry in enumerate(entries):
         x, y = GAP + i % columns * (card_w + GAP), HEADER + i // columns * (card_h + GAP)

@@ -126,12 +126,10 @@ def open_run(
         writer.trackers.append(utils.tensorboard_tracker(folder, epoch))
     header = '\n# '.join(map(printable, (  # A line break would end the comment.
         f'{prog} {shlex.join(sys.argv[1:])}', utils.describe_system(device), f'started {time.strftime("%Y-%m-%d")}')))
-    with atomic_write(folder / CONFIG) as file:
-        file.write(f'# {header}\n{yaml.safe_dump(settings, sort_keys=False)}'.encode())
-        file.flush()
-        os.fsync(file.fileno())  # On a full disk the run ends here, before anything is removed.
-        for path in run_files(folder) if replace else ():
-            path.unlink()
+    # On a full disk the run ends here, before anything is removed.
+    write_file(folder / CONFIG, f'# {header}\n{yaml.safe_dump(settings, sort_keys=False)}'.encode())
+    for path in run_files(folder) if replace else ():
+        path.unlink()
     source = Path(resumed or '')
     if source.suffix == '.pth' and source.is_file() and source.resolve() != (folder / LAST).resolve():
         # Otherwise a damaged checkpoint_last.pth would become the previous file at the next save, and a run that
@@ -261,7 +259,7 @@ def check_written(writer: RunWriter | None) -> None:
     error = None
     if writer is not None:
         writer.wait()
-        error = writer.error and f'{writer.folder} is no longer writable ({writer.error}); earlier files are intact'
+        error = writer.error and f'{writer.folder} cannot be written to ({writer.error}); earlier files are intact'
     errors = [error for error in processes.gather_from_ranks(error) if error]
     if errors:
         raise TrainingFault(errors[0])

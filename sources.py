@@ -42,7 +42,6 @@ warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # ch
 # Open only these formats. Pillow would start Ghostscript for a PostScript file, whatever its extension.
 FORMATS = sorted(
     {name for extension, name in Image.registered_extensions().items() if extension in EXTENSIONS} & set(Image.OPEN))
-MARKER = re.compile(b'\xff[^\0\xd0-\xd7\xff]')  # starts a JPEG segment; other markers occur within a scan
 
 
 def open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
@@ -50,30 +49,15 @@ def open_header(data: bytes, max_pixels: int | None = None) -> Image.Image:
     if max_pixels and Image.MAX_IMAGE_PIXELS:  # Raise Pillow's own limit.
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    check_pixels(*image.size, data, max_pixels)
+    check_pixels(*image.size, max_pixels)
     return image
 
 
-def check_pixels(width: int, height: int, data: bytes, max_pixels: int | None) -> None:
+def check_pixels(width: int, height: int, max_pixels: int | None) -> None:
     """Raise DecompressionBombError for more than `max_pixels` pixels (None: twice Pillow's MAX_IMAGE_PIXELS)."""
-    scans = jpeg_scans(data)  # Each scan costs decoding time; ten are typical.
-    if width * height * max(1, scans / 10) > (max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or math.inf)):
-        raise Image.DecompressionBombError(
-            f'{width} x {height} pixels{f" in {scans} scans" * (scans > 10)}, too many to decode: resize the image, or '
-            "raise train.py's --max-image-pixels")
-
-
-def jpeg_scans(data: bytes) -> int:
-    """Count the scans of a progressive JPEG; 0 for other files. Videos that phones append do not count."""
-    start, scans, is_progressive = 2, 0, False
-    while data.startswith(b'\xff\xd8') and (match := MARKER.search(data, start)):
-        marker, start = data[match.end() - 1], match.end()
-        if marker == 0xd9 or marker == 0xda and not is_progressive:
-            break
-        is_progressive |= marker in (0xc2, 0xca)
-        scans += marker == 0xda
-        start += int.from_bytes(data[start:start + 2], 'big')  # Skip the segment: its data may look like markers.
-    return scans
+    if width * height > (max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or math.inf)):
+        raise Image.DecompressionBombError(f'{width} x {height} pixels, too many to decode: resize the image, or raise '
+                                           "train.py's --max-image-pixels")
 
 
 def orientation(image: Image.Image) -> int:
@@ -167,7 +151,7 @@ class EncodedImages(Dataset):
 
     def select(self, indices: Sequence[int]) -> None:
         """Keep only the samples of these indices."""
-        self.samples = Samples(*zip(*(self.samples[i] for i in indices)))
+        self.samples.names, self.samples.targets = self.samples.names[indices], self.samples.targets[indices]
 
     @property
     def targets(self) -> list[int]:
@@ -389,7 +373,7 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
     changes. Raise UsageError for a tar that is damaged or compressed.
     """
     stat = path.stat()
-    stamp = [stat.st_size, stat.st_mtime_ns]
+    stamp = [1, stat.st_size, stat.st_mtime_ns]  # 1 is the version of the index.
     name = re.sub(r'[/\\:]', '%', str(path.resolve()))[-200:]
     index_files = (path.with_name(f'.{path.name}.index.npz'),
                    Path(os.path.expanduser('~/.cache/cmt'), f'{name}.index.npz'))

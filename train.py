@@ -336,15 +336,17 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
         val = build(is_train=False, transform=build_transform(False, args.input_size, crop_pct=args.crop_pct),
                     classes=train.classes if train is not None else saved_classes, is_whole=is_whole,
                     rotated=rotated)
+    with usage_errors():
         for dataset in filter(None, (train, val) if args.skip_damaged and isinstance(val, EncodedImages) else ()):
-            datasets.drop_damaged(dataset)
+            rank, world_size = processes.get_rank(), processes.get_world_size()
+            datasets.drop_damaged(dataset, rank, world_size, processes.gather_from_ranks)
         if is_training:
             check_two_classes(train, args.data_path)
             train = datasets.limit(train, args.max_train_images) if args.max_train_images else train
         if args.eval and saved_classes is None and not args.class_map and isinstance(val, EncodedImages):
             logger.info(order_classes(val, initial.weights.model_args.get('num_classes', 0)))
         if args.eval and args.val_split:
-            logger.info('scoring the share %g of %s that --val-split holds out (0: all images)', args.val_split, path)
+            logger.info('scoring the held-out %g of %s (--val-split 0 scores all images)', args.val_split, path)
         held_out = is_whole and initial.weights.is_own and initial.checkpoint['args'].get('val_split')
         if held_out and args.val_split is None:
             logger.warning('scoring all images of %s. If the run trained on some of them, use --val-split %g', path,
@@ -507,9 +509,11 @@ def save_first_batch(run: Run, images: torch.Tensor, targets: torch.Tensor, limi
     shares = targets[:limit].cpu()  # This is a host sync.
     shares = shares if shares.ndim == 2 else nn.functional.one_hot(shares, len(words))
     titles = [' + '.join(words[i] for i in row.topk(2).indices.tolist() if row[i] > 0.1) for row in shares]
-    with run.writer.defer_disk_errors():
+    try:
         reports.save(reports.draw_batch(pixels.clamp(0, 255).byte().cpu().numpy(), titles),
                      run.writer.folder / 'batch.jpg')
+    except Exception as error:  # The run can continue without this figure.
+        logger.warning('batch.jpg could not be written: %s', error)
 
 
 def describe(run: Run) -> None:

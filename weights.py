@@ -180,7 +180,8 @@ def clean_names(state_dict: dict[str, Any], file: str) -> tuple[dict[str, torch.
 
 def read_weights(file: str, use_ema: bool = False) -> Weights:
     """Read the weights of a file, run or name; arguments and errors are those of `read` and Weights.from_checkpoint."""
-    return Weights.from_checkpoint(read(file := best_of_run(file, use_ema)), file, use_ema)
+    file = best_of_run(file, use_ema)
+    return Weights.from_checkpoint(read(file), file, use_ema)
 
 
 def best_of_run(name: str, use_ema: bool = True) -> str:

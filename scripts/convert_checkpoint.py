@@ -152,7 +152,8 @@ def main(argv: list[str] | None = None) -> None:
         check_output(args.output, args.source.removeprefix('local-dir:'), args.overwrite)
         if args.push_to_hub is not None and output_format != 'dir':
             raise UsageError(f'--push-to-hub uploads a folder, but {args.output} would be a file: use --format dir')
-        checkpoint = read(file := best_of_run(args.source, args.model_ema))
+        file = best_of_run(args.source, args.model_ema)
+        checkpoint = read(file)
         weights = Weights.from_checkpoint(checkpoint, file, args.model_ema)
         dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
         model = build_model(weights, args.model, dtype=torch.float64)  # float64 holds all other dtypes exactly.

@@ -488,10 +488,9 @@ def evaluate(
         autocast: Callable) -> dict[str, float]:
     """Evaluate the detector on all ranks; rank 0 writes predictions and a figure if there is an --output-dir."""
     results = detect(core, loader, val, device, autocast)
-    scores = {}
-    if processes.get_rank() == 0:
-        scores = average_precision(val, results)
-        if args.output_dir:
+    scores = average_precision(val, results) if processes.get_rank() == 0 else {}
+    with usage_errors(TrainingFault):  # such as a full disk
+        if args.output_dir and processes.get_rank() == 0:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             for kind, detections in results.items():

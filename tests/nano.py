@@ -174,7 +174,7 @@ def torchrun(options, argv) -> list[str]:
 def wait_for(condition, seconds=200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, 'waited in vain'
+        assert time.monotonic() < deadline, 'timed out'
         time.sleep(0.02)
 
 

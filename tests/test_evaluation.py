@@ -210,5 +210,5 @@ def test_a_run_scores_the_images_that_it_held_out(images, tmp_path, capsys):
         nano.train([*run, *more])
         out = capsys.readouterr().out
         counts.append(int(re.search(r'the (\d+) test images', out)[1]))
-        assert ('holds out' in out) == (len(more) < 3 and '--val-split' not in more)
+        assert ('held-out' in out) == (len(more) < 3 and '--val-split' not in more)
     assert counts == [20, 20, 100, 100]

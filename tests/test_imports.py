@@ -15,7 +15,7 @@ MAY_IMPORT = {
     'evaluation': 'engine processes reports samplers sources system transforms utils weights',
     'run': 'checkpoints weights utils processes system', 'hubconf': 'cmt',
 }
-ROOMS = {path.stem for path in ROOT.glob('*.py')}
+MODULES = {path.stem for path in ROOT.glob('*.py')}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -26,17 +26,17 @@ def imports_of(path: Path) -> set[str]:
             names |= {alias.name.split('.')[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.split('.')[0])
-    return names & (ROOMS - {'_path'} | {script.stem for script in ROOT.glob('scripts/[!_]*.py')})
+    return names & (MODULES - {'_path'} | {script.stem for script in ROOT.glob('scripts/[!_]*.py')})
 
 
-@pytest.mark.parametrize('room', sorted(ROOMS))
-def test_rooms_import_what_the_architecture_allows(room):
-    allowed = ROOMS if room == 'train' else set(MAY_IMPORT[room].split())
-    if room != 'cmt':
+@pytest.mark.parametrize('module', sorted(MODULES))
+def test_modules_import_what_the_architecture_allows(module):
+    allowed = MODULES if module == 'train' else set(MAY_IMPORT[module].split())
+    if module != 'cmt':
         allowed = allowed | {'errors'}
-    assert imports_of(ROOT / f'{room}.py') <= allowed
+    assert imports_of(ROOT / f'{module}.py') <= allowed
 
 
 @pytest.mark.parametrize('script', sorted(ROOT.glob('scripts/*.py')), ids=lambda path: path.stem)
-def test_scripts_import_rooms_but_not_train_nor_each_other(script):
-    assert imports_of(script) <= ROOMS - {'train'}
+def test_scripts_import_neither_train_nor_each_other(script):
+    assert imports_of(script) <= MODULES - {'train'}

@@ -1,4 +1,4 @@
-"""A run that was stopped or killed, and then resumed, ends with the bits of one that nothing disturbed."""
+"""A run that was stopped or killed, and then resumed, is bit-identical to an uninterrupted one."""
 import itertools
 import os
 import random

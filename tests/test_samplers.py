@@ -1,4 +1,4 @@
-"""Which sample comes when."""
+"""The order of the samples."""
 import numpy as np
 import pytest
 from timm.data.distributed_sampler import RepeatAugSampler

@@ -300,9 +300,6 @@ def test_a_folder_of_training_shards_can_be_split(images, tmp_path):
         expected = build(images / 'train', val_split=0.2)
         assert len(expected) == count
         assert_same_samples(build(tmp_path / 'shards', val_split=0.2), expected)
-    pack(tmp_path / 'shards' / 'val-0.tar', images / 'val')
-    with pytest.raises(UsageError, match='leave --val-split out'):
-        train_set(tmp_path / 'shards', val_split=0.2)
 
 
 def scans(caplog, path) -> bool:
