@@ -287,8 +287,6 @@ def drop_damaged(dataset: EncodedImages, rank: int = 0, world_size: int = 1, gat
         try:
             open_image(dataset.read(index), max_pixels=dataset.reading.get('max_pixels'))
         except Exception as error:  # Pillow raises many types of exceptions on damaged data.
-            if getattr(error, 'errno', None):  # The file system is at fault, not the image.
-                raise
             return f'leaving out {printable(dataset.samples[index][0])} ({one_line(error)})'
 
     share = range(rank, len(dataset), world_size)

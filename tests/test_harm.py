@@ -58,6 +58,9 @@ def test_the_limit_of_pixels_is_a_flag_of_every_run(flags, tmp_path, capsys):
             nano.train([*run, '--max-image-pixels', 400, '--repeated-aug', *skip])
         out = capsys.readouterr().out
         assert 'large.jpg' in out and '30 x 30' in out and 'small.jpg' not in out
+    output = tmp_path / 'out.txt'
+    nano.finish(nano.start([*run, '--max-image-pixels', 400, '--repeated-aug', '--skip-damaged'], 2, output))
+    assert '2 training and 2 validation images' in output.read_text()
 
 
 # Text
@@ -66,7 +69,7 @@ BAD_CONFIGS = {'binary': 'lr: \x00\x01', 'tag': 'lr: !!python/object/apply:os.sy
 
 
 @pytest.mark.parametrize('kind', BAD_CONFIGS)
-def test_a_config_that_means_harm_is_one_line(tmp_path, kind, capsys):
+def test_a_malicious_config_is_one_line(tmp_path, kind, capsys):
     (tmp_path / 'c.yaml').write_text(BAD_CONFIGS[kind])
     with pytest.raises(SystemExit) as stop:
         options.parse_args(['--config', str(tmp_path / 'c.yaml')])
