@@ -204,14 +204,17 @@ def test_position_bias_is_resampled_over_queries_and_keys(old, new, form):
         assert torch.allclose(dynamic(x), model.eval()(x), rtol=1e-12, atol=1e-12)
 
 
-def test_released_tables_of_another_size():
-    source = small(img_size=96)
-    model = small(img_size=64)
+@pytest.mark.parametrize('size', [64, (64, 256)])  # The latter has as many positions as 128 px.
+def test_released_tables_of_another_size(size):
+    source = small(img_size=128)
+    model = small(img_size=size)
     model.load_state_dict(cmt.checkpoint_filter_fn(cmt.to_released(source.state_dict()), model))
-    source.set_input_size(64)
+    source.set_input_size(size)
     assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), model.state_dict().values()))
     with pytest.raises(ValueError, match='384'):  # 16 x 24 or any other grid
-        cmt.checkpoint_filter_fn(cmt.to_released(small(img_size=(64, 96)).state_dict()), model)
+        cmt.checkpoint_filter_fn(cmt.to_released(small(img_size=(64, 96)).state_dict()), small(img_size=64))
+    with pytest.raises(ValueError, match='16x64'):
+        cmt.to_released(small(img_size=(64, 256)).state_dict())
 
 
 @pytest.mark.parametrize('size', [32, (96, 64), (64, 64)])
