@@ -134,9 +134,13 @@ def call_hub(method: Callable, repo_id: str, **kwargs) -> Any:
 def write_checkpoint(path: Path, model: cmt.CMT, weights: Weights, is_released: bool) -> None:
     """Write a checkpoint, under the names of the authors' code if `is_released`."""
     facts = {'epoch': weights.epoch, 'classes': weights.class_names(model)}
-    state = {'model': cmt.to_released(model.state_dict()) if is_released else model.state_dict(),
-             **{key: value for key, value in facts.items() if value is not None}}
-    if not is_released:
+    state = {'model': model.state_dict(), **{key: value for key, value in facts.items() if value is not None}}
+    if is_released:
+        try:
+            state['model'] = cmt.to_released(model.state_dict())
+        except ValueError as error:
+            raise UsageError(f'{error}: use another --format') from None
+    else:
         state.update(format=FORMAT, model_args=model.model_args,
                      args={'input_size': model.img_size[0], 'model': weights.name, 'crop_pct': weights.crop_pct})
     torch.save(state, content := io.BytesIO())
