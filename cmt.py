@@ -42,7 +42,7 @@ def check_multiples(height: int, width: int) -> Tuple[int, int]:
     return height, width
 
 
-@register_notrace_function  # A branch on a shape breaks torch.fx. As one opaque call, the check stays in traced models.
+@register_notrace_function  # torch.fx cannot trace a branch on a shape. Keep the check as one call in traced models.
 @torch.fx.wrap
 def check_image_size(x: torch.Tensor, img_size: Tuple[int, int], dynamic: bool, in_chans: int = 3) -> torch.Tensor:
     """Check the size of images (B, in_chans, H, W) and return them unchanged; the convolution checks `in_chans`.
@@ -89,14 +89,14 @@ def resample_position_bias(bias: torch.Tensor, height: int, width: int, sr_ratio
     return x.reshape(heads, height, width, kh, kw).to(bias.dtype).contiguous()
 
 
-@register_notrace_function  # A traced model must check the grad mode on each call.
+@register_notrace_function  # Do not trace this: a traced model must check the grad mode on each call.
 @torch.fx.wrap
 def attention_bias(position_bias: torch.Tensor) -> torch.Tensor:
     """Reshape a position bias (heads, H, W, H / k, W / k) to (1, heads, N, N_kv), padded to a multiple of 8 keys.
 
     CUDA's fused attention needs aligned rows, and torch would otherwise pad them in every block. The result is detached
     when gradients are disabled: hooks on a block's inputs (such as torch's FLOP counter) fail on a view that requires
-    grad, and in inference mode on a Parameter. Traced and exported models skip both, since they may be trained later.
+    grad, and in inference mode on a Parameter. Traced and exported models do neither, since they may be trained later.
     """
     bias = position_bias.flatten(3).flatten(1, 2).unsqueeze(0)
     if torch.jit.is_tracing():
@@ -151,7 +151,7 @@ class Stem(nn.Module):
 
     def forward(self, x):
         x = check_image_size(x, self.img_size, self.dynamic_img_size, self.in_chans)
-        # Maps are channels-last from here on. torch.func refuses contiguous(memory_format=torch.channels_last).
+        # Permute to channels-last memory, since torch.func refuses contiguous(memory_format=torch.channels_last).
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         x = self.norm1(self.act(self.conv1(x)))
         x = self.norm2(self.act(self.conv2(x)))
@@ -215,7 +215,7 @@ class LMHSA(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.head_pad = -self.head_dim % 8  # CUDA's fused 16-bit kernels need a multiple of 8.
+        self.head_pad = -self.head_dim % 8  # CUDA's fused 16-bit kernels need a head_dim that is a multiple of 8.
         self.scale = self.head_dim ** -0.5
         self.fused_attn = use_fused_attn()
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
@@ -236,7 +236,7 @@ class LMHSA(nn.Module):
             if self.head_pad > 0:
                 q, k, v = [F.pad(t, (0, self.head_pad)) for t in [q, k, v]]
             if bias is not None:
-                # Cast in each block, so that gradients are summed in float32. Slice last, to keep the rows aligned.
+                # Cast in each block, so that gradients are summed in float32. Slice last, so that rows stay aligned.
                 bias = bias.to(q.dtype)[..., :k.shape[2]]
             x = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0., scale=self.scale)
@@ -276,7 +276,7 @@ class IRFFN(nn.Module):
     def reparameterize(self) -> None:
         """Fold BatchNorm 2 and 3 into the projection, for inference.
 
-        BatchNorm 1 stays: the 3x3 convolution pads its output with zeros, so no single bias can absorb its shift.
+        BatchNorm 1 stays: the next convolution pads with zeros, so no bias could replace its shift at the border.
         """
         if isinstance(self.norm2, _BatchNorm) and isinstance(self.norm3, _BatchNorm):
             merge_pre_bn(self.project, self.norm2)
@@ -315,9 +315,9 @@ class CMTBlock(nn.Module):
 
 
 class CMTStage(nn.Module):
-    """Patch aggregation, then blocks (paper section 3.2). As in the authors' code, they share one position bias B.
+    """Patch aggregation, then blocks (paper section 3.2). As in the authors' code, blocks share a position bias B.
 
-    The paper gives each attention module its own. B is the paper's table (heads, N, N / k^2) with both grids spelled
+    In the paper, each attention module has its own. B is the paper's table (heads, N, N / k^2) with both grids spelled
     out, (heads, H, W, H / k, W / k): N alone does not distinguish 256x320 from 320x256.
     """
 
@@ -435,7 +435,7 @@ class CMT(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.img_size = check_multiples(*to_2tuple(img_size))
-        self.model_args = dict(model_args, img_size=self.img_size)  # Checkpoints store them. Setters update them.
+        self.model_args = dict(model_args, img_size=self.img_size)  # for checkpoints; setters update this
         self.dynamic_img_size = dynamic_img_size
         self.feature_info = []
         if act_layer not in ('gelu', 'gelu_tanh'):
@@ -512,7 +512,7 @@ class CMT(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> 'CMT':
-        """Return a copy for inference, in eval mode. Its state dict has fewer and other keys.
+        """Return a copy for inference, in eval mode. Its state dict has fewer and different keys.
 
         This folds BatchNorm after the spatial reduction, around the IRFFN's projection and in the head, and the LPU's
         residual. BatchNorm before padded convolutions stays, and so does FrozenBatchNorm2d. Each child folds itself in
@@ -615,7 +615,7 @@ def _with_grids(table: torch.Tensor, stage: CMTStage) -> torch.Tensor:
     if height * width != table.shape[1] or table.shape[2] * stage.sr_ratio ** 2 != table.shape[1]:
         raise ValueError(
             f'a position bias of {table.shape[1]} x {table.shape[2]} entries is not from a square input: build the '
-            'model at its training size (img_size=), load it, then call set_input_size')
+            'model at its training size (img_size=), load the weights, then call set_input_size')
     return table.reshape(-1, height, width, height // stage.sr_ratio, width // stage.sr_ratio)
 
 
@@ -643,7 +643,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: CMT) -> Dict[str, to
     errors += [f'{name} unexpected' for name in state_dict
                if name not in names and tuple(name.split('.')[:2]) in modules]
     if errors:
-        raise ValueError(f'the weights do not fit the model: {len(errors)} tensors differ ({"; ".join(errors[:8])})')
+        raise ValueError(f'the weights do not match the model: {len(errors)} tensors differ ({"; ".join(errors[:8])})')
     cfg, classes = getattr(model, 'pretrained_cfg', {}), len(state_dict.get('head.weight', ()))
     wrong = []  # timm would silently resample the position biases or drop the head.
     if bias is not None and (bias.ndim == 5 or math.isqrt(bias.shape[1]) ** 2 == bias.shape[1]):
@@ -706,7 +706,7 @@ def to_released(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
 class Variant(NamedTuple):
     """Describe a published model."""
     img_size: int  # pixels
-    model_args: Dict[str, Any]  # arguments of CMT that the variants do not share (paper table 1)
+    model_args: Dict[str, Any]  # arguments of CMT that differ between the variants (paper table 1)
     released_file: str
     paper_gmacs: float  # 1e9 multiply-adds per image, called FLOPs in the paper (table 2)
     paper_top1: float  # on ImageNet-1k, %

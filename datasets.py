@@ -24,9 +24,9 @@ from system import cores
 
 logger = logging.getLogger(__name__)
 
-PREPARED = 'prepared.json'  # scripts/prepare_data.py writes this file. It may list the classes in order.
+PREPARED = 'prepared.json'  # file that scripts/prepare_data.py writes next to the tars; may list the classes
 
-# A tar whose file name has one of these words between non-letters belongs to that split.
+# A tar belongs to a split if its file name contains the split's word between non-letters, as in imagenet-val-000.tar.
 SPLIT = re.compile(r'(?<![A-Za-z])(train|val)(?:ing|idation)?(?![A-Za-z])')
 
 
@@ -36,7 +36,7 @@ class INaturalist(EncodedImages):
     Args:
         root: folder with train2018.json and val2018.json (2021 also: train.json, val.json), the images under the
             names in these files, and categories.json if these files do not name the species.
-        year, train: year of the competition; training or validation split.
+        year, train: year of the competition; True for the training split, False for the validation split.
         category: taxonomic rank of the classes, one of options.INAT_CATEGORIES.
         transform: as in EncodedImages.
 
@@ -58,7 +58,7 @@ class INaturalist(EncodedImages):
             samples = [(files[a['image_id']], index[names[a['category_id']]]) for a in split['annotations']]
         except (KeyError, TypeError) as error:
             raise UsageError(f'the iNaturalist {year} JSON files in {root} lack {error} or are structured differently: '
-                             'copy them again') from None
+                             'download them again') from None
         if not samples:
             raise UsageError(f'{root} has no annotated images for {word}{year}')
         super().__init__(Samples(*zip(*samples)), transform)
@@ -87,7 +87,7 @@ class Digits(Dataset):
         digits = load_digits()
         split = train_test_split(digits.images, digits.target, test_size=360, random_state=0, stratify=digits.target)
         images, targets = split[0::2] if train else split[1::2]
-        # Strokes reach the border. Add a margin of one pixel, so that evaluation's center crop does not cut them off.
+        # Strokes touch the border. Add a margin of one pixel, so that evaluation's center crop does not cut them off.
         images = np.pad(np.round(images * 255 / 16).astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
         self.images = [
             Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC).convert('RGB') for image in images]
@@ -112,7 +112,7 @@ def build_dataset(
     Args:
         name: one of options.DATA_SETS, 'torch/NAME' for timm's readers of torchvision's data sets, or 'wds/NAME'.
         is_train: True for the training split, False for the validation split.
-        data_path: for IMNET the folder or tar that contains both splits (open_split), else the folder of the data set.
+        data_path: for IMNET, a folder or tar as open_split describes it; otherwise the folder of the data set.
         input_size: height and width of DIGITS images, in pixels.
         transform: applied to each image, as in sources.EncodedImages.
         classes: class names in index order, from the training set or a checkpoint; None to use those in the data.
@@ -126,7 +126,7 @@ def build_dataset(
         UsageError: the data is missing or unusable.
     """
     if name.startswith('wds/'):
-        name = 'IMNET'  # Shards are recognized by their .cls files.
+        name = 'IMNET'  # The IMNET reader recognizes shards by their .cls files.
     if name != 'IMNET' and (val_split or class_map):
         raise UsageError(f'--val-split and --class-map are for folders of images, not for --data-set {name}')
     if name == 'DIGITS':
@@ -135,8 +135,8 @@ def build_dataset(
         dataset = _torchvision(name, data_path or 'data', is_train, tv_transforms.Compose(  # Open gray MNIST as RGB.
             [functools.partial(open_image, **reading), *([transform] if transform else [])]))
     elif not data_path:
-        raise UsageError('--data-path is missing: give the folder that contains train/ and val/ '
-                         '(--data-set DIGITS needs no data and no network)')
+        raise UsageError('--data-path is missing: give the folder that contains train/ and val/, or try '
+                         '--data-set DIGITS, which needs no data and no network')
     elif name.startswith('INAT'):
         dataset = INaturalist(data_path, 2000 + int(name[4:]), is_train, category, transform)
     else:
@@ -244,7 +244,7 @@ def open_unsplit(data_path: str, transform: Callable | None, classes: list[str] 
     folders = {path.name for path in root.glob('[!.]*') if path.is_dir()}
     if len(folders) > 1 and all(re.fullmatch('(train|test|val)(ing|id|idation)?', name.lower()) for name in folders):
         raise UsageError(f'{root} contains {" and ".join(sorted(folders))}, which are splits, not classes: rename them '
-                         'to train and val (--val-split is for folders of classes)')
+                         'to train and val, and omit --val-split, which is for folders of classes')
     if 'train' in folders or not folders and has_split(data_path, 'train'):
         return open_split(data_path, 'train', transform, classes)
     return ImageFolder(root, transform, classes)
@@ -286,16 +286,16 @@ def drop_damaged(dataset: EncodedImages, rank: int = 0, world_size: int = 1, gat
     def fault(index: int) -> str | None:
         try:
             open_image(dataset.read(index), max_pixels=dataset.reading.get('max_pixels'))
-        except Exception as error:  # Pillow raises many types of exceptions on damaged data.
+        except Exception as error:  # Pillow can raise exceptions of any type on damaged data.
             return f'leaving out {printable(dataset.samples[index][0])} ({one_line(error)})'
 
     share = range(rank, len(dataset), world_size)
     with ThreadPoolExecutor(cores()) as pool:
-        faults = {i: line for part in gather(list(zip(share, pool.map(fault, share)))) for i, line in part}
+        found = gather({i: line for i, line in zip(share, pool.map(fault, share)) if line})
+    faults = {i: line for part in found for i, line in part.items()}
     for i in sorted(faults):
-        if faults[i]:
-            logger.info(faults[i])
-    readable = [i for i in sorted(faults) if not faults[i]]
+        logger.info(faults[i])
+    readable = [i for i in range(len(dataset)) if i not in faults]
     if not readable:
         raise UsageError(f'{dataset.roots[0]} has no readable images')
     dataset.select(readable)
@@ -307,8 +307,8 @@ def check_two_classes(dataset: Dataset, data_path: str) -> None:
     if len(present) == 1:
         folders = {Path(name).parent.name for name, _ in getattr(dataset, 'samples', ())} - set(dataset.classes)
         folders = sorted(folder for folder in folders if not folder.endswith('.tar'))
-        hint = f', which contains the folders {", ".join(folders[:5])} (are these the classes?)' if folders else ''
-        raise UsageError(f'{data_path} has one class, {dataset.classes[present.pop()]}{hint}; training needs two')
+        hint = f', with the folders {", ".join(folders[:5])}: if these are classes, move them up' if folders else ''
+        raise UsageError(f'training needs two classes, but {data_path} has only {dataset.classes[present.pop()]}{hint}')
 
 
 def _holds_images(root: str) -> bool:
@@ -319,7 +319,7 @@ def _holds_images(root: str) -> bool:
 
 def _torchvision(name: str, root: str, is_train: bool, transform: Callable | None) -> Dataset:
     splits, settings = [{'train': is_train}], {'download': not _holds_images(root)}
-    if name == 'CARS':  # Its download URL no longer exists.
+    if name == 'CARS':  # Do not download: the URL no longer exists.
         dataset_class, splits, settings = tv_datasets.StanfordCars, [{'split': 'train' if is_train else 'test'}], {}
     elif name == 'PETS':
         dataset_class, splits = tv_datasets.OxfordIIITPet, [{'split': 'trainval' if is_train else 'test'}]

@@ -18,7 +18,7 @@ from precision import ApexScaler, NativeScaler
 from processes import all_reduce_, gather_from_ranks, get_rank, get_world_size
 from utils import Progress
 
-MAX_OVERFLOWS = 50  # If this many halvings of the loss scale in a row do not help, the loss itself is at fault.
+MAX_OVERFLOWS = 50  # Stop after this many halvings of the loss scale in a row: the loss itself is at fault.
 
 
 class Preprocessor:
@@ -47,7 +47,7 @@ class Preprocessor:
         Returns:
             Images (B, 3, H, W), float32, in channels-last memory; targets (B,), or (B, classes) after mixup.
         """
-        is_cuda = self.device.type == 'cuda'  # On mps, host memory may be reused before an asynchronous copy ends.
+        is_cuda = self.device.type == 'cuda'  # Copy synchronously on mps, where host memory could be reused too early.
         images, targets = (tensor.to(self.device, non_blocking=is_cuda) for tensor in (images, targets))
         images = self.normalize(images)
         if self.erasing is not None:
@@ -62,28 +62,28 @@ class Preprocessor:
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Return (image - mean) / std of uint8 images on the device, as float32."""
         B, C, H, W = images.shape
-        # Normalize rows of W * C values. Broadcasting over channels would leave an innermost loop of three steps.
+        # Normalize rows of W * C values. Broadcasting over channels would be slow, with an inner loop of three steps.
         rows = images.permute(0, 2, 3, 1).reshape(B, H, W * C)
         mean, std = self.mean.repeat(W), self.std.repeat(W)
         out = torch.empty_like(rows, dtype=torch.float32)
-        # On a CPU, go image by image: one image fits in the cache.
+        # On a CPU, normalize one image at a time, so that the image stays in the cache.
         for uint8, result in zip(rows, out) if images.device.type == 'cpu' else [(rows, out)]:
             result.copy_(uint8).sub_(mean).div_(std)
         return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of running sums: Apple's GPUs (mps) have no float64."""
+    """Return the dtype of running sums: float64, or float32 on Apple's GPUs (mps), which lack float64."""
     return torch.float32 if device.type == 'mps' else torch.float64
 
 
 class Meters:
-    """Keep the running sums of an epoch on the device, so that only reading them is a host sync."""
+    """Keep the running sums of an epoch on the device, so that only reading them makes the host wait."""
     NAMES = ('loss', 'samples', 'skipped', 'skipped_in_a_row', 'overflows', 'overflows_in_a_row')
-    PER_RANK = 2  # The first two differ between ranks; the others are equal.
+    PER_RANK = 2  # The first two sums differ between ranks, and total() adds them up. The others are equal.
 
     def __init__(self, device: torch.device, saved: list[list[float]] | None = None):
-        """Start at 0, or from an earlier result of gather(), even if the number of ranks has changed."""
+        """Start at 0, or at sums that gather() returned earlier, even if the number of ranks was different then."""
         self.sums = torch.zeros(len(self.NAMES), dtype=sum_dtype(device), device=device)
         if saved:
             if len(saved) == get_world_size():
@@ -126,7 +126,7 @@ class TrainStep:
     Attributes:
         model: model, which may be compiled or wrapped in DistributedDataParallel.
         criterion: loss of outputs and targets, and of the teacher's logits (B, classes) if there is a teacher.
-        optimizer: a fused one can skip a step without a host sync.
+        optimizer: optimizer, fused if possible, since only a fused one can skip a step without a host sync.
         preprocess: moves, normalizes, erases and mixes a batch.
         scaler: NativeScaler or ApexScaler.
         autocast: returns the context manager of the forward pass.
@@ -134,7 +134,7 @@ class TrainStep:
         clip_grad, clip_mode: `value` and `mode` of timm's dispatch_clip_grad.
         skip_nonfinite: skip steps whose loss or gradient is not finite, and discard their BatchNorm statistics.
         seed, rank: the random draws of a step depend only on (seed, epoch, step, rank).
-        teacher: model whose logits `criterion` gets.
+        teacher: model that computes the teacher's logits for `criterion`.
         frozen: modules that stay in eval mode.
     """
     model: nn.Module
@@ -168,7 +168,7 @@ class TrainStep:
             with contextlib.nullcontext() if last or not hasattr(self.model, 'no_sync') else self.model.no_sync():
                 with self.autocast():
                     teacher_logits = [] if self.teacher is None else [self.teacher(images).float()]
-                    # Convert to float32, since F.cross_entropy would round the log-probabilities to 16 bits.
+                    # Convert to float32: F.cross_entropy would round the log-probabilities of 16-bit logits.
                     batch_loss = self.criterion(self.model(images).float(), targets, *teacher_logits) / len(batches)
                 self.scaler.backward(batch_loss, self.optimizer, last)
             loss = loss + batch_loss.detach()
@@ -176,7 +176,7 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        # Gradients are equal on all ranks here, but losses are not.
+        # Gradients are equal on all ranks here, but losses are not, so only the loss flag needs an all-reduce.
         bad_loss = all_reduce_((~torch.isfinite(loss)).float(), dist.ReduceOp.MAX)
         bad_norm = (~torch.isfinite(norm)).float()
         skips_overflows = self.scaler.skips_overflows
@@ -197,7 +197,7 @@ class TrainStep:
         if self.ema is not None:
             average, module = self.ema
             done = epoch * self.updates_per_epoch + step + 1
-            average.update(module, done if average.use_warmup else None)  # Given a step, timm starts at decay 0.
+            average.update(module, done if average.use_warmup else None)  # Given a step, timm would start at decay 0.
         samples = sum(len(targets) for _, targets in batches)
         meters.add(loss, samples, bad, bad_norm * (1 - bad_loss) if skips_overflows else torch.zeros_like(bad))
 
@@ -205,7 +205,7 @@ class TrainStep:
         if self.scaler.skips_overflows or not self.skip_nonfinite:
             self.scaler.step(self.optimizer)
         elif getattr(self.optimizer, '_step_supports_amp_scaling', False):
-            # As with GradScaler, a fused optimizer skips a step on the device if found_inf is set.
+            # If found_inf is set, as by GradScaler, a fused optimizer skips the step without a host sync.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
             self.optimizer.step()
             del self.optimizer.grad_scale, self.optimizer.found_inf
@@ -240,7 +240,7 @@ def train_one_epoch(
     for step in range(first_step, first_step + updates):
         asked = time.monotonic()
         group = list(islice(batches, accum_steps))
-        if step > first_step:  # The first wait includes starting the workers.
+        if step > first_step:  # Do not count the first wait, which includes starting the workers.
             progress.waited += time.monotonic() - asked
         train_step(group, epoch, step, meters)
         images += sum(len(targets) for _, targets in group)
@@ -281,8 +281,8 @@ def evaluate(
         progress: Progress | None = None, predictions: list | None = None) -> dict[str, float]:
     """Evaluate `model` on all ranks, each with its share of the data.
 
-    timm's accuracy() returns percentages per batch. The counts here are exact over batches and ranks. Each batch of
-    this rank appends its targets (B,) and its top k <= 5 classes and probabilities, both (B, k), to `predictions`.
+    Unlike timm's accuracy(), count images over all batches and ranks, so that the scores are exact. For each batch,
+    append the targets (B,) and the top k <= 5 classes and probabilities, both (B, k), to `predictions`.
 
     Returns:
         acc1, acc5 (%; acc5 counts all classes if there are fewer), loss (mean cross-entropy), count (images).
@@ -306,14 +306,14 @@ def evaluate(
         if progress is not None:
             progress.step()
     correct, in_five, loss, count = all_reduce_(totals).tolist()
-    count = max(count, 1)  # A signal may stop the evaluation before its first batch.
+    count = max(count, 1)  # Avoid 0 / 0 if a signal stops the evaluation before its first batch.
     return {'acc1': 100 * correct / count, 'acc5': 100 * in_five / count, 'loss': loss / count, 'count': int(count)}
 
 
 def throughput(model: nn.Module, images: torch.Tensor, autocast: Callable, warmup: int = 50, runs: int = 30) -> float:
     """Return the images per second of forward passes on one batch: the mean of `runs` passes after `warmup`."""
     model.eval()
-    synchronize = torch.get_device_module(images.device).synchronize  # torch.cpu.synchronize does nothing.
+    synchronize = torch.get_device_module(images.device).synchronize  # This does nothing on a CPU.
     with torch.inference_mode(), autocast():
         for i in range(warmup + runs):
             if i == warmup:

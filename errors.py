@@ -2,7 +2,7 @@
 
 
 class UsageError(ValueError):
-    """Report a mistake in flags, data or files that a check found; processes.usage_errors raises it on all ranks.
+    """Report a mistake in flags, data or files. Inside processes.usage_errors, every rank raises the error.
 
     The user sees one line, and the exit status is 2.
     """
@@ -19,7 +19,7 @@ class TrainingFault(RuntimeError):
 
 
 class UnreadableImage(RuntimeError):
-    """Report an image that the run cannot continue without."""
+    """Report an unreadable image that the run cannot skip."""
 
     @property
     def line(self) -> str:
@@ -34,7 +34,7 @@ def first_line(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """Return the whole message on one line."""
-    if type(error).__name__ == 'UnidentifiedImageError':  # Pillow's own message shows a memory address.
+    if type(error).__name__ == 'UnidentifiedImageError':  # Pillow's message would show a memory address.
         return 'not an image'
     return ' '.join(str(error).split()) or type(error).__name__
 

@@ -29,7 +29,7 @@ from weights import build_model, read_weights
 
 logger = logging.getLogger(__name__)
 
-IMAGENET = ImageNetInfo('imagenet-1k').label_names()  # WordNet ids in output order
+IMAGENET = ImageNetInfo('imagenet-1k').label_names()  # WordNet ids, in the order of a model's outputs
 MAX_MISTAKES = 24  # images on the sheet of mistakes
 
 
@@ -40,21 +40,21 @@ def order_classes(dataset: Dataset, num_classes: int) -> str:
     names = dataset.classes
     by_index = {int(name): name for name in names} if all(map(str.isdecimal, names)) else {}
     if by_index and len(by_index) == len(names) and max(by_index) < num_classes:
-        order, line = [by_index.get(i, str(i)) for i in range(num_classes)], 'folder names are the indices'
+        order, line = [by_index.get(i, str(i)) for i in range(num_classes)], 'using the folder names as indices'
     elif num_classes == 1000 and set(names) <= set(IMAGENET):
-        order, line = IMAGENET, 'WordNet ids in the order of ImageNet-1k'
+        order, line = IMAGENET, 'using the order of ImageNet-1k'
     elif len(names) == num_classes:
-        order, line = names, 'classes in the order of the data, alphabetical for folders'
+        order, line = names, 'using the order of the data, which is alphabetical for folders'
     else:
         raise UsageError(f'the weights have {num_classes} unnamed classes, but the data has {len(names)} '
                          f'({", ".join(names[:3])}, ...): list all {num_classes} in order in --class-map')
     lookup = np.array([order.index(name) for name in names])
     dataset.samples.targets, dataset.classes = lookup[dataset.samples.targets], list(order)
-    return f'weights without class names: {line} (--class-map sets another order)'
+    return f'the weights have no class names: {line}; set another order with --class-map'
 
 
 def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
-    """Return the indices of the classes that scoring considers, as selected by --valid-labels."""
+    """Return the indices of the classes among which images are scored, as selected by --valid-labels."""
     count, used = len(dataset.classes), set(np.asarray(getattr(dataset, 'targets', ())).tolist())
     if labels is None and list(dataset.classes) == IMAGENET:
         return sorted(used)
@@ -74,7 +74,7 @@ def valid_classes(dataset: Dataset, labels: str | None) -> list[int]:
 def real_labels(dataset: Dataset, indices: Iterable[int], file: str) -> RealLabelsImagenet:
     """Build timm's ReaL evaluation (arXiv 2006.07159) for the images at `indices`; file '' means timm's copy."""
     try:
-        real = RealLabelsImagenet(range(50_000), file or None)  # timm requires all images here.
+        real = RealLabelsImagenet(range(50_000), file or None)  # timm checks that there are 50,000.
     except (ValueError, AssertionError, TypeError):
         raise UsageError(f'--real-labels {file} is not a real.json with labels of 50,000 images') from None
     real.filenames = [Path(dataset.samples[i][0]).name for i in indices] if hasattr(dataset, 'samples') else ['']
@@ -112,16 +112,16 @@ def read_names(file: str) -> list[str]:
 def load_classifier(args: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, int]]:
     """Load the model that the flags of options.add_classifier_flags describe; raise UsageError if that fails.
 
-    Return it in eval mode on its device, with readable class names, and a map from folder names to class indices.
+    Return the model in eval mode on its device, readable class names, and a map from folder names to class indices.
     """
     weights = read_weights(args.model, use_ema=args.model_ema)
     model = build_model(weights, **({'img_size': args.input_size} if args.input_size else {}))
     if weights.is_ema:
-        logger.warning('; '.join(["using the EMA (--no-model-ema uses the model's own weights)", *weights.notes]))
+        logger.warning('; '.join(["using the EMA (use --no-model-ema for the model's own weights)", *weights.notes]))
     if args.crop_pct:
         model.pretrained_cfg['crop_pct'] = args.crop_pct
     if model.img_size[0] != model.img_size[1] or not model.num_classes:
-        raise UsageError(f'{args.model} has no classifier, or its input {model.img_size} is not square (--input-size)')
+        raise UsageError(f'{args.model} has no classifier or a non-square input {model.img_size}: set --input-size')
     saved, indices = weights.class_names(model), [str(i) for i in range(model.num_classes)]
     folders = saved or (IMAGENET if model.num_classes == 1000 else [f'class {i}' for i in indices])
     names = read_names(args.class_names) if args.class_names else class_words(folders)
@@ -149,10 +149,10 @@ def read_images(
             image = open_image(content if isinstance(content, bytes) else Path(content).read_bytes())
             if max(image.size) > 200 * min(image.size):  # Resizing the short side would take gigabytes.
                 raise ValueError('one side is more than 200 times the other')
-        except Exception as error:  # Pillow's plugins raise any exception on damaged files.
+        except Exception as error:  # Pillow can raise exceptions of any type on damaged files.
             reason = getattr(error, 'strerror', None) or one_line(error)
             if name.lower().endswith(HEIF) and not name.lower().endswith(EXTENSIONS):
-                reason += ': pip install pillow-heif'
+                reason += '; pip install pillow-heif to read HEIC files'
             report(f'cannot read {printable(name)} ({reason})')
         else:
             read.append((name, content, label))
@@ -199,19 +199,19 @@ def score_checkpoint(
             tempfile.TemporaryFile(dir=args.report).close()  # Fail before the evaluation, not after it.
     if len(valid) < model.num_classes:
         logger.info('scoring among %d of %d classes%s', len(valid), model.num_classes,
-                    '' if args.valid_labels else ' (use --valid-labels all for all)')
+                    '' if args.valid_labels else '; use --valid-labels all to score among all')
         others = torch.ones(model.num_classes, dtype=torch.bool, device=device)
         others[valid] = False
         model.register_forward_hook(lambda module, images, logits: logits.masked_fill(others, -torch.inf))
     if real is not None:
         model.register_forward_hook(lambda module, images, logits: real.add_result(logits))
     scores, columns = score(model, loader, device, autocast)
-    # DeiT's code logs these two lines in the same format.
+    # Log these two lines in DeiT's format, so that scripts that parse its logs keep working.
     logger.info('* Acc@1 %.3f Acc@5 %.3f loss %.3f', scores['acc1'], scores['acc5'], scores['loss'])
     logger.info('Accuracy of the network on the %d test images: %.3f%%', scores['count'], scores['acc1'])
     rotated = sum(processes.gather_from_ranks(sum(getattr(data, 'reading', {}).get('rotated', ()))))
     if rotated:
-        logger.info('applied the EXIF orientation of %d images (use --ignore-exif to match published ImageNet scores)',
+        logger.info('applied the EXIF orientation of %d images; use --ignore-exif to match published ImageNet scores',
                     rotated)
     if real is not None:
         hits = [sum(processes.gather_from_ranks(real.is_correct[k]), []) for k in (1, 5)]
@@ -226,8 +226,8 @@ def write_report(folder: Path, dataset: Dataset, columns: list[np.ndarray], vali
                  device: torch.device) -> None:
     """Write predictions.csv, per_class.csv, confusion.png and mistakes.jpg into `folder`, and log a summary.
 
-    `columns` come from score() for `model` and `dataset`, whose images are uint8 (3, H, W). `valid` lists the scored
-    classes.
+    `dataset` yields uint8 images (3, H, W). `columns` is what score() returned for `model` on `dataset`. `valid` lists
+    the scored classes.
     """
     from sklearn.metrics import confusion_matrix  # Importing it at the top would delay every start by a second.
     samples, names = getattr(dataset, 'samples', None), list(map(str, dataset.classes))

@@ -21,14 +21,14 @@ from sources import UPRIGHT, check_pixels, open_header, open_image, orientation
 try:
     import cv2
     import simplejpeg
-    cv2.setNumThreads(0)  # A worker has one core, and OpenCV's threads do not survive a fork.
+    cv2.setNumThreads(0)  # Run OpenCV in one thread: a worker has one core, and threads do not survive a fork.
     HAS_FAST = True
 except ImportError:
     HAS_FAST = False
 
 
 class Jpeg:
-    """Hold a JPEG file and its most recently decoded pixels, which the copies of repeated augmentation share.
+    """Keep a JPEG file and its last decoded pixels, so that repeated augmentation need not decode them for each copy.
 
     Args:
         data: bytes of the file.
@@ -67,7 +67,7 @@ class Jpeg:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """Return the EXIF orientation. Pillow is slow, so it reads only headers with EXIF or XMP (0xe1) or damage."""
+    """Return the EXIF orientation. Call Pillow, which is slow, only if the header has EXIF or XMP (0xe1) or damage."""
     start = 2
     while b'\xff\xc0' <= data[start:start + 2] < b'\xff\xff' and data[start + 1] not in (0xda, 0xe1):
         start += 2 + int.from_bytes(data[start + 2:start + 4], 'big')
@@ -99,7 +99,7 @@ class FastTransform:
         UsageError: simplejpeg or OpenCV is not installed.
     """
 
-    open_image = staticmethod(open_jpeg)  # sources.EncodedImages opens files with it.
+    open_image = staticmethod(open_jpeg)  # sources.EncodedImages opens files with this function.
 
     def __init__(self, transform: tv_transforms.Compose):
         if not HAS_FAST:
@@ -119,23 +119,23 @@ class FastTransform:
 
     def _crop(self, image: Jpeg | Image.Image) -> np.ndarray:
         """Draw a crop, and return it at the input size, (H, W, 3)."""
-        blank = torch.empty(1).expand(1, *image.size[::-1])  # get_params reads only the size of its image.
+        blank = torch.empty(1).expand(1, *image.size[::-1])  # get_params reads only the image's size.
         box = top, left, height, width = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
         modes = self.crop.interpolation
         mode = (random.choice(modes) if isinstance(modes, (list, tuple)) else modes).value
-        # Decoding to less than 1.5x the target size makes a visible difference (1.5 gray levels).
+        # Decode to at least 1.5x the target size. Less would change pixels visibly, by 1.5 gray levels.
         least = 1.5 * max(self.crop.size)
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(height, width) >= s * least)
-        if scale > 1 and isinstance(image, Jpeg):  # Only Pillow crops at fractions of a pixel.
+        if scale > 1 and isinstance(image, Jpeg):  # Use Pillow: only it can crop at fractions of a pixel.
             top, left, height, width = (value / scale for value in box)
-            pixels = image.decode(scale)  # Flipping moves the incomplete last block to the start.
+            pixels = image.decode(scale)  # A flip moves the incomplete last block to the start, so shift the crop.
             left += (image.orientation in (2, 3, 6, 7)) * (pixels.shape[1] - image.size[0] / scale)
             top += (image.orientation in (3, 4, 7, 8)) * (pixels.shape[0] - image.size[1] / scale)
             return np.array(Image.fromarray(pixels).resize(
                 self.crop.size[::-1], str_to_pil_interp(mode), box=(left, top, left + width, top + height)))
-        if not (height and width):  # The image has one or two pixels. Pillow returns black.
+        if not (height and width):  # In an image of one or two pixels, a crop can be empty. Pillow returns black.
             return np.zeros((*self.crop.size, 3), np.uint8)
-        # This matches Pillow to 0.005 gray levels, and takes a quarter of the time if the memory is channels-last.
+        # torch matches Pillow to 0.005 gray levels, and takes a quarter of the time if the memory is channels-last.
         x = torch.from_numpy(_decode(image)[top:top + height, left:left + width])[None].permute(0, 3, 1, 2)
         x = F.interpolate(x, size=self.crop.size, mode=mode, antialias=True, align_corners=False)  # (1, 3, H, W)
         return x.permute(0, 2, 3, 1)[0].numpy()
@@ -228,7 +228,7 @@ def brightness(image, factor, **_):
     return _apply_table(image, np.float32(factor) * LEVELS.astype(np.float32))
 
 
-TRUNCATE = -0.499  # when added to a result, turns OpenCV's rounding into Pillow's truncation
+TRUNCATE = -0.499  # added to a result, this turns OpenCV's rounding into Pillow's truncation
 
 
 def color(image, factor, **_):
@@ -267,11 +267,11 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray, fillcolor: tuple[int, ...
     else:
         rows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=1)[np.arange(height), starts]
         rows, weights = torch.from_numpy(rows).float(), torch.from_numpy(np.stack(weights))[:, :, None]
-        out = torch.full((height, width * channels), 1e-3)  # Weights that sum to 1 - 1e-7 must not lose a gray level.
+        out = torch.full((height, width * channels), 1e-3)  # 1e-3, so that rounding errors do not lose a gray level
         for i, weight in enumerate(weights):
             out.addcmul_(rows[:, i * channels:(width + i) * channels], weight)
         out = out.clamp_(0, 255).to(torch.uint8).numpy().reshape(height, width, channels)
-    # Pillow fills every column that comes from outside the image. So far, columns next to the border are blends.
+    # Pillow fills every column that comes from outside the image. Those next to the border are still blends: fill them.
     mixed = np.arange(2 * edge + 1)
     left, right = np.ceil(-0.5 - shifts).astype(int), np.ceil(width - 0.5 - shifts).astype(int)
     columns = np.concatenate([left[:, None] - 1 - mixed, right[:, None] + mixed], axis=1)
@@ -313,7 +313,7 @@ def rotate(image, degrees, fillcolor, resample):
     resample = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
     height, width = image.shape[:2]
     flags = cv2.INTER_CUBIC if resample == Image.Resampling.BICUBIC else cv2.INTER_LINEAR
-    # OpenCV places pixel centers at integer coordinates.
+    # OpenCV places pixel centers at integer coordinates, so the center of the image is at (size - 1) / 2.
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.)
     return cv2.warpAffine(image, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_CONSTANT,
                           borderValue=fillcolor)

@@ -25,15 +25,15 @@ def read_launch() -> Launch:
         return int(os.environ.get(name, default))
 
     torchrun = {'LOCAL_RANK', 'RANK', 'WORLD_SIZE'} & set(os.environ)
-    if not {'RANK', 'WORLD_SIZE'} <= torchrun:  # Some scripts set only one of these under srun or mpirun.
+    if not {'RANK', 'WORLD_SIZE'} <= torchrun:  # torchrun sets both. Some scripts set one under srun or mpirun.
         if 'OMPI_COMM_WORLD_SIZE' in os.environ:  # Open MPI
             return Launch('mpirun', integer('OMPI_COMM_WORLD_LOCAL_RANK'), integer('OMPI_COMM_WORLD_RANK'),
                           integer('OMPI_COMM_WORLD_SIZE'), integer('OMPI_COMM_WORLD_LOCAL_SIZE'))
         if 'MPI_LOCALRANKID' in os.environ:  # MPICH, and Intel MPI, which is based on it
             return Launch('mpirun', integer('MPI_LOCALRANKID'), integer('PMI_RANK'), integer('PMI_SIZE', 1),
                           integer('MPI_LOCALNRANKS'))
-        if 'SLURM_STEP_ID' in os.environ:  # Batch scripts and salloc shells have SLURM's other variables too.
-            # In an interactive shell, SLURM_NTASKS is the task count of the job, not of the step.
+        if 'SLURM_STEP_ID' in os.environ:  # Outside a step, as in a batch script, SLURM sets only others.
+            # Prefer the step's count: in an interactive shell, SLURM_NTASKS counts the tasks of the whole job.
             return Launch('srun', integer('SLURM_LOCALID'), integer('SLURM_PROCID'),
                           integer('SLURM_STEP_NUM_TASKS', integer('SLURM_NTASKS', 1)))
     return Launch('torchrun', integer('LOCAL_RANK'), integer('RANK'), integer('WORLD_SIZE', 1),
@@ -51,7 +51,7 @@ def set_master_address() -> tuple[str, int]:
     """Set MASTER_ADDR and MASTER_PORT if the launcher did not, and return host and port.
 
     Under srun, the host is the first one of the step. The port depends on job and step, so that concurrent steps do not
-    collide. It is below 32768, where the kernel's ephemeral ports begin. Under mpirun, the host is the local one.
+    collide. It stays below 32768, where the kernel's ephemeral ports begin. Under mpirun, the host is the local one.
     Raise UsageError if the address cannot be determined.
     """
     launch = read_launch()

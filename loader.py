@@ -35,7 +35,7 @@ class SeededDataset(_Wrapper):
     """Read training samples by (index, seed): a sample's augmentation depends only on the seed.
 
     timm and torchvision draw from `random`, NumPy and torch, so each sample seeds all three. torch is seeded only on
-    the CPU, since torch.manual_seed takes 0.1 ms to look for devices. An unreadable image is logged, and the next image
+    the CPU, as torch.manual_seed takes 0.1 ms to find other devices. An unreadable image is logged, and the next image
     is read instead; ten in a row raise UnreadableImage.
     """
 
@@ -48,7 +48,7 @@ class SeededDataset(_Wrapper):
             current = (index + attempt) % len(self)
             try:
                 return self.dataset[current]
-            except Exception as error:  # Pillow's plugins raise any exception on damaged files.
+            except Exception as error:  # Pillow can raise exceptions of any type on damaged files.
                 name = image_name(self.dataset, current)
                 logger.warning('cannot read %s (%s): using the next image instead', name, one_line(error))
         raise UnreadableImage(
@@ -131,5 +131,5 @@ def build_loader(
         worker_init_fn=leave_signals_to_the_run,
         timeout=timeout if num_workers else 0,
         persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # The loader draws a base seed. Do not advance the global generator.
+        generator=torch.Generator(),  # Draw the loader's base seed without advancing the global generator.
     )

@@ -67,7 +67,7 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
         for _, value in _fields(memoryview(data)):
             entry = dict(_fields(value))
             tensor = list(_fields(entry[2]))
-            dims = [item for number, item in tensor if number == 1]  # In proto2, dims are not packed.
+            dims = [item for number, item in tensor if number == 1]  # proto2 stores each dimension as its own field.
             name, kind, content = str(entry[1], 'utf-8'), str(dict(tensor)[2], 'utf-8'), dict(tensor)[3]
             slices.setdefault(name, (dims, kind, bytearray()))[2].extend(content)
     except (LookupError, TypeError, ValueError):

@@ -57,7 +57,7 @@ def position_schedule(scheduler, epoch: int, updates: int) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], file: str) -> None:
     """Load moments and step counts. Keep the learning rates and weight decays that the command line sets."""
-    counts = ('params', 'step', 'lookahead_step')  # Some of timm's optimizers keep these in their param groups.
+    counts = ('params', 'step', 'lookahead_step')  # Load these too, if timm's optimizer has them in its groups.
     settings = [{k: v for k, v in group.items() if k not in counts} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)

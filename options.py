@@ -24,7 +24,7 @@ DTYPES = ('float32', 'tf32', 'bfloat16', 'float16')
 # Paths that config.yaml and checkpoints store in absolute form. The second group may also be model names.
 PATHS = 'data_path', 'class_map', 'train_json', 'val_json', 'train_images', 'val_images'
 FILES_OR_NAMES = 'finetune', 'teacher_path', 'weights'
-EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'  # copied from weights.py, which imports torch
+EXTENSIONS = '.pth', '.pt', '.bin', '.safetensors', '.ckpt'  # a copy, since weights.py imports torch
 # Flags of the authors' code, DeiT and ConvNeXt that are not supported, with the reason.
 REFUSED = {
     '--drop-block': 'CMT has no DropBlock',
@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
             elif value.lower() not in ('true', 'false', '1', '0'):
                 self.error(f'{arg}: use true or false')
             else:
-                flags = [other for other in flags if other != flag]  # The command line may undo a switch of the config.
+                flags = [other for other in flags if other != flag]  # The command line overrides the config.
                 opposite = f'--{flag[5:]}' if flag.startswith('--no-') else f'--no-{flag[2:]}'
                 flags += [flag] if value.lower() in ('true', '1') else [opposite] * (opposite in known)
         return super().parse_known_args(flags, namespace)
@@ -93,7 +93,7 @@ def in_range(kind: type, low: float, high: float = float('inf'), above: bool = F
             raise argparse.ArgumentTypeError(f"'{text}' is not {'an integer' if kind is int else 'a number'}") from None
         if not (math.isfinite(value) and low <= value <= high) or above and value == low:
             upper = f' and at most {high}' if high < float('inf') else ''
-            raise argparse.ArgumentTypeError(f'{text} is not {"above" if above else "at least"} {low}{upper}')
+            raise argparse.ArgumentTypeError(f'{text} must be {"above" if above else "at least"} {low}{upper}')
         return value
     return parse
 
@@ -112,7 +112,7 @@ def image_size(text: str) -> int:
     return size
 
 
-path = os.path.expanduser  # The shell does not expand ~ in --flag=~/folder, nor does YAML.
+path = os.path.expanduser  # Expand ~ here: the shell does not do so in --flag=~/folder, nor does YAML.
 
 
 def data_set(name: str) -> str:
@@ -158,8 +158,8 @@ def add_classifier_flags(parser: argparse.ArgumentParser) -> None:
 def add_run_flags(parser: argparse.ArgumentParser, seed: int, num_workers: int) -> None:
     """Add the flags that train.py and detection.py share, in the group 'run'."""
     g = parser.add_argument_group('run')
-    g.add_argument('--config', type=path, metavar='YAML', help='"flag: value" lines with defaults for other flags')
-    g.add_argument('--output-dir', type=path, default='', help='folder to save to; without it nothing is saved')
+    g.add_argument('--config', type=path, metavar='YAML', help='file of "flag: value" lines: defaults for flags')
+    g.add_argument('--output-dir', type=path, default='', help='folder for the run; without this, nothing is saved')
     g.add_argument('--resume', type=path, default='', metavar='CKPT', help='checkpoint to resume, or to evaluate with '
                    "--eval; 'auto': the newest intact checkpoint in --output-dir, if any")
     g.add_argument('--overwrite', action='store_true', help='replace the run in --output-dir')
@@ -206,7 +206,7 @@ def get_parser() -> argparse.ArgumentParser:
                    'folder with the JSON files; others: folder of the data set, or to download the data set to')
     g.add_argument('--class-map', type=path, metavar='FILE', help='IMNET: file with the class folders in index order')
     g.add_argument('--val-split', type=fraction, help='fraction of each class to hold out if there is no val/ folder')
-    g.add_argument('--skip-damaged', action=toggle, default=False, help='decode all images and omit damaged ones')
+    g.add_argument('--skip-damaged', action=toggle, default=False, help='decode all images first; omit damaged ones')
     g.add_argument('--max-train-images', type=positive, help='train on this many images, balanced over the classes')
     g.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES, help='INAT: taxonomic rank of classes')
     g.add_argument('--ignore-exif', action=toggle, default=False, help='ignore EXIF rotations, as published scores do')
@@ -302,7 +302,7 @@ def get_parser() -> argparse.ArgumentParser:
                    help="train with NVIDIA's apex.amp, or torch's autocast to float16 (bfloat16 on a CPU)")
     g.add_argument('--apex-opt-level', default='O1', choices=('O0', 'O1', 'O2', 'O3'))
     g.add_argument('--world-size', type=positive, help='expected number of processes, checked against the launcher')
-    g.add_argument('--local-rank', type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
+    g.add_argument('--local-rank', type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes this flag
     return add_defaults(parser)
 
 
@@ -315,12 +315,12 @@ def add_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def hint(parser: argparse.ArgumentParser, arg: str) -> str:
-    """Return why a flag is not supported, or the most similar flag, such as ' (--epochs?)', or ''."""
+    """Return why a flag is not supported, or suggest a similar flag, as in '; did you mean --epochs?', or ''."""
     flag = arg.split('=')[0]
     if flag in REFUSED and parser.prog == 'train.py':
         return f' ({flag} is not supported: {REFUSED[flag]})'
     similar = difflib.get_close_matches(flag, parser._option_string_actions, 1)
-    return f' ({similar[0]}?)' if similar else ''
+    return f'; did you mean {similar[0]}?' if similar else ''
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, set[str]]:
@@ -368,7 +368,7 @@ def check_paths(args: argparse.Namespace, file: str | None, values: dict | None 
         flag = '--' + name.replace('_', '-')
         path = os.path.abspath(os.path.expanduser(str(values.get(name) or values.get(flag[2:]))))
         if path != getattr(args, name, None) or os.path.exists(path):
-            continue  # The command line overrides it, it is the name of a model, or it exists.
+            continue  # The command line overrides the path, the value is a model name, or the path exists.
         if name == 'data_path' and is_downloaded(args.data_set) or name in ('finetune', 'weights') and resumes:
             continue  # torchvision downloads the data, or the checkpoint's weights take precedence.
         raise UsageError(f'{path}, which {file} sets, does not exist: override it with {flag}')
@@ -391,7 +391,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.data_path and is_downloaded(args.data_set):
         args.data_path = 'data'
     make_paths_absolute(args)
-    if args.eval or args.throughput:  # Omit this in training, which saves its args.
+    if args.eval or args.throughput:  # In training, checkpoints would store this.
         args.given = given
     return args
 
@@ -420,7 +420,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         low, high = getattr(args, name) or (0, 1)
         is_empty = name == 'cutmix_minmax' and int(args.input_size * low) == int(args.input_size * high)
         checks.append((low > high or is_empty,
-                       f'--{name.replace("_", "-")} {low} {high}: give the smaller number first'))
+                       f'--{name.replace("_", "-")} {low} {high}: give a smaller number, then a larger one'))
     return next((mistake for applies, mistake in checks if applies), None)
 
 

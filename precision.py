@@ -18,7 +18,7 @@ def find_apex():
     """
     try:
         from apex import amp
-    except Exception:  # An unrelated package of this name may raise anything.
+    except Exception:  # An unrelated package named apex can raise exceptions of any type.
         return None
     return amp if hasattr(amp, 'initialize') and hasattr(amp, 'scale_loss') else None
 
@@ -26,7 +26,7 @@ def find_apex():
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of --amp-dtype; 'auto' is float32 on a CPU and a 16-bit type on CUDA."""
     if name == 'auto' and device.type == 'cuda':
-        # GPUs older than Ampere (T4, V100, RTX 20xx) only emulate bfloat16, and cuDNN has no convolutions in it.
+        # GPUs before Ampere (T4, V100, RTX 20xx) only emulate bfloat16, without cuDNN convolutions: use float16.
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
     return torch.float32 if name in ('auto', 'tf32') else getattr(torch, name)
@@ -35,10 +35,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def configure_cuda(amp_dtype: str, is_training: bool, fixed_size: bool) -> None:
     """Enable TF32 for --amp-dtype tf32, let cuDNN benchmark convolutions, and disable cuDNN attention in training.
 
-    Benchmarking times cuDNN's algorithms in the first step and keeps the fastest. It pays off only for a fixed size.
+    cuDNN times its algorithms in the first step and keeps the fastest, which pays off only for a fixed input size.
     """
     if amp_dtype == 'tf32':
-        torch.set_float32_matmul_precision('high')  # Convolutions use TF32 by default.
+        torch.set_float32_matmul_precision('high')  # for matmuls; convolutions use TF32 by default
     torch.backends.cudnn.benchmark = fixed_size
     if is_training:
         # cuDNN attention returns NaN gradients for 64 keys and a frozen position bias (CMT-B; pytorch issue 196678).

@@ -43,7 +43,7 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if launch.world_size > 1:
-        # One rank per node logs. So does rank 1, since rank 0 may be the missing one.
+        # Log on one rank per node, and on rank 1 too, since rank 0 may be the missing one.
         wait = Wait(timeout_s, is_logged=launch.local_rank == 0 or launch.rank == 1)
         ranks = dict(rank=launch.rank, world_size=launch.world_size)
         timer = threading.Timer(timeout_s + 30, exit_frozen)
@@ -63,8 +63,8 @@ def init_distributed(device: str | None = None, dist_url: str = 'env://', timeou
                 f'processes found each other, but cannot connect ({first_line(error)}); if this happens at every '
                 'launch, set GLOO_SOCKET_IFNAME to the network interface between the hosts') from None
     elif (tasks := int(os.environ.get('SLURM_NTASKS', 1))) > 1:
-        logger.info('one process, but the SLURM job has %d tasks: start one per task with `srun python train.py ...`',
-                    tasks)
+        logger.info('only one process was started, but the SLURM job has %d tasks: start one process per task with '
+                    '`srun python train.py ...`', tasks)
     return device
 
 
@@ -86,22 +86,22 @@ class Wait:
                 raise TrainingFault(f'lost the rendezvous store: {first_line(error)}') from None
             waited = time.monotonic() - self.began
             if waited > self.timeout_s:
-                raise TrainingFault(f'{absent()} did not answer within {self.timeout_s:g} s (--dist-timeout)')
+                raise TrainingFault(f'{absent()} did not respond within the {self.timeout_s:g} s of --dist-timeout')
             if self.is_logged and waited > min(10, self.timeout_s / 10):
-                logger.warning('waiting for %s, and giving up in %.0f s (--dist-timeout %g)', absent(),
+                logger.warning('waiting for %s; giving up in %.0f s, since --dist-timeout is %g', absent(),
                                self.timeout_s - waited, self.timeout_s)
                 self.is_logged = False
             time.sleep(0.1)
 
 
 def exit_frozen() -> None:
-    """Exit, because a TCPStore on a frozen host never answers."""
-    print_error(os.path.basename(sys.argv[0]), 'the rendezvous store does not answer')
+    """Exit, since a call to the TCPStore of a frozen host never returns."""
+    print_error(os.path.basename(sys.argv[0]), 'the rendezvous store does not respond')
     os._exit(1)
 
 
 def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
-    """Open the ranks' store; raise UsageError for a bad address or a used port, TrainingFault if nothing answers."""
+    """Open the ranks' store; raise UsageError for a bad address or a used port, TrainingFault if no host responds."""
     try:
         parsed = urllib.parse.urlparse(url)
         address = parsed.hostname, parsed.port
@@ -123,7 +123,7 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
             return False
         return True
 
-    # torch's own wait prints pages of C++ frames, and rank 0's TCPStore silently waits for the world size.
+    # Wait here first: torch's own wait prints pages of C++ frames, and rank 0's TCPStore would wait without a message.
     if host:
         wait.until(answers, lambda: f'{server} ({problem})')
     try:
@@ -135,7 +135,7 @@ def open_store(url: str, rank: int, world_size: int, wait: Wait) -> dist.Store:
         if 'EADDRINUSE' in str(error):
             raise UsageError(f'another process is listening on {host}:{port}: set MASTER_PORT to a free port') from None
         raise TrainingFault(f'no connection to {server}: {first_line(error)}') from None
-    return dist.PrefixStore(run_name(), store)  # Two runs may share a torchrun endpoint.
+    return dist.PrefixStore(run_name(), store)  # The prefix separates runs that share a torchrun endpoint.
 
 
 def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> dist.Store:
@@ -149,7 +149,7 @@ def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> d
     def launch_name() -> str | None:
         if not store.check(['first']):
             return None
-        first = store.get('first').decode()  # Until rank 0 arrives, this is from an earlier launch.
+        first = store.get('first').decode()  # Until rank 0 arrives, `first` may be from an earlier launch.
         store.set(f'{first}/{world_size}/{rank}', key)
         is_complete = store.check([f'{first}/all']) and key.encode() in store.get(f'{first}/all').split()
         return first if is_complete else None
@@ -169,7 +169,7 @@ def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> d
 
 
 def explain(error: BaseException) -> str | None:
-    """Return one line about an error that the code did not cause, or None."""
+    """Return a one-line explanation of an error that is not a bug, such as out of memory; None for other errors."""
     text = str(error)
     if isinstance(error, RuntimeError) and re.search(  # gloo and NCCL report these.
             'gloo.*(Connection (closed|reset) by peer|Timed out waiting)|ncclRemoteError|NCCL communicator was aborted|'
@@ -179,12 +179,12 @@ def explain(error: BaseException) -> str | None:
         return f'{first_line(error)} Use a smaller --batch-size (with --accum-steps), or --grad-checkpointing.'
     if 'unable to allocate shared memory' in text or 'Bus error' in text:
         return ("no shared memory is left for the workers' batches: run docker with --shm-size=8g or "
-                '--ipc=host, or use fewer --num-workers (0 needs none)')
+                '--ipc=host, or use --num-workers 0, which needs none')
     if re.search('Too many open files(?! in system)', text) or 'received 0 items of ancdata' in text:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 'unknown'
         return f'too many open files: raise the limit of {limit} (ulimit -n), or use fewer --num-workers'
     if 'DataLoader timed out' in text:
-        return f'{first_line(error)}: the workers or the file system of --data-path hang (--dist-timeout)'
+        return f'{first_line(error)}: a worker or the storage of --data-path hangs, or --dist-timeout is too short'
     if 'DataLoader worker' in text and ('killed by signal: Killed' in text or 'exited unexpectedly' in text):
         return (f'a worker was killed, most likely for lack of memory ({first_line(error)}): use fewer '
                 '--num-workers, or more memory')
@@ -201,7 +201,7 @@ def find_device(device: str | None, launch: Launch) -> torch.device:
         raise UsageError('--device mps: ' + ('torch supports only a single process on it' if has_mps else
                                              'no Apple GPU found; omit the flag to run on the CPU'))
     if device is None and kind == 'cpu' and has_mps:
-        logger.info('using the CPU; --device mps uses the Apple GPU (untested)')
+        logger.info('using the CPU; --device mps would use the Apple GPU, but is untested')
     if kind != 'cuda':
         return torch.device(kind)
     if not torch.cuda.is_available():
@@ -254,7 +254,7 @@ def finish_output() -> None:
     for file in sys.stdout, sys.stderr:
         try:
             file.flush()
-        except OSError:  # The terminal is gone. Python's exit would fail again, and change the status.
+        except OSError:  # The terminal is gone. Otherwise, Python's exit would fail too and change the status.
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
@@ -290,12 +290,12 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1, e
         try:
             main(args)
         except (ConnectionError, EOFError):
-            time.sleep(5)  # A killed worker's pipe closes before SIGCHLD arrives. Wait until torch names it.
+            time.sleep(5)  # A killed worker's pipe closes before SIGCHLD arrives. Wait until torch names the worker.
             raise
         status = 0
     except (UsageError, TrainingFault) as error:
         launch = read_launch()
-        # Before the process group exists, only one node knows of the mistake, and rank 0 may be the missing one.
+        # Without a process group, print on one rank per node, and also on rank 1 if rank 0 may be the missing one.
         if launch.rank == 0 if dist.is_initialized() else launch.local_rank == 0 or (
                 launch.rank == 1 and isinstance(error, TrainingFault)):
             print_error(prog, error)
@@ -313,8 +313,8 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1, e
             print_error(prog, line)
         status = failed_alone(unreadable_status if unreadable else 1)
     finish_output()
-    gc.collect()  # This ends the workers, and unlocks the folder.
-    if dist.is_initialized():  # All ranks arrive here.
+    gc.collect()  # Freeing the loaders ends their workers, and freeing the writer unlocks the run folder.
+    if dist.is_initialized():  # All ranks get here, so no rank waits for another.
         dist.destroy_process_group()
     return status
 
@@ -323,7 +323,7 @@ def run_main(prog: str, main: Callable, args: Any, unreadable_status: int = 1, e
 def usage_errors(kind: type[Exception] = UsageError):
     """Raise `kind` on all ranks if the block raises a UsageError, or an OSError about a file, on any rank.
 
-    This way, no rank waits for another. Any other exception is a bug, and ends this rank with its traceback.
+    This way, no rank waits for one that failed. Any other exception is a bug, and ends this rank with its traceback.
     """
     line = None
     try:
@@ -355,7 +355,7 @@ class StopRequest:
         self.signal = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            if get_rank() == 0:  # logging and print are not reentrant.
+            if get_rank() == 0:  # logging and print are not safe in a signal handler.
                 with contextlib.suppress(OSError):  # The terminal may be gone.
                     os.write(2, b'\nstopping after this step; press Ctrl-C again to quit without saving\n')
 

@@ -101,7 +101,7 @@ class ParquetImages(EncodedImages):
     has_labels = True
 
     def __init__(self, files: list[Path]):
-        self.roots, self.cached = list(map(str, files)), (None, None)  # ((file, row group), its encoded images)
+        self.roots, self.cached = list(map(str, files)), (None, None)  # (file, row group) last read, its encoded images
         names, targets, places, first = [], [], [], None
         for i, file in enumerate(self.roots):
             with _parquet(file) as parquet:
@@ -118,14 +118,14 @@ class ParquetImages(EncodedImages):
             raise UsageError(f'{files[0]} has images without labels')
         self.classes = classes or [str(i) for i in range(max(targets) + 1)]
         self.places = np.concatenate(places)  # (N, 3): file, row group, row in the group
-        if len({name.partition('.')[0] for name in names} - {''}) < len(names):  # Keys in a shard must be unique.
+        if len({name.partition('.')[0] for name in names} - {''}) < len(names):  # Keys in a shard must differ: add i.
             names = [f'{i:08d}{"_" * (name[0] != ".")}{name}' for i, name in enumerate(names)]
         paths = [f'{self.roots[i]}/{name}' for i, name in zip(self.places[:, 0], names)]
         super().__init__(Samples(paths, targets), None)
 
     def read(self, index: int) -> bytes:
         file, group, row = self.places[index].tolist()
-        if self.cached[0] != (file, group):  # Rows are stored in groups, which are read whole.
+        if self.cached[0] != (file, group):  # Rows can be read only in whole groups, so cache one group.
             with _parquet(self.roots[file]) as parquet:
                 rows = parquet.read_row_group(group, columns=[f'{self.column}.bytes'])
             self.cached = (file, group), rows.flatten().column(0)
@@ -141,7 +141,7 @@ def _parquet(file: str):
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UsageError(f'{file}: parquet files need pyarrow: pip install pyarrow') from None
+        raise UsageError(f'reading {file} needs pyarrow: install it with pip install pyarrow') from None
     try:
         yield parquet.ParquetFile(file)
     except (ArrowException, OSError) as error:

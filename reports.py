@@ -29,7 +29,7 @@ from PIL import Image
 from errors import UsageError, printable
 from system import write_file
 
-# Class names and file names may have characters that the font lacks; the figure shows boxes for them.
+# Class and file names may have characters that the font lacks. The figure shows boxes instead, so omit the warning.
 warnings.filterwarnings('ignore', 'Glyph .* missing')
 
 # title, [(key in log.txt, label, line style)]
@@ -43,7 +43,7 @@ DETECTION = ('Average precision (%)', [  # replaces accuracy for logs of detecti
     ('box_ap', 'box', '-'), ('box_ap50', 'box, IoU 0.5', '--'), ('mask_ap', 'mask', '-.'),
     ('mask_ap50', 'mask, IoU 0.5', ':')])
 BEST = [('test_acc1', 'best'), ('ema_test_acc1', 'EMA'), ('box_ap', 'box AP'), ('mask_ap', 'mask AP')]
-MAX_MARKERS = 40  # more markers hide the line
+MAX_MARKERS = 40  # More markers would hide the line.
 MAX_MATRIX = 50  # classes; a larger confusion matrix is unreadable
 
 SIDE = 224  # an image on a sheet; all sizes here are in pixels
@@ -67,7 +67,7 @@ def save(figure: Figure, path: Path) -> None:
     # Level 4 takes half the time of the default, 6, for files 2 % larger.
     options = {'pil_kwargs': {'compress_level': 4}} if extension == 'png' else {}
     figure.savefig(content := io.BytesIO(), format=extension, dpi='figure', **options)
-    write_file(path, content.getvalue())  # Pillow would write a JPEG itself, and ignore a full disk.
+    write_file(path, content.getvalue())  # If Pillow wrote a JPEG itself, it would ignore a full disk.
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ def draw_sheet(entries: list[dict[str, Any]], title: str) -> Figure:
     columns = min(len(entries), max(1, round(math.sqrt(1.5 * len(entries) * (card_h + GAP) / (card_w + GAP)))))
     width, height = GAP + columns * (card_w + GAP), HEADER + math.ceil(len(entries) / columns) * (card_h + GAP)
 
-    figure = Figure((width / 72, height / 72), dpi=72, facecolor='#f1f3f4')  # a point is a pixel
+    figure = Figure((width / 72, height / 72), dpi=72, facecolor='#f1f3f4')  # At 72 dpi, a point is a pixel.
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     room = width - 2 * GAP
@@ -178,7 +178,7 @@ def draw_sheet(entries: list[dict[str, Any]], title: str) -> Figure:
 def overlay(image: Image.Image, cam: np.ndarray) -> np.ndarray:
     """Blend the heat map (H, W) over the image in gray; return uint8 (H, W, 3).
 
-    The ends of matplotlib's turbo are left out: they are too dark to see the image through.
+    Leave out the ends of matplotlib's turbo colormap, which are too dark to see the image through.
     """
     heat = matplotlib.colormaps['turbo'](0.06 + 0.82 * cam)[..., :3]  # (H, W, 3) in [0, 1]
     strength = 0.25 + 0.25 * cam[..., None]

@@ -29,7 +29,7 @@ from weights import best_of_run, read, read_file
 logger = logging.getLogger(__name__)
 
 LOG, CONFIG = 'log.txt', 'config.yaml'
-# Keys of checkpoint_last.pth that best checkpoints keep too.
+# Keys of checkpoint_last.pth that the best checkpoints contain too.
 DESCRIPTION = 'format', 'model_args', 'detector', 'args', 'classes', 'training_images', 'epoch'
 # Flags that apply to one launch, so config.yaml omits them. The output folder is the one that contains config.yaml.
 UNSAVED_FLAGS = 'config', 'eval', 'local_rank', 'output_dir', 'overwrite', 'resume', 'stopped_file', 'throughput'
@@ -75,7 +75,7 @@ def find_checkpoint(args: argparse.Namespace, is_training: bool) -> tuple[str, d
         except UsageError:
             exists = False
         if not exists:
-            logger.warning('%s of epoch %d is not in %s: the best score starts over', name, epoch, place)
+            logger.warning('%s of epoch %d is not in %s: the next score becomes the best one', name, epoch, place)
             for key in ('epoch', 'acc1', 'box_ap'):  # box_ap is detection.py's score.
                 best.pop(f'{prefix}{key}', None)
     return file, checkpoint
@@ -124,12 +124,15 @@ def open_run(
         writer.trackers.append(utils.wandb_tracker(folder, settings, wandb_id))
     if flags.get('log_tensorboard'):
         writer.trackers.append(utils.tensorboard_tracker(folder, epoch))
-    header = '\n# '.join(map(printable, (  # A line break would end the comment.
+    header = '\n# '.join(map(printable, (  # A line break in a flag would end the comment.
         f'{prog} {shlex.join(sys.argv[1:])}', utils.describe_system(device), f'started {time.strftime("%Y-%m-%d")}')))
-    # On a full disk the run ends here, before anything is removed.
-    write_file(folder / CONFIG, f'# {header}\n{yaml.safe_dump(settings, sort_keys=False)}'.encode())
-    for path in run_files(folder) if replace else ():
-        path.unlink()
+    with atomic_write(folder / CONFIG) as file:
+        file.write(f'# {header}\n{yaml.safe_dump(settings, sort_keys=False)}'.encode())
+        file.flush()
+        os.fsync(file.fileno())  # On a full disk the run ends here, before anything is removed.
+        # Remove the old run before its config.yaml is replaced, so that a kill cannot mix the two runs.
+        for path in run_files(folder) if replace else ():
+            path.unlink()
     source = Path(resumed or '')
     if source.suffix == '.pth' and source.is_file() and source.resolve() != (folder / LAST).resolve():
         # Otherwise a damaged checkpoint_last.pth would become the previous file at the next save, and a run that
@@ -183,7 +186,7 @@ class RunWriter:
 
     def __init__(self, folder: str | Path, keep: int = 0):
         self.folder = Path(folder)
-        self.lock = system.lock_file(self.folder / '.lock')  # Closing the file would unlock it.
+        self.lock = system.lock_file(self.folder / '.lock')  # Keep the lock: closing its file would unlock the folder.
         system.remove_temporary_files(self.folder)
         self.keep = keep
         self.thread: threading.Thread | None = None
@@ -222,7 +225,7 @@ class RunWriter:
         for tracker in list(self.trackers):
             try:
                 tracker(record)
-            except Exception as error:  # log.txt still has the record.
+            except Exception as error:  # Continue: log.txt has the record.
                 logger.warning('a tracker failed and gets no more records: %s', str(error) or type(error).__name__)
                 self.trackers.remove(tracker)
 
@@ -242,7 +245,7 @@ class RunWriter:
                     'model': state[key], metric.removeprefix('ema_'): score}
             if self.keep and best is not None:
                 files[f'checkpoint_{state["epoch"]:04d}.pth'] = state
-            for name, content in {**files, LAST: state}.items():  # A run killed between these repeats the epoch.
+            for name, content in {**files, LAST: state}.items():  # If killed in between, the run repeats the epoch.
                 with atomic_write(self.folder / name, self.folder / PREVIOUS if name == LAST else None) as file:
                     torch.save(content, file)
             for old in epoch_files(self.folder)[:-self.keep] if self.keep else ():

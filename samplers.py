@@ -10,8 +10,8 @@ from torch.utils.data import Sampler
 class TrainSampler(Sampler):
     """Yield an epoch's samples for one rank, as (index, seed) pairs.
 
-    The epoch is one sequence of positions, the same for every world size: position p holds the sample `order[p]`,
-    augmented with `seeds[p]`. (seed, epoch) alone determine both. Rank r of W yields the positions r, r + W,
+    The epoch is one sequence of positions, the same for every world size: position p is the sample `order[p]`,
+    augmented with `seeds[p]`. Both depend only on (seed, epoch). Rank r of W yields the positions r, r + W,
     r + 2 W, ... counted from the first position not yet seen. After any number of steps the samples seen are thus a
     prefix of the sequence, and a run can resume there with a different number of ranks. The distributed samplers of
     timm and torch can neither start in mid-epoch nor yield seeds.
@@ -42,7 +42,7 @@ class TrainSampler(Sampler):
         self.epoch = 0
         self.samples_seen = 0
         self.repeated = None
-        if repeats > 1:  # One replica gives the order of all ranks together.
+        if repeats > 1:  # With one replica, timm's sampler returns the samples of all ranks together.
             self.repeated = RepeatAugSampler(range(length), num_replicas=1, rank=0, num_repeats=repeats)
         self.epoch_length = len(self.repeated) if self.repeated else length
 
@@ -58,7 +58,7 @@ class TrainSampler(Sampler):
 
     @property
     def updates(self) -> int:
-        """Count the optimizer steps left in the epoch; a partial step counts only if it is the only one."""
+        """Count the optimizer steps left in the epoch. A partial step counts only if the epoch has no full step."""
         if self.epoch_length >= self.batch_size * self.accum_steps * self.world_size:
             return (self.epoch_length - self.samples_seen) // self.samples_per_update
         return int(self.samples_seen == 0)

@@ -38,7 +38,7 @@ with contextlib.suppress(ImportError):
     EXTENSIONS += HEIF
 UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
            6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # by EXIF orientation
-warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # check_pixels is stricter.
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # check_pixels replaces this check.
 # Open only these formats. Pillow would start Ghostscript for a PostScript file, whatever its extension.
 FORMATS = sorted(
     {name for extension, name in Image.registered_extensions().items() if extension in EXTENSIONS} & set(Image.OPEN))
@@ -62,7 +62,7 @@ def check_pixels(width: int, height: int, max_pixels: int | None) -> None:
 
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an image: 2 to 8, or 1 if it is upright or its EXIF data is damaged."""
-    with contextlib.suppress(Exception):  # Pillow raises many types of exceptions on damaged data.
+    with contextlib.suppress(Exception):  # Pillow can raise exceptions of any type on damaged data.
         value = image.getexif().get(ExifTags.Base.Orientation)
         return value if value in UPRIGHT else 1
     return 1
@@ -73,7 +73,7 @@ def open_image(image: bytes | Image.Image, ignore_exif: bool = False, rotated: A
     """Open an image as RGB and apply its EXIF orientation; `ignore_exif` keeps the stored pixels, as torchvision does.
 
     16-bit gray images keep their upper 8 bits; Pillow's conversion would make them white. `rotated` counts the images
-    that EXIF rotates, in one element for each worker and the last for the main process.
+    that EXIF rotates, in one element per worker, and in the last for the main process.
 
     Raises:
         ValueError: the range of gray values is unknown (32-bit integers, floats).
@@ -81,7 +81,7 @@ def open_image(image: bytes | Image.Image, ignore_exif: bool = False, rotated: A
     """
     if isinstance(image, bytes):
         image = open_header(image, max_pixels)
-    image.load()  # This applies a TIFF's orientation.
+    image.load()  # Loading applies the orientation of a TIFF, so load before the check below.
     if not ignore_exif and orientation(image) != 1:
         image = image.transpose(UPRIGHT[orientation(image)])  # ImageOps.exif_transpose fails on damaged EXIF data.
         if rotated is not None:
@@ -115,8 +115,8 @@ class Samples(Sequence):
 class EncodedImages(Dataset):
     """Read image files.
 
-    The last image stays open, because the copies of repeated augmentation follow each other. Each image is thus read
-    and decoded once.
+    Keep the last image open, since repeated augmentation reads the copies of an image in a row. Each image is thus read
+    and decoded only once.
 
     Args:
         samples: (name, class index) pairs.
@@ -169,7 +169,7 @@ def index_of(classes: list[str], names: Iterable[str], where: str | Path) -> dic
 
 
 def is_image(name: str) -> bool:
-    """Return whether a path relative to the data's root is an image, by its extension, and not ignored."""
+    """Return whether a path, relative to the data's root, has an image extension and is not ignored."""
     return name.lower().endswith(EXTENSIONS) and not IGNORED.search(name)
 
 
@@ -179,7 +179,7 @@ def log_left_out(files: Iterable[str], where: str | Path) -> None:
     if counts:
         logger.info('left out of %s: %s%s%s', printable(str(where)),
                     ', '.join(f'{count} {extension}' for extension, count in counts.most_common(5)),
-                    ', ...' * (len(counts) > 5), ' (HEIC: pip install pillow-heif)' * any(map(counts.get, HEIF)))
+                    ', ...' * (len(counts) > 5), '; pip install pillow-heif to read HEIC' * any(map(counts.get, HEIF)))
 
 
 def walk(folder: str, visited: set[str]) -> Iterator[tuple[str, list[str]]]:
@@ -187,13 +187,13 @@ def walk(folder: str, visited: set[str]) -> Iterator[tuple[str, list[str]]]:
 
     Skip folders with real paths in `visited`, which ends link loops, and add the others to it.
     """
-    def fail(error: OSError):  # os.walk would skip folders that cannot be listed.
+    def fail(error: OSError):  # Without this, os.walk would silently skip folders that cannot be listed.
         raise error
 
     for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(path)
         if real in visited:
-            logger.warning('skipping %s: it is a link to %s, which is already listed', path, real)
+            logger.warning('skipping %s, a link to %s, which is already listed', path, real)
             folders.clear()
         else:
             visited.add(real)
@@ -216,7 +216,7 @@ class ImageFolder(EncodedImages):
             raise UsageError(f'no folder {root if parent.is_dir() else parent}: --data-path takes a folder with train/ '
                              'and val/, or with tars that have these words in their names; to train on a folder of '
                              'classes, add --val-split 0.1')
-        above = {os.path.realpath(root), *map(str, Path(root).resolve().parents)}  # Links to these are skipped.
+        above = {os.path.realpath(root), *map(str, Path(root).resolve().parents)}  # Skip links to these: they loop.
         names = [name for name in sorted(os.listdir(root)) if not IGNORED.search(name)]
         folders = [name for name in names if os.path.isdir(f'{root}/{name}')
                    and os.path.realpath(f'{root}/{name}') not in above]
@@ -233,7 +233,7 @@ class ImageFolder(EncodedImages):
             count = len(names)
             for folder, files in sorted(walk(f'{root}/{label}', set(above))):
                 images = [file for file in files if file.lower().endswith(EXTENSIONS) and not file.startswith('.')]
-                names += [os.fsencode(f'{folder}/{file}') for file in images]  # half the memory of str
+                names += [os.fsencode(f'{folder}/{file}') for file in images]  # Bytes take half the memory of str.
                 if len(images) < len(files):
                     left_out += [file for file in files if not is_image(file) and not IGNORED.search(file)]
             targets += [index[label]] * (len(names) - count)
@@ -294,8 +294,8 @@ class TarImages(EncodedImages):
             images, names = self._by_class(images, split)
         if '' in names:
             raise UsageError(f'{where} has no classes: put images into class folders, or KEY.cls with the number of '
-                             f"the class next to each KEY.jpg, or {DEVKIT} next to ImageNet's validation tar (numbered "
-                             f'tars are not classes; {images[names.index("")].name} has no class)')
+                             f"the class next to each KEY.jpg, or {DEVKIT} next to ImageNet's validation tar. Numbered "
+                             f'tars are not classes, so {images[names.index("")].name} has no class')
         if labels:
             indices = list(map(int, names))
             classes = classes or [str(i) for i in range(max(indices) + 1)]
@@ -324,9 +324,9 @@ class TarImages(EncodedImages):
         if all(split_folder(m.name) == split for m in images):
             paths = [folders[folders.index(split) + 1:] for folders in paths]
         else:
-            shared = len(os.path.commonprefix(paths))  # commonprefix accepts any sequences.
+            shared = len(os.path.commonprefix(paths))  # commonprefix also compares lists, item by item.
             if max(map(len, paths)) == shared > 0:
-                shared -= 1  # All images are in one folder, the only class.
+                shared -= 1  # All images are in one folder, which is the only class.
             paths = [folders[shared:] for folders in paths]
         names = [''.join(folders[:1]) for folders in paths]
         if not any(names) and self.roots[1:] and Path(self.roots[0]).parent.name == split:
@@ -421,17 +421,17 @@ PADDING = 2 ** 20  # bytes: the most zeros that tar appends with its usual block
 
 
 def _headers(file: BinaryIO, start: int, end: int, where: str) -> Iterator[tarfile.TarInfo]:
-    """Yield a tar's headers; raise UsageError on damage, which tarfile takes for the end of the tar."""
+    """Yield a tar's headers; raise UsageError on damage, which tarfile would mistake for the end of the tar."""
     last = 'at its start'
     file.seek(start)
-    with contextlib.suppress(tarfile.TarError, OverflowError, MemoryError, ValueError):  # damaged names and sizes
+    with contextlib.suppress(tarfile.TarError, OverflowError, MemoryError, ValueError):  # raised by damaged headers
         tar = tarfile.open(fileobj=file, mode='r:')
         for header in iter(tar.next, None):
             yield header
             last = f'after {header.name}'
         file.seek(tar.offset)
         rest = file.read(max(min(end - tar.offset, PADDING + 1), 0))
-        # Zeros end a tar. More zeros than tar writes indicate an interrupted download.
+        # A tar ends with zeros. More zeros than tar would write indicate an interrupted download.
         if 512 <= len(rest) <= PADDING and not rest.strip(b'\0'):
             return
     raise UsageError(f'{where} is compressed (unpack it to a plain .tar), is not a tar, or is truncated or damaged '
@@ -449,7 +449,7 @@ def find_devkit(path: Path) -> Path | None:
 
 def devkit_classes(kit: Path) -> dict[str, str]:
     """Map ILSVRC2012_val_00000001.JPEG and so on to their WordNet ids, which the development kit lists."""
-    with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks the kit into the kit's own folder.
+    with tempfile.TemporaryDirectory() as folder:  # Copy the kit, since torchvision unpacks it in place.
         shutil.copy(kit, Path(folder) / DEVKIT)
         try:
             imagenet.parse_devkit_archive(folder)

@@ -20,7 +20,7 @@ from errors import UsageError
 
 # These signals ask a run to stop. A closing terminal sends SIGHUP, and SLURM sends SIGUSR1 before the time limit.
 STOP_SIGNALS = {name: getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
-                if hasattr(signal, name)}  # Windows has the first two.
+                if hasattr(signal, name)}  # Windows has only the first two.
 
 
 # Signals
@@ -61,10 +61,10 @@ def signals_blocked():
 
 def leave_signals_to_the_run(worker: int) -> None:
     """Ignore stop signals in a worker, except SIGTERM from the run."""
-    run = multiprocessing.parent_process()  # os.getppid() would be the forkserver.
-    if not run.is_alive():  # torch notices only if the parent dies later.
+    run = multiprocessing.parent_process()  # Under forkserver, os.getppid() would be the server.
+    if not run.is_alive():  # The run died before torch's own check started.
         os._exit(1)
-    if not hasattr(signal, 'sigtimedwait'):  # macOS does not report the sender of a signal.
+    if not hasattr(signal, 'sigtimedwait'):  # macOS does not tell who sent a signal: obey only SIGTERM.
         for name in STOP_SIGNALS.keys() - {'SIGTERM'}:
             handle(name, signal.SIG_IGN)
         if hasattr(signal, 'pthread_sigmask'):
@@ -94,7 +94,7 @@ def lock_file(path: Path) -> contextlib.ExitStack:
         file = stack.enter_context(open(path, 'ab'))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # Any other error means that this file system has no locks.
+        except OSError as error:  # Other errors mean that the file system has no locks: run without one.
             is_locked = error.errno in (errno.EACCES, errno.EAGAIN)
     else:
         import filelock  # torch requires it.
@@ -103,8 +103,8 @@ def lock_file(path: Path) -> contextlib.ExitStack:
         except filelock.Timeout:
             is_locked = True
     if is_locked:
-        raise UsageError(f'another run is writing to {path.parent}: stop it first (kill -9 of torchrun leaves its '
-                         f'processes running). If no such process is left on any host, remove {path}')
+        raise UsageError(f'another run is writing to {path.parent}: stop it first. After kill -9 of torchrun, its '
+                         f'processes may still run. If none of them is left on any host, remove {path}')
     return stack
 
 
@@ -130,7 +130,7 @@ def atomic_write(path: Path, previous: Path | None = None):
     """
     temporary = path.parent / f'.cmt-{secrets.token_hex(8)}.tmp'
     try:
-        with open(temporary, 'xb') as file:  # 'x' does not follow links.
+        with open(temporary, 'xb') as file:  # Mode 'x' refuses to follow links.
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -189,5 +189,5 @@ def raise_file_limit(limit: int = 65536) -> None:
 
 def cores() -> int:
     """Count the cores that affinity and a container's CPU quota let this process use."""
-    from joblib.externals.loky import cpu_count  # joblib comes with scikit-learn. It imports NumPy, so import it late.
+    from joblib.externals.loky import cpu_count  # Import joblib late, since joblib imports NumPy.
     return cpu_count()

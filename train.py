@@ -66,7 +66,7 @@ CONTINUE, SAVE, STOP, FAIL = range(4)
 
 @dataclass
 class InitialState:
-    """Hold what a run starts from, known before its data is read."""
+    """Hold the weights or the checkpoint that a run starts from, which are read before its data."""
     weights: Weights | None  # from --finetune, --eval, or another project's checkpoint in --resume
     checkpoint: dict[str, Any] | None  # from --resume
     file: str | None  # name of the file that contains `checkpoint`
@@ -77,7 +77,7 @@ class RunState:
     """Hold the position of a run and its best scores."""
     epoch: int = 0
     step: int = 0  # optimizer steps done in the epoch
-    samples_seen: int = 0  # in the epoch, by all ranks
+    samples_seen: int = 0  # number of samples that all ranks have seen in the epoch
     seconds: float = 0.  # spent training in the epoch, up to the last checkpoint
     meters: list[list[float]] = field(default_factory=list)  # running sums of an unfinished epoch, by rank
     best: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Run:
     """Hold everything an epoch needs. Checkpoints store its state."""
     args: argparse.Namespace
     device: torch.device
-    core: cmt.CMT  # the model without wrappers: saved, evaluated, averaged
+    core: cmt.CMT  # the model without wrappers, to save, evaluate and average
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scheduler: Any  # a timm scheduler
@@ -110,7 +110,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)  # the epoch's line in log.txt
     wait_share: float = 0.  # share of the epoch's time spent waiting for data
     eval_seconds: float = 0.  # duration of the last validation
-    report: tuple = ()  # last epoch: ('model' or 'EMA', module, columns of `score`) of the better one
+    report: tuple = ()  # ('model' or 'EMA', module, columns of `score`) in the last epoch, for the better of the two
     epoch_began: float = 0.  # s, time.monotonic()
     saved_at: float = 0.  # s, time.monotonic() of the last checkpoint
 
@@ -128,7 +128,7 @@ class Run:
 
     @usage_errors()
     def load_state_dict(self, checkpoint: dict[str, Any], file: str) -> None:
-        """Load a checkpoint, except `model`: it was loaded when the model was built, before apex or DDP wrapped it.
+        """Load a checkpoint, except `model`, which was loaded when the model was built, before apex or DDP wrapped it.
 
         `lr_scheduler` is recomputed from the position (position_schedule). Another project's checkpoint provides only
         weights and epoch, since its optimizer orders the parameters differently.
@@ -150,12 +150,12 @@ class Run:
                 self.state = RunState(epoch, checkpoint['step'], checkpoint['samples_seen'], checkpoint['seconds'],
                                       checkpoint['meters'], checkpoint['best'])
         else:
-            logger.warning('%s has no optimizer state of this project: moments start at zero', file)
+            logger.warning('%s has no optimizer state of this project, so moments start at zero', file)
             if self.ema is not None:
                 load_weights(self.ema.module, Weights.from_checkpoint(checkpoint, file, use_ema=True))
         saved_images, images = checkpoint.get('training_images'), self.sampler.length
         if saved_images not in (None, images):
-            logger.info('%d training images now, %d before', images, saved_images)
+            logger.info('the training set has %d images now, but had %d before', images, saved_images)
         logger.info('resuming at epoch %d, step %d', self.state.epoch, self.state.step)
 
     def save(self, best: dict[str, float] | None = None) -> None:
@@ -214,7 +214,7 @@ def main(args: argparse.Namespace) -> None:
         run.sampler.set_position(run.state.epoch, run.state.samples_seen)
         run.train_loader.start()
     open_output(run, initial)
-    del initial  # Free the tensors of its file.
+    del initial  # Free the memory of the checkpoint's tensors.
     describe(run)
 
     while run.state.epoch < run.num_epochs:
@@ -233,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
 def check_before_data(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, InitialState]:
     """Check everything that needs no data; return `args` with model and loader filled in, and the initial state."""
     is_training, world_size = not (args.eval or args.throughput), processes.get_world_size()
-    if args.world_size not in (None, 1, world_size):  # 1 is the default in DeiT's command lines.
+    if args.world_size not in (None, 1, world_size):  # DeiT's command lines may pass its default, 1.
         raise UsageError(f'--world-size {args.world_size}, but the launcher started {world_size} processes')
     if is_training and args.sync_bn and device.type != 'cuda':
         raise UsageError('--sync-bn needs CUDA, since torch has no SyncBatchNorm for the CPU: omit the flag')
@@ -269,7 +269,7 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict[str, Any], file: 
     if not checkpoint.get('optimizer'):
         raise UsageError(f'{file} contains only weights: start from them with --finetune, or resume a {LAST}')
     if args.model and cmt.ALIASES.get(args.model, args.model) != cmt.ALIASES.get(name, name):
-        raise UsageError(f'{file} holds {name or "a CMT without a name"}: ' + (
+        raise UsageError(f'{file} contains {name or "a CMT without a name"}: ' + (
             f'use --model {name}' if name else 'omit --model'))
     if height != args.input_size or width != args.input_size:
         raise UsageError(f'{file} was trained at {height}x{width} px: use --input-size {height}, or start from its '
@@ -280,7 +280,7 @@ def with_saved_flags(
         args: argparse.Namespace, weights: Weights, checkpoint: dict[str, Any], file: str) -> argparse.Namespace:
     """Return `args` with the size, crop, precision and data of the checkpoint's run, unless flags set them.
 
-    The run's data comes with its --val-split, so that the held-out images are evaluated.
+    If the run's data is used, so is its --val-split, so that the held-out images are evaluated.
     """
     given = {flag.removeprefix('--').removeprefix('no-').replace('-', '_') for flag in args.given}
     flags, names = checkpoint['args'] if weights.is_own else {}, [
@@ -453,7 +453,7 @@ def build_run(
 
     model = core
     if world_size > 1:
-        # This warning is harmless: depthwise weights have one input channel, so its stride is arbitrary.
+        # This warning is harmless: depthwise weights have one input channel, and its stride is arbitrary.
         warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides')
         warnings.filterwarnings('ignore', '.*broadcast_buffers. is deprecated')  # torch 2.11 has no replacement.
         model = nn.parallel.DistributedDataParallel(
@@ -477,7 +477,7 @@ def build_run(
         args, device, core, ema, optimizer, scheduler, scaler, train_step, sampler,
         train_loader=build_loader(train_set, args.batch_size, sampler=sampler, **loader_options(args, device)),
         val_loader=build_val_loader(args, val_set, device), dtype=dtype,
-        # --amp-dtype applies under --apex-amp too, so that --eval reproduces the scores in the log.
+        # Validate in --amp-dtype even under --apex-amp, so that --eval reproduces the scores in the log.
         eval_autocast=autocast_to(resolve_dtype(args.amp_dtype, device), device),
         num_epochs=num_epochs, updates_per_epoch=sampler.updates, state=RunState(args.start_epoch),
         n_parameters=sum(p.numel() for p in core.parameters() if p.requires_grad))
@@ -512,7 +512,7 @@ def save_first_batch(run: Run, images: torch.Tensor, targets: torch.Tensor, limi
     try:
         reports.save(reports.draw_batch(pixels.clamp(0, 255).byte().cpu().numpy(), titles),
                      run.writer.folder / 'batch.jpg')
-    except Exception as error:  # The run can continue without this figure.
+    except Exception as error:  # Continue without this figure.
         logger.warning('batch.jpg could not be written: %s', error)
 
 
@@ -544,7 +544,7 @@ def describe_classes(train_set: Dataset, val_set: Dataset) -> None:
     names = [printable(str(name)) for name in val_set.classes]
     counts, val_counts = (
         torch.bincount(torch.as_tensor(dataset.targets).view(len(dataset), -1)[:, 0], minlength=len(names)).tolist()
-        for dataset in (train_set, val_set))  # QMNIST's targets have 8 columns, the class first.
+        for dataset in (train_set, val_set))  # QMNIST's targets have 8 columns; the first is the class.
     logger.info('training images per class: %d (%s) to %d (%s)', *min(zip(counts, names)), *max(zip(counts, names)))
     missing = [name for name, count in zip(names, val_counts) if not count]
     if missing:
@@ -589,8 +589,8 @@ def train_epoch(run: Run) -> bool:
     run.wait_share = progress.wait_share()
     if updates_left or not state.seconds:
         state.seconds = time.monotonic() - began
-    position_schedule(run.scheduler, state.epoch, updates_done - 1)  # The run may have resumed after the last step.
-    rate = max(group['lr'] for group in run.optimizer.param_groups)  # in the last step; with layer decay, the head's
+    position_schedule(run.scheduler, state.epoch, updates_done - 1)  # for a run that resumed after the last step
+    rate = max(group['lr'] for group in run.optimizer.param_groups)  # of the last step; with layer decay, the head's
     totals = run.meters.total()
     run.record = {
         'epoch': state.epoch, 'train_lr': rate, 'train_loss': totals['loss'] / max(totals['samples'], 1),
@@ -624,13 +624,13 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     """
     args, state, world_size = run.args, run.state, processes.get_world_size()
     models = {'': run.core, 'ema_': run.ema.module} if run.ema else {'': run.core}
-    if world_size > 1:  # Do this in every epoch, so that the saved weights are the scored ones.
+    if world_size > 1:  # Do this before every save, so that the saved BatchNorm statistics are those that are scored.
         for model in models.values():
             distribute_bn(model, world_size, reduce=args.dist_bn == 'reduce')
     if not is_validated(run, state.epoch):
         return {}
 
-    # A run that is killed during a long evaluation resumes with the evaluation.
+    # Save before a long evaluation, so that a run that is killed during the evaluation resumes with it.
     is_long = args.save_every_steps or args.save_every_minutes or time.monotonic() - run.saved_at > 60
     if processes.all_reduce_max(int(bool(is_long))):
         run.save_in_epoch()
@@ -638,7 +638,7 @@ def evaluate_epoch(run: Run) -> dict[str, dict[str, float]] | None:
     for prefix, model in models.items():
         if run.stop_signal():
             break
-        if next(model.parameters()).device.type != run.device.type:  # --model-ema-force-cpu
+        if next(model.parameters()).device.type != run.device.type:  # as with --model-ema-force-cpu
             model = copy.deepcopy(model).to(run.device)
         scores[prefix], columns = score(model, run.val_loader, run.device, run.eval_autocast, lambda: run.stop.signal)
         if state.epoch == run.num_epochs - 1 and scores[prefix] == max(scores.values(), key=lambda s: s['acc1']):
@@ -659,10 +659,10 @@ def end_epoch(run: Run, scores: dict[str, dict[str, float]]) -> None:
         if stats['acc1'] > state.best.get(f'{prefix}acc1', -1):
             best[f'{prefix}acc1'] = stats['acc1']
             state.best |= {f'{prefix}acc1': stats['acc1'], f'{prefix}epoch': state.epoch}
-    state.best = dict(sorted(state.best.items()))  # Keep the order if a score starts over.
+    state.best = dict(sorted(state.best.items()))  # Restore the order if a score was removed and added again.
     run.scheduler.step(state.epoch)
 
-    # Log first. If the run is killed before it saves, it drops the line when it is resumed.
+    # Log first. If the run is killed before it saves, the resumed run drops this line and repeats the epoch.
     record.update(epoch_seconds=time.monotonic() - run.epoch_began, **utils.memory_mb(run.device))
     if run.writer is not None:
         run.writer.log(record)
@@ -700,7 +700,7 @@ def finish(run: Run) -> None:
         return
     where = f'in epoch {state.epoch} after {state.step} steps' if state.step else f'after epoch {state.epoch - 1}'
     outcome = ', which was the last' if is_complete else '; --resume auto resumes there'
-    logger.info('stopped %s%s', where, outcome if args.output_dir else '; nothing was saved (no --output-dir)')
+    logger.info('stopped %s%s', where, outcome if args.output_dir else '; nothing was saved without --output-dir')
     if args.stopped_file and args.output_dir and processes.get_rank() == 0 and not is_complete:
         Path(args.stopped_file).touch()
     resumes_itself = args.resume == 'auto' and stop_signal != signal.SIGINT
@@ -710,7 +710,7 @@ def finish(run: Run) -> None:
 def write_results(run: Run) -> None:
     """Write the report on the last validation and the curves; log the best scores and the next commands."""
     folder, best, dataset = run.writer.folder, run.state.best, run.val_loader.dataset.dataset
-    run.writer.wait()  # The checkpoint comes first.
+    run.writer.wait()  # Finish writing the checkpoint first.
     with run.writer.defer_disk_errors():
         if run.report:
             title, model, columns = run.report

@@ -12,7 +12,7 @@ SMALL = 32  # pixels; up to this input size, training pads and crops, and evalua
 
 
 def _posterize(img: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    # rand-m9-mstd0.5-inc1 sometimes draws 0 bits. Pillow 13 refuses this; earlier releases returned black.
+    # rand-m9-mstd0.5-inc1 sometimes draws 0 bits, which Pillow 13 refuses. Return black, as earlier releases did.
     if bits_to_keep <= 0:
         return Image.new(img.mode, img.size)
     return augment.posterize(img, bits_to_keep)

@@ -32,11 +32,11 @@ def setup_logging() -> None:
         level=logging.INFO if rank == 0 else logging.WARNING,
         format='%(message)s' if rank == 0 else f'rank {rank}: %(message)s',
         stream=sys.stdout, force=True)
-    for client in ('httpx', 'httpx2'):  # The Hub's clients log each request.
+    for client in ('httpx', 'httpx2'):  # The Hub's clients log each request at level INFO.
         logging.getLogger(client).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')  # File names may not be valid UTF-8.
+        sys.stdout.reconfigure(errors='backslashreplace')  # File names may contain invalid UTF-8.
 
 
 def processor() -> str:
@@ -52,7 +52,7 @@ def describe_system(device: torch.device) -> str:
     folder = Path(__file__).resolve().parent
     git = ['git', '-C', str(folder), 'describe', '--always', '--dirty']
     commit = 'unknown'
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or not a repository of this user
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or another user's repository
         # The ceiling keeps git from describing a repository that encloses a copy of this project.
         environment = {**os.environ, 'GIT_CEILING_DIRECTORIES': str(folder.parent)}
         commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10, env=environment).stdout
@@ -67,7 +67,7 @@ def memory_mb(device: torch.device) -> dict[str, float]:
     """Return the peak memory of this process in MiB, for log.txt: on its CUDA device, or resident where available."""
     if device.type == 'cuda':
         return {'memory_mb': torch.cuda.max_memory_allocated(device) / 2 ** 20}
-    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # macOS counts bytes.
+    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10  # macOS reports bytes, Linux KiB.
     return {'memory_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit} if resource else {}
 
 
@@ -76,13 +76,13 @@ def check_compiler(device: torch.device) -> None:
     logger.info('trying torch.compile')
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
-    except Exception as error:  # Backends raise any exception.
+    except Exception as error:  # Backends can raise exceptions of any type.
         reason = first_line(getattr(error, 'inner_exception', error))
         raise UsageError(f'--compile: {reason}; install what is missing, or omit the flag') from None
 
 
 def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
-    """Return a function that sends a log.txt record to TensorBoard, which first drops its records from `epoch` on.
+    """Drop TensorBoard's records from `epoch` on, and return a function that sends it a record of log.txt.
 
     Raise UsageError if TensorBoard is missing or broken, or if nothing can be written to `folder`.
     """
@@ -90,7 +90,7 @@ def tensorboard_tracker(folder: Path, epoch: int) -> Callable:
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(folder / 'tensorboard', purge_step=epoch)
     except Exception as error:
-        raise UsageError(f'--log-tensorboard: {first_line(error)} (pip install tensorboard)') from None
+        raise UsageError(f'--log-tensorboard: {first_line(error)}; if needed, pip install tensorboard') from None
 
     def track(record: dict[str, Any]) -> None:
         for key, value in record.items():
@@ -109,8 +109,8 @@ def wandb_tracker(folder: Path, settings: dict[str, Any], run_id: str) -> Callab
         run = wandb.init(
             project='cmt', name=folder.resolve().name, dir=folder, config=settings, resume='allow', id=run_id)
     except Exception as error:
-        raise UsageError(f'--log-wandb: {" ".join(str(error).split())} '
-                         '(pip install wandb, or set WANDB_MODE=offline to log without a key and network)') from None
+        raise UsageError(f'--log-wandb: {" ".join(str(error).split())}; '
+                         'if needed, pip install wandb, or set WANDB_MODE=offline to log offline') from None
     return lambda record: run.log(record, step=record['epoch'])
 
 

@@ -56,7 +56,7 @@ class Weights:
         classes: class names in index order, or None.
         epoch: last epoch that was trained, or None.
         is_own: whether the file is this project's, so that `model_args` are complete.
-        notes: what was removed from the names or left out of the file.
+        notes: log messages about prefixes removed from names and entries of the file left out.
     """
     state: dict[str, torch.Tensor]
     is_ema: bool
@@ -79,11 +79,11 @@ class Weights:
         """
         args = checkpoint.get('args')
         args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-        name, size = args.get('model'), args.get('input_size')  # Other tools may write anything here.
+        name, size = args.get('model'), args.get('input_size')  # In other tools' files, check their types.
         if is_own(checkpoint):
             key = 'model_ema' if use_ema and checkpoint.get('model_ema') else 'model'
             state, notes = checkpoint[key], []
-            model_args = {arg: tuple(value) if isinstance(value, list) else value  # config.json has lists.
+            model_args = {arg: tuple(value) if isinstance(value, list) else value  # config.json stores lists.
                           for arg, value in checkpoint['model_args'].items()}
         else:
             state, key = find_state_dict(checkpoint, use_ema)
@@ -91,7 +91,7 @@ class Weights:
             state = mindspore.to_torch(state) if any(tensor.endswith('.moving_mean') for tensor in state) else state
             model_args = model_args_of(state)
             if not isinstance(name, str) or name in (*cmt.MODELS, *cmt.ALIASES) or not timm.is_model(name):
-                name = variant_of(model_args)  # The shapes are more reliable.
+                name = variant_of(model_args)  # Infer the name from the shapes, which are more reliable.
         if not state:
             keys = ', '.join(map(str, list(checkpoint)[:8])) or 'none'
             raise UsageError(f"{file}: no weights under a known key ({keys}): save the state dict under 'model'")
@@ -100,7 +100,7 @@ class Weights:
             epoch -= 1
         size = model_args['img_size'][0] if 'img_size' in model_args else size
         size = size if isinstance(size, int) and size > 0 and size % 32 == 0 else None
-        crop = args.get('crop_pct') or args.get('eval_crop_ratio')  # DeiT's name
+        crop = args.get('crop_pct') or args.get('eval_crop_ratio')  # DeiT's name for crop_pct
         if not isinstance(crop, (int, float)) or not 0 < crop <= 1:
             crop = 1. if size == 32 else 0.875  # Images of 32 px are evaluated whole (transforms.build_transform).
         return cls(state, key in EMA_KEYS, file, model_args, name, size, checkpoints.class_names(checkpoint), epoch,
@@ -116,20 +116,20 @@ class Weights:
         if len(names) != self.model_args.get('num_classes') or names == classes:
             return self
         state = {name: value for name, value in self.state.items() if not name.startswith('head.')}
-        return replace(self, state=state, notes=(*self.notes, 'its classes or their order differ'))
+        return replace(self, state=state, notes=(*self.notes, 'head dropped, since its classes or their order differ'))
 
     def check_name(self, name: str | None) -> None:
         """Raise UsageError if the weights do not belong to the model `name`; None allows any model."""
         if not self.model_args:
             tensors = ', '.join(list(self.state)[:3])
-            raise UsageError(f'{self.file} does not fit the model: its weights are not those of a CMT ({tensors}, ...)')
+            raise UsageError(f'{self.file} does not contain the weights of a CMT: its tensors are {tensors}, ...')
         is_mindcv = not self.model_args.get('position_bias', True)  # MindCV uses the same names for other widths.
         if name in (None, self.name) or is_mindcv and not variant_of(self.model_args):
             return
         args = create_cmt(name, device='meta').model_args
         if any(args[key] != self.model_args[key] for key in ('stem_chs', 'embed_dims', 'depths')):
             hint = f': it contains {self.name}; use --model {self.name}' if self.name else ''
-            raise UsageError(f'{self.file} does not fit the model {name}{hint}')
+            raise UsageError(f'{self.file} does not match the model {name}{hint}')
 
 
 def find_state_dict(checkpoint: dict[str, Any], use_ema: bool = False) -> tuple[dict[str, Any], str]:
@@ -191,7 +191,7 @@ def best_of_run(name: str, use_ema: bool = True) -> str:
         return name
     scores = {}
     for file in filter(BEST.__contains__, files):
-        with contextlib.suppress(UsageError):  # It is damaged.
+        with contextlib.suppress(UsageError):  # Skip a damaged file.
             scores[file] = read_checkpoint(Path(name, file)).get('acc1', 0)
     best = Path(name, max(scores, key=scores.get, default=files[0]))
     logger.warning('%s is a run folder, reading %s', name, best.name)
@@ -225,9 +225,9 @@ def read(file: str) -> dict[str, Any]:
         create_cmt(file, device='meta')  # Refuse other models before anything is downloaded.
     try:
         model = timm.create_model(file, pretrained=True)
-    except Exception as error:  # Hub clients raise any exception.
-        raise UsageError(f'{file} could not be downloaded ({first_line(error)}): download the file elsewhere (see '
-                         'README.md), and use it instead of the name') from None
+    except Exception as error:  # Hub clients can raise exceptions of any type.
+        raise UsageError(f'{file} could not be downloaded ({first_line(error)}): download it on another machine (see '
+                         'README.md), and pass the path of the file instead of the name') from None
     if not isinstance(model, cmt.CMT):
         raise UsageError(f'{file} is not a CMT')
     return {'format': FORMAT, 'model': model.state_dict(), 'model_args': model.model_args,
@@ -245,7 +245,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
             raise UsageError(f'{name} is truncated, damaged, or not a safetensors file') from None
     if name.endswith('.ckpt') and os.path.isfile(name):
         with open(name, 'rb') as file:
-            if file.read(1) not in (b'P', b'\x80'):  # Lightning writes a zip archive or a pickle.
+            if file.read(1) not in (b'P', b'\x80'):  # Lightning's files are zip archives or pickles.
                 return mindspore.read(name)
     return read_checkpoint(name)
 
@@ -256,7 +256,7 @@ def model_args_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Infer the arguments of cmt.CMT from the names and shapes of weights.
 
     Weights without position bias are assumed to be MindCV's: tanh GELU, LayerNorm eps 1e-7, and 1, 2, 4, 8, ... heads,
-    which no shape determines.
+    since shapes do not determine these.
 
     Returns:
         Arguments by name; empty if the weights are not a CMT's. `img_size` is missing for MindCV's weights, which fit
@@ -302,11 +302,7 @@ def variant_of(model_args: dict[str, Any]) -> str | None:
 
 
 def create_cmt(name: str, **kwargs) -> cmt.CMT:
-    """Create a CMT by its name in timm.
-
-    Raises:
-        UsageError: no model has that name, or it is not a CMT.
-    """
+    """Create a CMT by its name in timm; raise UsageError if no model has that name, or if the model is not a CMT."""
     if not timm.is_model(name):
         raise UsageError(f"unknown model {name}: choose from {', '.join(timm.list_models('cmt_*', module='cmt'))}")
     architecture = name.split('.')[0]
@@ -350,7 +346,7 @@ def load_weights(model: cmt.CMT, weights: Weights, new_head: bool = False) -> st
     except (ValueError, RuntimeError) as error:
         if weights.is_own:
             raise
-        raise UsageError(f'{weights.file} does not fit the model: {error}') from None
+        raise UsageError(f'{weights.file} does not match the model: {error}') from None
     before, now = weights.model_args.get('img_size'), model.img_size
     resampled = sum(name.endswith('position_bias') for name in model_state) if before not in (None, now) else 0
     if resampled:
@@ -413,7 +409,7 @@ def load_model(file: str, use_ema: bool = True, **kwargs) -> cmt.CMT:
 def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.Module:
     """Build the teacher for distillation: any timm model `name`, with the weights (not their EMA) in the file `path`.
 
-    Without `path`, it gets timm's pretrained weights. Without `name`, it is the model in `path`.
+    Without `path`, use timm's pretrained weights. Without `name`, build the model that `path` contains.
 
     Raises:
         UsageError: the model or file does not exist, or the teacher has other classes.
@@ -427,7 +423,7 @@ def build_teacher(name: str | None, path: str | None, classes: list[str]) -> nn.
         settings = dict(pretrained=True) if path is None else dict(num_classes=len(classes))
         try:
             model = timm.create_model(name, **settings)
-        except Exception as error:  # Hub clients raise any exception.
+        except Exception as error:  # Hub clients can raise exceptions of any type.
             raise UsageError(f'--teacher-model {name}: {first_line(error)}') from None
         if path is not None:
             names = {unwrapped_name(key): key for key in model.state_dict()}  # iformer has modules named `module`.

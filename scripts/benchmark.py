@@ -47,7 +47,7 @@ class Setup(NamedTuple):
         if self.form == 'reference':
             model.forward = functools.partial(reference, model)
         elif not self.model.startswith('cmt'):
-            model = model.to(memory_format=torch.channels_last)  # This makes convolutions faster.
+            model = model.to(memory_format=torch.channels_last)  # Convolutions are faster in this format.
         elif self.form == 'fused' or self.form == 'compiled' and self.mode == 'infer':
             model = model.fuse()
         return model.train(self.mode == 'train'), size
@@ -130,7 +130,7 @@ def reference(model: cmt.CMT, x):
 
 
 class Case:
-    """Time steps of a setup. Inference converts the weights to `dtype`; training and the reference use autocast."""
+    """Time the steps of a setup. Inference converts the weights to `dtype`; training and the reference use autocast."""
 
     def __init__(self, setup: Setup, device: torch.device, dtype: str):
         print(*setup, dtype, device, file=sys.stderr, flush=True)
@@ -155,7 +155,7 @@ class Case:
         mode = 'reduce-overhead' if self.device.type == 'cuda' and not self.trains and self.batch <= 8 else None
         self.model = torch.compile(self.model, fullgraph=True, mode=mode)
         began = time.perf_counter()
-        # Freezing packs weights for the CPU's matrix products. As an option of torch.compile it would come too late,
+        # Freezing packs weights for the CPU. As an option of torch.compile, freezing would come too late,
         # because the weights would already be graph inputs.
         with torch._inductor.config.patch(freezing=not self.trains and self.device.type == 'cpu'):
             self.step()
@@ -186,7 +186,7 @@ class Case:
         self.cpu_seconds.append((time.process_time() - cpu_began) / steps)
 
     def record(self) -> dict:
-        """Return the results. The peak memory includes the weights of the other cases of the group."""
+        """Return the results. The peak memory includes the weights of the group's other cases."""
         median, peak_memory = statistics.median(self.seconds), None
         if self.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats()
@@ -243,7 +243,7 @@ def main() -> None:
         for mode, batch, size in itertools.product(args.modes, args.batches, args.sizes)]
     groups = [[setup for setup in group if setup.exists()] for group in groups]
     if not any(groups):
-        parser.error('nothing to measure: CMT does not train fused, and other models have only eager and compiled')
+        parser.error('nothing to measure: fused CMT cannot be trained, and other models have only eager and compiled')
     if 'cuda' in args.devices and not torch.cuda.is_available():
         parser.error('--devices cuda: no CUDA device found')
     for setup in itertools.chain(*groups):

@@ -34,8 +34,8 @@ def build_parser() -> Parser:
                         'each loader is measured on both')
     parser.add_argument('--loaders', nargs='+', default=['reference', 'fast'],
                         choices=('reference', 'fast', 'timm', 'torchvision', 'dali'),
-                        help="this project's two loaders, and those of timm, torchvision (v2) and DALI (on the CPU; "
-                        'pip install nvidia-dali-cuda120)')
+                        help="this project's two loaders, and those of timm, torchvision (v2) and DALI, on the CPU; "
+                        'install DALI with pip install nvidia-dali-cuda120')
     parser.add_argument('--sizes', nargs='+', type=positive, default=[224], help='input sizes (pixels)')
     parser.add_argument('--workers', nargs='+', type=count, default=[0],
                         help='numbers of workers; 0 loads in the main process')
@@ -85,7 +85,7 @@ class DaliBatches:
             from nvidia.dali import fn, pipeline_def, types
             from nvidia.dali.auto_aug import rand_augment
         except ImportError:
-            raise UsageError('--loaders dali needs DALI: pip install nvidia-dali-cuda120') from None
+            raise UsageError('--loaders dali needs DALI: install it with pip install nvidia-dali-cuda120') from None
 
         @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, enable_conditionals=True, seed=0,
                       exec_pipelined=False, exec_async=False, prefetch_queue_depth=1)
@@ -150,7 +150,7 @@ class Case:
             began, cpu_began = time.perf_counter(), time.process_time()
             batch = next(batches)
             random_seed(step)
-            if self.setting['loader'] != 'timm':  # timm's loader itself normalizes and erases.
+            if self.setting['loader'] != 'timm':  # timm's loader normalizes and erases by itself.
                 self.preprocess(*batch)
             if self.device.type == 'cuda':
                 torch.cuda.synchronize()

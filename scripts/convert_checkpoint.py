@@ -103,7 +103,7 @@ def is_published(weights: Weights) -> bool:
 
 def write_folder(folder: Path, model: cmt.CMT, weights: Weights, card: str) -> None:
     """Write a folder that timm opens as 'local-dir:FOLDER'."""
-    published = is_published(weights)  # Check before a folder of this name exists.
+    published = is_published(weights)  # Call this before the folder exists, since is_published looks for it.
     name = weights.name if timm.is_model(weights.name or '') else 'cmt_s'  # `model_args` override those of cmt_s.
     model_args = {key: value for key, value in model.model_args.items() if not key.endswith('_rate')}
     described = create_cmt(name, device='meta', **model_args)
@@ -114,7 +114,7 @@ def write_folder(folder: Path, model: cmt.CMT, weights: Weights, card: str) -> N
         save_config_for_hf(described, config, model_config={'label_names': weights.class_names(model)},
                            data_config={'crop_pct': weights.crop_pct})
         content = json.loads(config.read_text('utf-8'))
-    content['model_args'].pop('num_classes', None)  # transformers also passes num_classes.
+    content['model_args'].pop('num_classes', None)  # transformers passes num_classes itself, and would pass it twice.
     if not published:
         for key in ('tag', 'license', 'origin_url'):
             content['pretrained_cfg'].pop(key, None)
@@ -126,9 +126,9 @@ def write_folder(folder: Path, model: cmt.CMT, weights: Weights, card: str) -> N
 def call_hub(method: Callable, repo_id: str, **kwargs) -> Any:
     try:
         return method(repo_id=repo_id, **kwargs)
-    except Exception as error:  # Hub clients raise any exception.
+    except Exception as error:  # Hub clients can raise exceptions of any type.
         line = one_line(error)
-        raise UsageError(f'--push-to-hub {repo_id}: {line}{": hf auth login" * ("401" in line)}') from None
+        raise UsageError(f'--push-to-hub {repo_id}: {line}{"; log in with hf auth login" * ("401" in line)}') from None
 
 
 def write_checkpoint(path: Path, model: cmt.CMT, weights: Weights, is_released: bool) -> None:
@@ -160,10 +160,10 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = read(file)
         weights = Weights.from_checkpoint(checkpoint, file, args.model_ema)
         dtypes = [value.dtype for value in weights.state.values() if value.is_floating_point()]
-        model = build_model(weights, args.model, dtype=torch.float64)  # float64 holds all other dtypes exactly.
+        model = build_model(weights, args.model, dtype=torch.float64)  # float64 represents all other dtypes exactly.
         model.to(max(dtypes, key=lambda dtype: dtype.itemsize))
         if output_format == 'released' and not model.model_args['position_bias']:
-            raise UsageError("weights without position bias (MindCV's form) do not fit the authors' code")
+            raise UsageError("the authors' code cannot load weights without position bias (MindCV's form)")
         if output_format == 'dir':
             hub = None if args.push_to_hub is None else call_hub(
                 HfApi().create_repo, args.push_to_hub, exist_ok=True).repo_id

@@ -41,7 +41,7 @@ from reports import overlay
 def build_page(model: nn.Module, names: list[str], examples: list[str]):
     """Return the page, a gradio.Blocks, for a model and the names of its classes."""
     import gradio
-    # gradio would decode files itself, in more formats. It replaces component instances, so patch the class.
+    # gradio would decode files itself, in more formats. Patch the class, since gradio replaces its instances.
     gradio.Image.preprocess = lambda self, file: file and file.path
     # Labels are dict keys, so they must be unique. ImageNet has two classes named crane.
     labels = [name if names.count(name) == 1 else f'{name} ({i})' for i, name in enumerate(names)]
@@ -78,14 +78,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with parser.usage_errors():
         if importlib.util.find_spec('gradio') is None:
-            raise UsageError('the page needs gradio: pip install gradio')
+            raise UsageError('the page needs gradio: install it with pip install gradio')
         model, names, _ = load_classifier(args)
         files = list_images(args.examples) if args.examples else []
         page = build_page(model, names, files[::-(-len(files) // MAX_EXAMPLES) or 1])
         try:
             page.launch(server_name=args.host, server_port=args.port, max_file_size=MAX_FILE_SIZE, footer_links=[])
         except OSError:
-            raise UsageError(f'cannot listen on --host {args.host or ""} --port {args.port}: choose others') from None
+            raise UsageError(f'cannot listen on --host {args.host or ""} --port {args.port}: change either') from None
 
 
 if __name__ == '__main__':

@@ -44,8 +44,8 @@ def get_args_parser() -> options.Parser:
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_run_flags(parser, seed=0, num_workers=2)
     add = parser.add_argument
-    add('--data-set', choices=tuple(DEFAULTS), help='COCO for any data in its format; SHAPES draws shapes into '
-        '--data-path first (default: SHAPES, COCO with --data-path)')
+    add('--data-set', choices=tuple(DEFAULTS), help='COCO for any data in the COCO format; SHAPES first draws '
+        'shapes into --data-path (default: COCO with --data-path, else SHAPES)')
     add('--data-path', type=path, help='folder with annotations/, train2017/ and val2017/')
     for split in ('train', 'val'):
         add(f'--{split}-json', type=path, metavar='FILE', help=f'annotations instead of instances_{split}2017.json')
@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.data_set == 'COCO' and not has_files:
-        parser.error('--data-path is missing: the folder that contains annotations/, train2017/ and val2017/')
+        parser.error('--data-path is missing: give the folder that contains annotations/, train2017/ and val2017/')
     if args.fpn_channels % 8:
         parser.error(f'--fpn-channels {args.fpn_channels} is not a multiple of 8')
     options.make_paths_absolute(args)
@@ -134,7 +134,7 @@ from weights import build_model, create_cmt, read_weights
 logger = logging.getLogger(__name__)
 
 METRICS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')  # the first six of COCOeval.stats
-SCORE_THRESHOLD = 0.4  # Detections below this are not drawn.
+SCORE_THRESHOLD = 0.4  # Detections with a lower score are not drawn.
 
 
 # The model
@@ -156,7 +156,7 @@ def build_detector(
         UsageError: the backbone does not exist, or the weights do not fit it.
     """
     short, long = input_size
-    # The position bias fits a typical landscape image. For other sizes it is resampled in each forward pass.
+    # Size the position bias for a typical landscape image. For other images, each forward pass resamples the bias.
     bias_size = tuple(math.ceil(side / 32) * 32 for side in (short, min(long, short * 4 / 3)))
     settings = dict(dynamic_img_size=True, img_size=bias_size, drop_path_rate=drop_path)
     cmt = create_cmt(backbone, **settings) if weights is None else build_model(
@@ -183,7 +183,7 @@ def build_detector(
         model = {'fasterrcnn': FasterRCNN, 'maskrcnn': MaskRCNN}[detector](
             neck, num_classes, rpn_anchor_generator=anchors, rpn_post_nms_top_n_train=2 * proposals,
             rpn_post_nms_top_n_test=proposals, box_batch_size_per_image=min(512, proposals), **common)
-    if detector == 'maskrcnn':  # torchvision's mask head always has 256 channels.
+    if detector == 'maskrcnn':  # Replace torchvision's mask head, which always has 256 channels.
         model.roi_heads.mask_head = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1)
         model.roi_heads.mask_predictor = MaskRCNNPredictor(fpn_channels, fpn_channels, num_classes)
     return model
@@ -192,7 +192,7 @@ def build_detector(
 # The data
 
 class CocoDataset(CocoDetection):
-    """Read a data set in COCO's format for torchvision's detectors: labels 1 to K, whatever the category ids.
+    """Read a data set in COCO's format for torchvision's detectors, with labels 1 to K for any category ids.
 
     Args:
         images, annotations: folder of the images, and the JSON file.
@@ -217,7 +217,7 @@ class CocoDataset(CocoDetection):
             objects = self.coco.dataset['annotations']
             self.coco.dataset['annotations'] = [a for a in objects if not (train and a['iscrowd'])]
             self.coco.createIndex()
-        self.categories = sorted(self.coco.cats)  # COCO's own ids have gaps.
+        self.categories = sorted(self.coco.cats)  # COCO's ids have gaps, but labels must not.
         self.classes = [self.coco.cats[category]['name'] for category in self.categories]
         self.samples = [(str(Path(images) / self.coco.imgs[i]['file_name']), i) for i in self.ids]
         self.transform = v2.Compose([
@@ -255,13 +255,13 @@ def check_annotations(coco: Any, name: str, images: Path, masks: bool) -> None:
                              'bbox of x, y, width and height')
         if masks and not a.get('segmentation'):
             raise UsageError(f'{name}: annotation {a["id"]} has no segmentation, and Mask R-CNN needs one')
-        a.setdefault('iscrowd', 0)  # pycocotools needs these two.
+        a.setdefault('iscrowd', 0)  # Add two keys that pycocotools needs.
         a.setdefault('area', a['bbox'][2] * a['bbox'][3])
 
 
 def write_shapes(folder: Path, train: int = 320, val: int = 64, size: int = 128, seed: int = 0) -> None:
     """Write a COCO folder of drawn circles, squares and triangles on noise, unless it exists."""
-    if (folder / 'annotations' / 'instances_val2017.json').is_file():  # This file is written last.
+    if (folder / 'annotations' / 'instances_val2017.json').is_file():  # This is the last file to be written.
         return
     rng = np.random.default_rng(seed)
     categories = [{'id': i, 'name': name} for i, name in enumerate(('circle', 'square', 'triangle'), 1)]
@@ -373,7 +373,7 @@ def average_precision(data: CocoDataset, results: dict[str, list]) -> dict[str, 
         stats = np.zeros(6)
         if detections:  # loadRes fails on an empty list.
             with contextlib.redirect_stdout(io.StringIO()):
-                truth = copy.deepcopy(data.coco)  # COCOeval replaces the masks.
+                truth = copy.deepcopy(data.coco)  # Copy, since COCOeval replaces the masks.
                 loaded = truth.loadRes(copy.deepcopy(detections))  # loadRes changes its argument.
                 evaluation = COCOeval(truth, loaded, {'box': 'bbox', 'mask': 'segm'}[kind])
                 evaluation.evaluate()
@@ -455,7 +455,7 @@ def train_epoch(
         sums.update({name: value.detach() for name, value in {**losses, 'loss': loss}.items()})
         images += len(batch)
         figures = None
-        if progress.due():  # This is also due after the last step, before anything is saved.
+        if progress.due():  # This includes the last step, so a faulty epoch is never saved.
             mean = float(sums['loss']) / (step + 1)  # This is a host sync.
             if processes.all_reduce_max(int(not math.isfinite(mean) or scaler.get_scale() < 1e-10)):
                 raise TrainingFault(
@@ -470,7 +470,7 @@ def train_epoch(
 
 
 def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[str], is_training: bool) -> None:
-    """Load a checkpoint of this script; raise UsageError if it does not fit, or cannot be resumed in training."""
+    """Load a checkpoint of this script; raise UsageError if `model` differs or training cannot resume."""
     if 'detector' not in checkpoint:
         raise UsageError(f"{file} is not a checkpoint of detection.py: pass a classifier's weights with --weights")
     if is_training and 'optimizer' not in checkpoint:
@@ -480,7 +480,7 @@ def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:
-        raise UsageError(f"{file} does not fit: use --config {Path(file).with_name('config.yaml')}") from None
+        raise UsageError(f"{file} needs other flags: use --config {Path(file).with_name('config.yaml')}") from None
 
 
 def evaluate(
@@ -577,12 +577,12 @@ def end_epoch(
     if (epoch + 1) % args.eval_every == 0 or epoch == args.epochs - 1:
         try:
             record |= score()
-        except Exception:  # Save the epoch before an error such as an unreadable image.
+        except Exception:  # Save the epoch before an error, such as an unreadable image, ends the run.
             if writer is not None:
                 writer.save({**state, 'best': best})
                 writer.wait()
             raise
-        if record.get('box_ap', -1) > best.get('box_ap', -1):  # COCOeval gives no AP without annotations.
+        if record.get('box_ap', -1) > best.get('box_ap', -1):  # Without annotations, COCOeval reports no AP.
             scored = {'box_ap': record['box_ap']}
             best = {**scored, 'epoch': epoch}
     record |= {'epoch_seconds': time.monotonic() - began, **utils.memory_mb(device)}

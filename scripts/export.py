@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--eval-data', type=path, metavar='FOLDER', help='compare the accuracy of model and file on '
                         'class folders, or on a val split, without the images that calibrated --int8')
     parser.add_argument('--max-accuracy-loss', type=in_range(float, 0, 100), default=1., metavar='POINTS',
-                        help='do not write a file that loses more on --eval-data (default: %(default)s)')
+                        help='write no file if accuracy on --eval-data drops by more (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     return parser
 
@@ -88,7 +88,7 @@ class Half(nn.Sequential):
 def to_onnx(model: nn.Module, images: torch.Tensor, metadata: str, opset: int | None = None,
             calibration: Batches | None = None) -> tuple[bytes, Function]:
     import onnxruntime
-    for module in model.modules():  # Export plain attention, since every runtime fuses MatMul and Softmax.
+    for module in model.modules():  # Export plain attention: runtimes fuse MatMul and Softmax themselves.
         if hasattr(module, 'fused_attn'):
             module.fused_attn = False
     program = torch.onnx.export(
@@ -184,7 +184,7 @@ def open_eval_data(folder: str, transform: Callable, classes: list[str], used: s
     dataset = build_dataset('IMNET', False, folder, 0, transform, classes, is_whole=not has_split(folder, 'val'))
     others = [i for i, (name, _) in enumerate(dataset.samples) if os.path.realpath(name) not in used]
     if not others:
-        raise UsageError(f'--eval-data {folder}: --int8 was calibrated with all its images; use others')
+        raise UsageError(f'--eval-data {folder}: all its images were used to calibrate --int8; use others')
     dataset.select(others)
     drop_damaged(dataset)
     return dataset
@@ -209,7 +209,7 @@ def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fu
     images = torch.zeros(2, model.in_chans, *model.img_size)
     exportable = model.fuse() if fuse else copy.deepcopy(model).requires_grad_(False)  # ExecuTorch needs this.
     exportable = Half(exportable.half()).eval() if half else exportable
-    logging.disable(logging.WARNING)  # Exporters log a lot, and warn that TorchScript is deprecated.
+    logging.disable(logging.WARNING)  # Hide the exporters' logs and TorchScript's deprecation warning.
     try:
         with contextlib.redirect_stdout(io.StringIO()) as noise, contextlib.redirect_stderr(noise):
             content, exported = convert(exportable, images, metadata, **options)
@@ -219,8 +219,8 @@ def export(model: cmt.CMT, name: str, classes: list[str] | None, suffix: str, fu
         logging.disable(logging.NOTSET)
     x = torch.randn(6, *images.shape[1:], generator=torch.Generator().manual_seed(0))
     difference, *_ = compare(model, exported, [(batch, torch.zeros(len(batch))) for batch in x.split([1, 5])])
-    if not difference <= allowed:  # This form rejects NaN too.
-        raise UsageError(f'no file written: its logits would differ by {difference:.1e}, more than {allowed:.0e}')
+    if not difference <= allowed:  # Unlike `difference > allowed`, this rejects NaN too.
+        raise UsageError(f'no file written: the exported logits differ by {difference:.1e}, more than {allowed:.0e}')
     return content, exported, difference
 
 

@@ -19,8 +19,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run, or its log.txt')
     parser.add_argument('-o', '--output', type=output_file, metavar='FILE',
-                        help='the figure (default: curves.png in the folder of the run, or for several runs in the '
-                        'current folder)')
+                        help='the figure (default: curves.png, in the folder of a single run, or in the current folder '
+                        'for several runs)')
     return parser
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         check_extension(output)
         for log in logs:
             if not log.is_file():
-                raise UsageError(f'there is no {log}: use the folder of a run (its --output-dir) or its log.txt')
+                raise UsageError(f'{log} does not exist: use the folder of a run (its --output-dir) or its log.txt')
         records = [read_log(log) for log in logs]
         if [] in records:
             raise UsageError(f'{logs[records.index([])]} is empty: wait for the first epoch to end')

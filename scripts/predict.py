@@ -171,5 +171,5 @@ if __name__ == '__main__':
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has closed the pipe.
+    except BrokenPipeError:  # The reader, such as `| head`, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

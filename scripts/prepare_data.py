@@ -76,7 +76,7 @@ class Encoder(Dataset):
     def __getitem__(self, index: int) -> bytes | str:
         try:
             return self.encode(self.images.read(index))
-        except Exception as error:  # Pillow's plugins raise any exception on damaged files.
+        except Exception as error:  # Pillow can raise exceptions of any type on damaged files.
             is_damage = not getattr(error, 'errno', None) and not isinstance(error, (MemoryError, UsageError))
             if self.skip_damaged and is_damage:
                 return one_line(error)
@@ -95,7 +95,7 @@ class Encoder(Dataset):
         image, out = image.resize(size, Image.Resampling.LANCZOS), io.BytesIO()
         image.info.clear()  # Pillow would copy a JPEG's comment, and hangs on one of 64 KiB.
         image.save(out, 'JPEG', quality=self.quality, subsampling='4:2:0')
-        open_image(out.getvalue())  # This raises if the result does not decode.
+        open_image(out.getvalue())  # Check that the result can be decoded.
         return out.getvalue()
 
 
@@ -127,7 +127,7 @@ def names_in_tars(images: EncodedImages, split: str) -> list[str]:
     names, keys = [], []
     for i, (file, target) in enumerate(images.samples):
         root, label = images.root(i), images.classes[target]
-        *folders, base = file[len(root) + 1:].lstrip('/').split('/')  # Tars may have absolute names.
+        *folders, base = file[len(root) + 1:].lstrip('/').split('/')  # Names in tars may begin with /.
         if label in folders:
             folders = folders[folders.index(label):]
         else:
@@ -180,7 +180,7 @@ def write_split(folder: Path, split: str, images: EncodedImages, names: list[str
     written = {}  # names of the images in each tar
     for tar in folder.glob(f'{split}-*.tar'):
         expected, present = {names[i] for i in tars.get(tar.name, [])}, None
-        with contextlib.suppress(UsageError):  # Write a damaged tar again.
+        with contextlib.suppress(UsageError):  # A damaged tar stays None, and is written again.
             present = {name for name in sources.tar_index(tar) if not name.endswith('.cls')}
         if present == expected or args.skip_damaged and present and present < expected:
             written[tar.name] = present
@@ -188,7 +188,7 @@ def write_split(folder: Path, split: str, images: EncodedImages, names: list[str
             tar.unlink()
     todo = [i for tar, indices in tars.items() if tar not in written for i in indices]
     encoder = Encoder(images, short_side, args.quality, args.skip_damaged)
-    batch_size = 100 if isinstance(images, published.ParquetImages) else 4  # Workers read whole row groups.
+    batch_size = 100 if isinstance(images, published.ParquetImages) else 4  # Each worker reads whole row groups.
     workers = cores() if args.num_workers is None else args.num_workers
     loader = build_loader(Subset(encoder, todo), batch_size, num_workers=workers, collate_fn=list)
     encoded = itertools.chain.from_iterable(loader)
@@ -236,7 +236,7 @@ def main(args: argparse.Namespace) -> None:
         remove_temporary_files(folder / '.work')
         write_file(file, settings.encode())
         left_out = sum(write_split(folder, split, images, names[split], args) for split, images in splits.items())
-        lock.close()  # Windows cannot rename a folder with an open file.
+        lock.close()  # Close the lock first: Windows cannot rename a folder with an open file.
         folder.rename(dst)
         shutil.rmtree(dst / '.work')
         sync_folder(dst.parent)
@@ -245,7 +245,7 @@ def main(args: argparse.Namespace) -> None:
                             'repair the disk; the same command then resumes') from None
     utils.logger.info('%s is ready for train.py --data-path', dst)
     if left_out:
-        utils.logger.warning('%d images are left out', left_out)
+        utils.logger.warning('left out %d images', left_out)
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -247,7 +247,7 @@ def test_validation_is_never_the_training_tar(images, tmp_path):
     for name in ('train.tar', 'photos.tar'):
         train = pack(tmp_path / name, images / 'train')
         assert len(train_set(train)) == 100
-        with pytest.raises(UsageError, match=f'{name} has no validation images .* --val-split 0.1'):
+        with pytest.raises(UsageError, match=f'{name} has no validation images.* --val-split 0.1'):
             val_set(train)
     val = pack(tmp_path / 'val.tar', images / 'val')
     for path in (tmp_path / 'train.tar', tmp_path, val):
