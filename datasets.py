@@ -221,7 +221,7 @@ def _tars(path: Path, split: str) -> list[Path]:
     tars = sorted(folder.glob('[!.]*.tar'))
     folders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not IGNORED.search(entry.name)]
     if tars and folders:
-        raise UsageError(f'{folder} holds both tars ({tars[0].name}) and folders ({min(folders)}): '
+        raise UsageError(f'{folder} contains both tars ({tars[0].name}) and folders ({min(folders)}): '
                          'move the tars or the folders elsewhere')
     return tars
 

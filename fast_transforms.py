@@ -123,7 +123,7 @@ class FastTransform:
         box = top, left, height, width = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
         modes = self.crop.interpolation
         mode = (random.choice(modes) if isinstance(modes, (list, tuple)) else modes).value
-        # Decode to at least 1.5x the target size. Less would change pixels visibly, by 1.5 gray levels.
+        # Decode so that the crop has at least 1.5 times the target size. With less, pixels differ by 1.5 gray levels.
         least = 1.5 * max(self.crop.size)
         scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(height, width) >= s * least)
         if scale > 1 and isinstance(image, Jpeg):  # Use Pillow: only it can crop at fractions of a pixel.

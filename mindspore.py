@@ -8,7 +8,7 @@ import torch
 
 from errors import UsageError
 
-CRC_TAIL = 17  # bytes: b'crc_num', then the CRC-32 of everything before it as 10 bytes, big-endian
+CRC_TAIL = 17  # bytes of the trailer: b'crc_num', then the CRC-32 of all before the trailer, padded to 10 bytes
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:

@@ -149,7 +149,7 @@ def launch_store(store: dist.Store, rank: int, world_size: int, wait: Wait) -> d
     def launch_name() -> str | None:
         if not store.check(['first']):
             return None
-        first = store.get('first').decode()  # Until rank 0 arrives, `first` may be from an earlier launch.
+        first = store.get('first').decode()  # It may be left over from an earlier launch.
         store.set(f'{first}/{world_size}/{rank}', key)
         is_complete = store.check([f'{first}/all']) and key.encode() in store.get(f'{first}/all').split()
         return first if is_complete else None

@@ -82,7 +82,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             records[int(record['epoch'])] = record
         except (ValueError, TypeError, KeyError, RecursionError):
-            if line.startswith('{') and not line.endswith('\n'):  # Only the last line can lack its newline.
+            if line.startswith('{') and not line.endswith('\n'):  # The last line was cut off while it was written.
                 break
             raise UsageError(f'{path}, line {n} is not a JSON object with the key "epoch"') from None
     return [records[epoch] for epoch in sorted(records)]

@@ -407,8 +407,8 @@ def _files(file: BinaryIO, start: int, end: int, where: str, depth: int = 1) -> 
         if info.isdir() or IGNORED.search(name):
             continue
         if (info.issparse() or not info.isfile()) and (is_tar or is_image(name)):
-            raise UsageError(f'{where} holds {name} as a link or a sparse file: pack it by '
-                             'tar --dereference --hard-dereference, without --sparse')
+            raise UsageError(f'{where} contains {name} as a link or a sparse file, which cannot be read: create the '
+                             'tar with --dereference --hard-dereference and without --sparse')
         if is_tar and depth:
             stop = info.offset_data + info.size
             for inner, place in _files(file, info.offset_data, stop, f'{where}/{info.name}', depth - 1):

@@ -474,13 +474,14 @@ def load(model: nn.Module, checkpoint: dict[str, Any], file: str, classes: list[
     if 'detector' not in checkpoint:
         raise UsageError(f"{file} is not a checkpoint of detection.py: pass a classifier's weights with --weights")
     if is_training and 'optimizer' not in checkpoint:
-        raise UsageError(f'{file} contains only weights: resume a {LAST}, or evaluate with --eval')
+        raise UsageError(f'{file} contains no optimizer state: resume from {LAST}, or evaluate with --eval')
     if class_names(checkpoint) != classes:
         raise UsageError(f"{file} was trained on other classes ({', '.join((class_names(checkpoint) or [])[:3])}, ...)")
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:
-        raise UsageError(f"{file} needs other flags: use --config {Path(file).with_name('config.yaml')}") from None
+        config = Path(file).with_name('config.yaml')
+        raise UsageError(f'{file} was trained with other flags: use --config {config}') from None
 
 
 def evaluate(

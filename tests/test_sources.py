@@ -140,7 +140,7 @@ def test_classes_are_the_uppermost_folders(tmp_path):
 @pytest.mark.parametrize('kind', [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE])
 def test_links_and_sparse_images_in_a_tar_are_refused(tmp_path, kind):
     path = members(tmp_path / 'links.tar', ('a/0.png', b'zero'), ('a/1.png', kind, 'a/0.png'))
-    with pytest.raises(UsageError, match='links.tar holds a/1.png as a link or a sparse file: pack it by tar'):
+    with pytest.raises(UsageError, match='links.tar contains a/1.png as a link or a sparse file.*--dereference'):
         train_set(path)
 
 
@@ -269,7 +269,7 @@ def test_tars_without_classes_or_beside_folders_are_refused(tmp_path):
             (tmp_path, 'has no classes'),  # several flat tars are not class tars outside of train/
             (tmp_path / 'nowhere.tar', 'no folder .*nowhere.tar'),
             (text, 'no images in .*text.tar'),
-            (tmp_path / 'both', r'train holds both tars \(class_0.tar\) and folders \(class_0\): move')):
+            (tmp_path / 'both', r'train contains both tars \(class_0.tar\) and folders \(class_0\): move')):
         with pytest.raises(UsageError, match=words):
             train_set(path)
 
