@@ -257,7 +257,7 @@ def test_flags_can_turn_off_every_switch_of_a_yaml(tmp_path):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('learning-rate: 1', 'learning-rate'), ('lerning_rate: 1', 'lerning_rate'), ('epoch: 1', "'epoch' .*--epochs"),
+    ('learning-rate: 1', 'learning-rate'), ('lerning_rate: 1', 'lerning_rate'), ('epoch: 1', "'epoch'.*--epochs"),
     ('config: x.yaml', "'config'"), ('help: true', "'help'"), ('7: 3', '7'), ('drop-block: 1', '--drop-block'),
     ('lr: fast', 'fast'), ('lr: true', 'lr'), ('lr: [1, 2]', ''), ('lr: {a: 1}', ''), ('apex-amp: 1', 'apex-amp'),
     ('epochs: 2.5', 'epochs'), ('- lr', 'c.yaml'), ('', 'c.yaml'), ('lr: [', 'c.yaml'),

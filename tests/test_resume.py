@@ -82,7 +82,7 @@ def test_another_number_of_training_images_is_logged(flags, whole, renamed, tmp_
     shutil.copytree(whole, tmp_path / 'run')
     with nano.at_step(0, nano.die), pytest.raises(nano.Killed):
         nano.train([*flags, '--output-dir', tmp_path / 'run', '--resume', 'auto', '--epochs', 4, '--data-path', data])
-    assert re.search(r'\b76 training images.*\b100\b', capsys.readouterr().out)
+    assert re.search(r'\b76 images.*\b100\b', capsys.readouterr().out)
 
 
 @pytest.mark.parametrize('opt', ['lookahead_adamw', 'adafactor'])
