@@ -337,8 +337,8 @@ def build_data(args: argparse.Namespace, initial: InitialState) -> tuple[Dataset
                     classes=train.classes if train is not None else saved_classes, is_whole=is_whole,
                     rotated=rotated)
     with usage_errors():
+        rank, world_size = processes.get_rank(), processes.get_world_size()
         for dataset in filter(None, (train, val) if args.skip_damaged and isinstance(val, EncodedImages) else ()):
-            rank, world_size = processes.get_rank(), processes.get_world_size()
             datasets.drop_damaged(dataset, rank, world_size, processes.gather_from_ranks)
         if is_training:
             check_two_classes(train, args.data_path)
